@@ -1,0 +1,82 @@
+#include "common/autograd.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#ifdef DNKD_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "common/checks.h"
+#include "common/scale.h"
+
+namespace dnkd {
+
+at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack arguments,
+                                   const at::Tensor& input, const at::Tensor& upstream) {
+  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(reference, "");
+  op.callBoxed(arguments);
+  const at::Tensor loss = arguments.at(0).toTensor();
+  return torch::autograd::grad({loss}, {input}, {upstream}, /*retain_graph=*/true,
+                               /*create_graph=*/true)
+      .at(0);
+}
+
+// (gradient, upstream []): gradient *= upstream
+static void scale_cpu(at::Tensor& gradient, const at::Tensor& upstream) {
+  gradient.mul_(upstream);
+}
+
+at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream) {
+  if (torch::autograd::get_current_graph_task_keep_graph() ||
+      at::areAnyTensorSubclassLike({gradient, upstream})) {
+    return at::mul(gradient, upstream);
+  }
+  if (upstream.is_cpu()) {
+    const bool is_one = upstream.scalar_type() == at::kDouble
+                            ? *upstream.const_data_ptr<double>() == 1
+                            : *upstream.const_data_ptr<float>() == 1;
+    if (is_one) {
+      return gradient;
+    }
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dnkd_ext::_scale_", "")
+                             .typed<void(at::Tensor&, const at::Tensor&)>();
+  at::Tensor result = gradient;
+  op.call(result, upstream);
+  return result;
+}
+
+#ifdef DNKD_WITH_CUDA
+static void scale_cuda(at::Tensor& gradient, const at::Tensor& upstream) {
+  const c10::cuda::CUDAGuard device(gradient.device());
+  TORCH_CHECK(gradient.is_contiguous(), "gradient must be contiguous");
+  TORCH_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()),
+              "upstream must be ", accumulate_type(gradient.scalar_type()), ", got ",
+              upstream.scalar_type());
+  C10_CUDA_CHECK(static_cast<cudaError_t>(scale_cuda(
+      to_dtype(gradient.scalar_type()), gradient.numel(), gradient.mutable_data_ptr(),
+      upstream.const_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+}
+#endif
+
+TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
+  m.def("_scale_(Tensor(a!) gradient, Tensor upstream) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) { m.impl("_scale_", scale_cpu); }
+
+#ifdef DNKD_WITH_CUDA
+TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
+  m.impl("_scale_", static_cast<void (*)(at::Tensor&, const at::Tensor&)>(scale_cuda));
+}
+#endif
+
+}  // namespace dnkd

@@ -1,0 +1,24 @@
+// What the backward passes of all losses share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/stack.h>
+
+namespace dnkd {
+
+// A backward pass in which create_graph=True was asked for. `reference` names the operator that
+// evaluates the loss with differentiable PyTorch operations (its Python implementation is the
+// loss's reference), `arguments` are the loss's own arguments, among them `input`. Returns the
+// gradient of the loss with respect to `input`, itself differentiable with respect to `input` and
+// `upstream`.
+at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack arguments,
+                                   const at::Tensor& input, const at::Tensor& upstream);
+
+// Chain rule for a gradient that the forward pass formed for upstream = 1. The usual upstream is 1
+// and then costs nothing: no pass over the gradient, and on a GPU no synchronisation, because the
+// kernel that would scale it looks at the value on the device. `gradient` is modified in place and
+// returned only where nobody can see it again; with retain_graph, and while a graph is traced, the
+// product is a new tensor.
+at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream);
+
+}  // namespace dnkd

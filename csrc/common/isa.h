@@ -1,0 +1,20 @@
+// Which CPU instruction set the kernels run with, chosen once per process.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace dnkd {
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+const char* isa_name(Isa isa);
+
+// Instruction sets that this library was compiled for and this CPU runs, slowest first.
+const std::vector<Isa>& available_isas();
+
+// The fastest available one, or the one DNKD_CPU_ISA names. Throws when DNKD_CPU_ISA names one
+// that does not exist or that this CPU cannot run.
+Isa active_isa();
+
+}  // namespace dnkd

@@ -1,0 +1,82 @@
+#include "ops/nd_loss.h"
+
+#include "common/isa.h"
+#include "common/parallel.h"
+
+#include <c10/util/SmallVector.h>
+
+#define DNKD_ROWS_FILE "ops/cpu/nd_loss_rows.inc"
+#include "common/for_each_isa.h"
+
+namespace dnkd {
+namespace {
+
+int64_t target_at(const NdLossParams& p, int64_t row) {
+  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row]
+                           : static_cast<const int64_t*>(p.target)[row];
+}
+
+int64_t counted_rows(const NdLossParams& p) {
+  if (p.target == nullptr) {
+    return p.rows;
+  }
+  int64_t counted = 0;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    counted += target_at(p, i) != p.ignore_index;
+  }
+  return counted;
+}
+
+template <typename Scalar>
+void forward(const NdLossParams& p) {
+  double weight = p.loss_weight;
+  if (p.weight != nullptr) {
+    weight *= static_cast<double>(*static_cast<const Scalar*>(p.weight));
+  }
+  double scale = weight;
+  if (p.reduction == Reduction::kMean) {
+    scale /= static_cast<double>(std::max<int64_t>(counted_rows(p), 1));
+  }
+  auto* loss = static_cast<Scalar*>(p.loss);
+  c10::SmallVector<Scalar, 256> own_rows;
+  Scalar* row_loss = loss;
+  if (p.reduction != Reduction::kNone) {
+    own_rows.resize_for_overwrite(p.rows);
+    row_loss = own_rows.data();
+  }
+  parallel_rows(p.rows, p.columns, [&](int64_t begin, int64_t end) {
+    DNKD_CALL_ISA(nd_forward, p, scale, row_loss, begin, end);
+  });
+  if (p.reduction != Reduction::kNone) {
+    // In row order whatever the number of threads: the same sum at every run.
+    double sum = 0;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      sum += static_cast<double>(row_loss[i]);
+    }
+    *loss = static_cast<Scalar>(sum * scale);
+  }
+}
+
+}  // namespace
+
+int64_t nd_loss_find_bad_target_cpu(const NdLossParams& p) {
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t label = target_at(p, i);
+    if (label != p.ignore_index && (label < 0 || label >= p.classes)) {
+      return i;
+    }
+  }
+  return -1;
+}
+
+void nd_loss_forward_cpu(const NdLossParams& p) {
+  p.dtype == Dtype::kFloat64 ? forward<double>(p) : forward<float>(p);
+}
+
+void nd_loss_backward_cpu(const NdLossBackwardParams& p) {
+  parallel_rows(p.rows, p.columns, [&](int64_t begin, int64_t end) {
+    DNKD_CALL_ISA(nd_backward, p, begin, end);
+  });
+}
+
+}  // namespace dnkd

@@ -1,0 +1,483 @@
+#include "ops/nd_loss.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/matmul.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#ifdef DNKD_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "common/allocate.h"
+#include "common/autograd.h"
+#include "common/checks.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <string>
+
+namespace dnkd {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---------------------------------------------------------------------------------------------
+// Arguments: checked, then brought to the few types the kernels know.
+// ---------------------------------------------------------------------------------------------
+
+std::string shape_of(const Tensor& tensor) {
+  return c10::str(tensor.sym_sizes());
+}
+
+// The shape of the student without its last dimension.
+c10::SymIntArrayRef row_shape(const Tensor& student) {
+  return student.sym_sizes().slice(0, student.dim() - 1);
+}
+
+bool is_row_shape(const Tensor& tensor, const Tensor& student) {
+  return tensor.sym_sizes() == row_shape(student);
+}
+
+void check_arguments(const Tensor& student, const Tensor& target, const Tensor& class_means,
+                     const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
+                     const OptionalTensor& weight, double eps) {
+  check_floating(student, "student_features");
+  check_floating(class_means, "class_means");
+  TORCH_CHECK_VALUE(student.dim() >= 1, "student_features must be (..., D), got a 0-dim tensor");
+  TORCH_CHECK_VALUE(class_means.dim() == 2, "class_means must be (C, D), got shape ",
+                    shape_of(class_means));
+  TORCH_CHECK_VALUE(class_means.sym_size(1) == student.sym_size(-1), "class_means is ",
+                    class_means.sym_size(1), " wide but student_features is ",
+                    student.sym_size(-1),
+                    " wide; project the student's features to the width of the class means");
+  check_same_device(class_means, "class_means", student, "student_features");
+  check_same_device(target, "target", student, "student_features");
+  if (at::isFloatingType(target.scalar_type())) {
+    check_floating(target, "target");
+    TORCH_CHECK_VALUE(target.dim() == student.dim() &&
+                          target.sym_sizes().slice(0, target.dim() - 1) == row_shape(student) &&
+                          target.sym_size(-1) == class_means.sym_size(0),
+                      "target of class probabilities must be (..., C) with C = ",
+                      class_means.sym_size(0), " classes and the leading shape of student_features ",
+                      shape_of(student), ", got shape ", shape_of(target));
+  } else {
+    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
+                     "target must hold int64 or int32 class indices or floating class "
+                     "probabilities, got ",
+                     c10::toString(target.scalar_type()));
+    TORCH_CHECK_VALUE(is_row_shape(target, student),
+                      "target of class indices must have the leading shape of student_features ",
+                      shape_of(student), ", got shape ", shape_of(target));
+  }
+  TORCH_CHECK_VALUE(!teacher_features.has_value() || !teacher_norms.has_value(),
+                    "teacher_features and teacher_norms were both given; pass one of them");
+  if (teacher_features.has_value()) {
+    check_floating(*teacher_features, "teacher_features");
+    check_same_device(*teacher_features, "teacher_features", student, "student_features");
+    TORCH_CHECK_VALUE(
+        teacher_features->dim() == student.dim() &&
+            teacher_features->sym_sizes().slice(0, student.dim() - 1) == row_shape(student),
+        "teacher_features must have the leading shape of student_features ", shape_of(student),
+        ", got shape ", shape_of(*teacher_features));
+  }
+  if (teacher_norms.has_value()) {
+    check_floating(*teacher_norms, "teacher_norms");
+    check_same_device(*teacher_norms, "teacher_norms", student, "student_features");
+    TORCH_CHECK_VALUE(is_row_shape(*teacher_norms, student),
+                      "teacher_norms must have the leading shape of student_features ",
+                      shape_of(student), ", got shape ", shape_of(*teacher_norms));
+  }
+  if (weight.has_value()) {
+    check_floating(*weight, "loss_weight");
+    check_same_device(*weight, "loss_weight", student, "student_features");
+    TORCH_CHECK_VALUE(weight->dim() == 0, "loss_weight must be a float or a 0-dim tensor, got shape ",
+                      shape_of(*weight));
+    TORCH_CHECK_VALUE(!weight->requires_grad(),
+                      "loss_weight must not require a gradient; multiply the loss by it instead");
+  }
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps must be finite and not negative, got ",
+                    eps);
+}
+
+// What the kernels take: rows of stride-1 features, (N, D) and (N,).
+struct Prepared {
+  Tensor student;
+  Tensor directions;             // class means (C, D), or one direction per row (N, D)
+  OptionalTensor target;         // (N,) int64 or int32; none: row i takes direction i
+  OptionalTensor teacher;        // (N, D)
+  OptionalTensor teacher_norms;  // (N,) accumulate type
+  OptionalTensor weight;         // [] accumulate type
+};
+
+// (..., D) as (N, D) whose features lie side by side; a view wherever one exists.
+Tensor as_rows(const Tensor& tensor) {
+  const Tensor rows = tensor.dim() == 2 ? tensor : tensor.reshape_symint({-1, tensor.sym_size(-1)});
+  return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
+}
+
+Tensor flat(const Tensor& tensor) {
+  return tensor.dim() == 1 ? tensor.contiguous() : tensor.reshape({-1});
+}
+
+Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& class_means,
+                 const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
+                 const OptionalTensor& weight) {
+  // The casts below are chosen for exactness; autocast has no say in them.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto type = student.scalar_type();
+  const auto accumulate = accumulate_type(type);
+  Prepared result;
+  // reshape({-1, D}) has no answer for a tensor without elements and D = 0
+  TORCH_CHECK_VALUE(student.sym_size(-1) > 0, "student_features must have at least one feature");
+  result.student = as_rows(student);
+  if (at::isFloatingType(target.scalar_type())) {
+    // The direction of a mixture of classes: normalise(sum_k p_k c_k), one per row.
+    result.directions = as_rows(target).to(accumulate).matmul(class_means.to(accumulate));
+  } else {
+    result.target = flat(target);
+    const auto means_type = class_means.scalar_type();
+    const bool readable = means_type == type || means_type == at::kFloat;
+    result.directions = as_rows(readable ? class_means : class_means.to(accumulate));
+  }
+  if (teacher_features.has_value()) {
+    if (teacher_features->scalar_type() == type &&
+        teacher_features->sym_size(-1) == student.sym_size(-1)) {
+      result.teacher = as_rows(*teacher_features);
+    } else {
+      // Only the norm matters; taking it here needs no copy in the student's type.
+      result.teacher_norms =
+          flat(at::linalg_vector_norm(*teacher_features, 2, {-1}, false, accumulate));
+    }
+  }
+  if (teacher_norms.has_value()) {
+    result.teacher_norms = flat(teacher_norms->to(accumulate));
+  }
+  if (weight.has_value()) {
+    result.weight = weight->to(accumulate);
+  }
+  return result;
+}
+
+// A float16 gradient formed before the loss scale is known would underflow, and a gradient per row
+// has no single upstream value: for these the forward pass keeps two scalars per row instead.
+bool keeps_coefficients(at::ScalarType type, Reduction reduction) {
+  return type == at::kHalf || reduction == Reduction::kNone;
+}
+
+// ---------------------------------------------------------------------------------------------
+// The operators without autograd.
+// ---------------------------------------------------------------------------------------------
+
+const void* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+[[noreturn]] void raise_bad_target(const Tensor& target, int64_t position, int64_t classes) {
+  TORCH_CHECK_INDEX(false, "target[", position, "] = ",
+                    target.flatten()[position].item<int64_t>(), " is out of range for ", classes,
+                    " rows of class_means");
+}
+
+bool environment_flag(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
+}
+
+NdLossParams forward_params(const Tensor& student, const OptionalTensor& target,
+                            const Tensor& directions, const OptionalTensor& teacher,
+                            const OptionalTensor& teacher_norms, const OptionalTensor& weight,
+                            double loss_weight, int64_t ignore_index, Reduction reduction,
+                            double eps) {
+  NdLossParams p{};
+  p.dtype = to_dtype(student.scalar_type());
+  p.directions_are_float = directions.scalar_type() == at::kFloat;
+  p.target_is_int32 = target.has_value() && target->scalar_type() == at::kInt;
+  p.rows = student.size(0);
+  p.columns = student.size(1);
+  p.classes = directions.size(0);
+  p.ignore_index = ignore_index;
+  p.reduction = reduction;
+  p.eps = eps;
+  p.loss_weight = loss_weight;
+  p.student = student.const_data_ptr();
+  p.teacher = data_or_null(teacher);
+  p.teacher_norms = data_or_null(teacher_norms);
+  p.directions = directions.const_data_ptr();
+  p.target = data_or_null(target);
+  p.weight = data_or_null(weight);
+  p.student_stride = student.stride(0);
+  p.teacher_stride = teacher.has_value() ? teacher->stride(0) : 0;
+  p.directions_stride = directions.stride(0);
+  return p;
+}
+
+// These operators are also reached from exported programs and torch.ops, so they check, too, what
+// would otherwise read out of bounds.
+void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
+                            const Tensor& directions, const OptionalTensor& teacher,
+                            const OptionalTensor& per_row) {
+  const auto is_matrix = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(1) == student.size(1) && (t.stride(1) == 1 || t.size(1) == 1);
+  };
+  TORCH_CHECK(student.dim() == 2 && is_matrix(student) && is_loss_dtype(student.scalar_type()),
+              "student_features must be (N, D) with stride-1 features");
+  TORCH_CHECK(is_matrix(directions) && (directions.scalar_type() == at::kFloat ||
+                                        directions.scalar_type() == student.scalar_type()),
+              "directions must be (C, D), stride-1, of the student's dtype or float32");
+  TORCH_CHECK(target.has_value() || directions.size(0) == student.size(0),
+              "directions must have one row per row of student_features");
+  TORCH_CHECK(!target.has_value() ||
+                  (target->dim() == 1 && target->size(0) == student.size(0) &&
+                   target->is_contiguous() &&
+                   (target->scalar_type() == at::kLong || target->scalar_type() == at::kInt)),
+              "target must be (N,) contiguous int64 or int32");
+  TORCH_CHECK(!teacher.has_value() || (is_matrix(*teacher) && teacher->size(0) == student.size(0) &&
+                                       teacher->scalar_type() == student.scalar_type()),
+              "teacher_features must be (N, D), stride-1, of the student's dtype");
+  TORCH_CHECK(!per_row.has_value() ||
+                  (per_row->dim() >= 1 && per_row->size(0) == student.size(0) &&
+                   per_row->is_contiguous() &&
+                   per_row->scalar_type() == accumulate_type(student.scalar_type())),
+              "row values must be (N, ...) contiguous, of the accumulate type");
+}
+
+// Returns (loss, saved): loss is [N] for reduction 'none', else []; saved is what the backward pass
+// needs: the gradient (N, D), or two scalars per row (N, 2), or nothing (0,).
+std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const OptionalTensor& target,
+                                           const Tensor& directions, const OptionalTensor& teacher,
+                                           const OptionalTensor& teacher_norms,
+                                           const OptionalTensor& weight, double loss_weight,
+                                           int64_t ignore_index, std::string_view reduction_name,
+                                           double eps, bool needs_gradient) {
+  check_kernel_arguments(student, target, directions, teacher, teacher_norms);
+  const auto accumulate = accumulate_type(student.scalar_type());
+  TORCH_CHECK(!weight.has_value() || (weight->dim() == 0 && weight->scalar_type() == accumulate),
+              "weight must be a 0-dim tensor of the accumulate type");
+  const Reduction reduction = to_reduction(reduction_name);
+  NdLossParams p = forward_params(student, target, directions, teacher, teacher_norms, weight,
+                                  loss_weight, ignore_index, reduction, eps);
+  if (p.target != nullptr && student.is_cpu()) {
+    const int64_t position = nd_loss_find_bad_target_cpu(p);
+    if (position >= 0) {
+      raise_bad_target(*target, position, p.classes);
+    }
+  }
+  const auto scalars = student.options().dtype(accumulate);
+  Tensor loss = reduction == Reduction::kNone ? at::empty({p.rows}, scalars) : at::empty({}, scalars);
+  p.loss = loss.mutable_data_ptr();
+  Tensor saved;
+  if (!needs_gradient) {
+    saved = at::empty({0}, scalars);
+  } else if (keeps_coefficients(student.scalar_type(), reduction)) {
+    saved = at::empty({p.rows, 2}, scalars);
+    p.coefficients = saved.mutable_data_ptr();
+  } else {
+    saved = empty_gradient({p.rows, p.columns}, student.options());
+    p.gradient = saved.mutable_data_ptr();
+  }
+#ifdef DNKD_WITH_CUDA
+  if (student.is_cuda()) {
+    const c10::cuda::CUDAGuard device(student.device());
+    const Tensor scratch =
+        at::empty({nd_loss_scratch_bytes_cuda(p)}, student.options().dtype(at::kByte));
+    C10_CUDA_CHECK(static_cast<cudaError_t>(nd_loss_forward_cuda(
+        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    return {loss, saved};
+  }
+#endif
+  nd_loss_forward_cpu(p);
+  return {loss, saved};
+}
+
+// upstream: [N] or []; returns the gradient (N, D).
+Tensor nd_loss_backward(const Tensor& upstream, const Tensor& student, const OptionalTensor& target,
+                        const Tensor& directions, const Tensor& coefficients) {
+  check_kernel_arguments(student, target, directions, std::nullopt, coefficients);
+  TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == 2, "coefficients must be (N, 2)");
+  TORCH_CHECK(upstream.scalar_type() == accumulate_type(student.scalar_type()) &&
+                  (upstream.dim() == 0 ||
+                   (upstream.dim() == 1 && upstream.size(0) == student.size(0))),
+              "upstream must be (N,) or 0-dim, of the accumulate type");
+  Tensor gradient = empty_gradient({student.size(0), student.size(1)}, student.options());
+  NdLossBackwardParams p{};
+  p.dtype = to_dtype(student.scalar_type());
+  p.directions_are_float = directions.scalar_type() == at::kFloat;
+  p.target_is_int32 = target.has_value() && target->scalar_type() == at::kInt;
+  p.rows = student.size(0);
+  p.columns = student.size(1);
+  p.upstream = upstream.const_data_ptr();
+  p.upstream_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
+  p.student = student.const_data_ptr();
+  p.directions = directions.const_data_ptr();
+  p.target = data_or_null(target);
+  p.coefficients = coefficients.const_data_ptr();
+  p.student_stride = student.stride(0);
+  p.directions_stride = directions.stride(0);
+  p.gradient = gradient.mutable_data_ptr();
+#ifdef DNKD_WITH_CUDA
+  if (student.is_cuda()) {
+    const c10::cuda::CUDAGuard device(student.device());
+    C10_CUDA_CHECK(static_cast<cudaError_t>(
+        nd_loss_backward_cuda(p, c10::cuda::getCurrentCUDAStream().stream())));
+    return gradient;
+  }
+#endif
+  nd_loss_backward_cpu(p);
+  return gradient;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Autograd.
+// ---------------------------------------------------------------------------------------------
+
+struct Arguments {
+  const Tensor& student;
+  const Tensor& target;
+  const Tensor& class_means;
+  const OptionalTensor& teacher_features;
+  const OptionalTensor& teacher_norms;
+  const OptionalTensor& weight;
+  double loss_weight;
+  int64_t ignore_index;
+  std::string_view reduction;
+  double eps;
+};
+
+std::tuple<Tensor, Tensor> call_forward(const Prepared& in, const Arguments& a,
+                                        bool needs_gradient) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dnkd_ext::_nd_loss_forward", "")
+                             .typed<decltype(nd_loss_forward)>();
+  return op.call(in.student, in.target, in.directions, in.teacher, in.teacher_norms, in.weight,
+                 a.loss_weight, a.ignore_index, a.reduction, a.eps, needs_gradient);
+}
+
+// The loss in the shape the caller sees: that of the rows for reduction 'none'.
+Tensor shaped_loss(const Tensor& loss, const Tensor& student) {
+  return loss.dim() == 1 && student.dim() != 2 ? loss.reshape_symint(row_shape(student)) : loss;
+}
+
+class NdLoss : public torch::autograd::Function<NdLoss> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        const Arguments* a) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const Prepared in = prepare(a->student, a->target, a->class_means, a->teacher_features,
+                                a->teacher_norms, a->weight);
+    auto [loss, saved] = call_forward(in, *a, /*needs_gradient=*/true);
+    // The features are saved even where the gradient is already formed: changing them in place
+    // before backward is then an error, as for PyTorch's own losses.
+    ctx->save_for_backward({student, a->target, a->class_means,
+                            a->teacher_features.value_or(Tensor()),
+                            a->teacher_norms.value_or(Tensor()), a->weight.value_or(Tensor()),
+                            saved, in.target.has_value() ? Tensor() : in.directions});
+    ctx->saved_data["loss_weight"] = a->loss_weight;
+    ctx->saved_data["ignore_index"] = a->ignore_index;
+    ctx->saved_data["reduction"] = std::string(a->reduction);
+    ctx->saved_data["eps"] = a->eps;
+    return shaped_loss(loss, student);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list upstreams) {
+    const auto variables = ctx->get_saved_variables();
+    const Tensor &student = variables[0], &target = variables[1], &class_means = variables[2],
+                 &saved = variables[6], &mixtures = variables[7];
+    const Tensor& upstream = upstreams[0];
+    const auto optional = [&](size_t i) {
+      return variables[i].defined() ? OptionalTensor(variables[i]) : std::nullopt;
+    };
+    if (at::GradMode::is_enabled()) {
+      const Tensor gradient = differentiable_gradient(
+          "dnkd_ext::_nd_loss_reference",
+          {student, target, class_means, optional(3), optional(4), optional(5),
+           ctx->saved_data["loss_weight"], ctx->saved_data["ignore_index"],
+           ctx->saved_data["reduction"], ctx->saved_data["eps"]},
+          student, upstream);
+      return {gradient, Tensor()};
+    }
+    const Reduction reduction = to_reduction(ctx->saved_data["reduction"].toStringRef());
+    if (!keeps_coefficients(student.scalar_type(), reduction)) {
+      const Tensor gradient = chain(saved, upstream);
+      return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
+    }
+    OptionalTensor labels;
+    Tensor directions = mixtures;
+    if (!mixtures.defined()) {
+      const Prepared in =
+          prepare(student, target, class_means, std::nullopt, std::nullopt, std::nullopt);
+      labels = in.target;
+      directions = in.directions;
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::_nd_loss_backward", "")
+                               .typed<decltype(nd_loss_backward)>();
+    const Tensor gradient =
+        op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream, as_rows(student), labels,
+                directions, saved);
+    return {gradient.view_symint(student.sym_sizes()), Tensor()};
+  }
+};
+
+Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tensor& class_means,
+                        const OptionalTensor& teacher_features,
+                        const OptionalTensor& teacher_norms, const OptionalTensor& weight,
+                        double loss_weight, int64_t ignore_index, std::string_view reduction,
+                        double eps) {
+  check_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
+  const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
+                    weight,  loss_weight, ignore_index, reduction,        eps};
+  if (at::GradMode::is_enabled() && student.requires_grad()) {
+    return NdLoss::apply(student, &a);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const Prepared in =
+      prepare(student, target, class_means, teacher_features, teacher_norms, weight);
+  return shaped_loss(std::get<0>(call_forward(in, a, /*needs_gradient=*/false)), student);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
+  m.def(
+      "nd_loss(Tensor student_features, Tensor target, Tensor class_means, "
+      "Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, float loss_weight, "
+      "int ignore_index, str reduction, float eps) -> Tensor");
+  m.def(
+      "_nd_loss_forward(Tensor student_features, Tensor? target, Tensor directions, "
+      "Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, float loss_weight, "
+      "int ignore_index, str reduction, float eps, bool needs_gradient) -> (Tensor, Tensor)");
+  m.def(
+      "_nd_loss_backward(Tensor upstream, Tensor student_features, Tensor? target, "
+      "Tensor directions, Tensor coefficients) -> Tensor");
+  // Implemented in Python by the reference; the backward pass calls it for create_graph=True.
+  m.def(
+      "_nd_loss_reference(Tensor student_features, Tensor target, Tensor class_means, "
+      "Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, float loss_weight, "
+      "int ignore_index, str reduction, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("nd_loss", nd_loss_autograd); }
+
+TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
+  m.impl("nd_loss", nd_loss_autograd);
+  m.impl("_nd_loss_forward", nd_loss_forward);
+  m.impl("_nd_loss_backward", nd_loss_backward);
+}
+
+#ifdef DNKD_WITH_CUDA
+TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
+  m.impl("nd_loss", nd_loss_autograd);
+  m.impl("_nd_loss_forward", nd_loss_forward);
+  m.impl("_nd_loss_backward", nd_loss_backward);
+}
+#endif
+
+}  // namespace dnkd

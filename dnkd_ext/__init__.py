@@ -1,0 +1,19 @@
+"""Fused feature-direction-and-norm distillation losses for PyTorch, on CPU and CUDA."""
+
+__version__ = "0.1.0"
+
+from dnkd_ext import reference
+from dnkd_ext._extension import build_info
+from dnkd_ext.adapters import extract_features
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.losses import NDLoss, nd_loss
+
+__all__ = [
+    "ClassMeans",
+    "NDLoss",
+    "__version__",
+    "build_info",
+    "extract_features",
+    "nd_loss",
+    "reference",
+]

@@ -1,0 +1,47 @@
+"""Argument checks of the references and fake kernels.
+
+The compiled operators make the same checks with the same words, without entering Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def require_tensor(value: object, name: str) -> None:
+    """TypeError unless the value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def require_floating(tensor: Tensor, name: str) -> None:
+    """TypeError unless the value is a tensor of one of the four floating dtypes."""
+    require_tensor(tensor, name)
+    if tensor.dtype not in LOSS_DTYPES:
+        raise TypeError(
+            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+
+
+def require_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """RuntimeError, as PyTorch's own, unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise RuntimeError(
+            f"{name} is on {tensor.device} but {other_name} is on {other.device}; "
+            "they must be on the same device"
+        )
+
+
+def require_reduction(reduction: str) -> None:
+    """ValueError unless the reduction is one of the three."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,127 @@
+"""Loads the compiled kernels once, and knows why when it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["build_info", "has_kernel_for", "is_loaded", "load_error"]
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+_library: Any = None
+_load_error: str | None = None
+_has_cuda = False
+
+
+def _build_record() -> dict[str, Any]:
+    """What the build wrote about itself; empty where nothing was built."""
+    try:
+        return json.loads((Path(__file__).parent / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _load() -> None:
+    global _library, _load_error, _has_cuda
+    record = _build_record()
+    built_for = record.get("torch")
+    if built_for is not None and _minor(built_for) != _minor(torch.__version__):
+        # Loading it could succeed and then corrupt memory: torch's C++ ABI changes between minors.
+        _load_error = (
+            f"the library was built for torch {built_for} but torch {torch.__version__} is installed"
+        )
+        return
+    try:
+        _library = importlib.import_module("dnkd_ext._C")
+    except ImportError as error:
+        if built_for is None:
+            _load_error = f"no compiled library beside {Path(__file__).parent} ({error})"
+        else:
+            _load_error = (
+                f"the library built for torch {built_for} does not load with torch "
+                f"{torch.__version__}: {error}"
+            )
+        return
+    _has_cuda = _library.build_info()["cuda"] is not None
+
+
+_load()
+
+if _load_error is not None:
+    _message = (
+        f"dnkd_ext runs without its compiled kernels, on the slower PyTorch reference: "
+        f"{_load_error}. To build them, run in the source folder: {REBUILD}"
+    )
+    if os.environ.get("DNKD_REQUIRE_EXT", "0") not in {"", "0"}:
+        raise ImportError(_message + " (an error because DNKD_REQUIRE_EXT is set)")
+    warnings.warn(_message, UserWarning, stacklevel=3)
+
+
+def is_loaded() -> bool:
+    """Whether the compiled library is in use."""
+    return _library is not None
+
+
+def load_error() -> str | None:
+    """Why the compiled library is not in use; None where it is."""
+    return _load_error
+
+
+def has_kernel_for(tensor: torch.Tensor) -> bool:
+    """Whether the compiled operators take this tensor.
+
+    Devices without kernels and the transforms of torch.func (which cannot see into a C++ autograd
+    function) are left to the reference.
+    """
+    return (
+        _library is not None
+        and (tensor.is_cpu or (_has_cuda and tensor.is_cuda))
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation consists of.
+
+    Returns:
+        A dictionary with ``version``, ``torch`` and ``torch_cuda`` (those installed), ``loaded``
+        (whether the compiled kernels are in use), ``load_error`` (why not, or None),
+        ``built_for_torch``, ``compiler``, ``openmp``, ``threads``, ``cpu_isas`` (instruction sets
+        this build and CPU share), ``cpu_isa`` (the one in use), ``cuda`` (version of the CUDA
+        kernels, None without) and ``cuda_architectures``. Entries that only the library knows are
+        None where it is not loaded.
+    """
+    from dnkd_ext import __version__
+
+    built = _library.build_info() if _library is not None else {}
+    return {
+        "version": __version__,
+        "torch": str(torch.__version__),
+        "torch_cuda": torch.version.cuda,
+        "loaded": is_loaded(),
+        "load_error": _load_error,
+        "built_for_torch": _build_record().get("torch"),
+        **{
+            key: built.get(key)
+            for key in (
+                "compiler",
+                "openmp",
+                "threads",
+                "cpu_isas",
+                "cpu_isa",
+                "cuda",
+                "cuda_architectures",
+            )
+        },
+    }

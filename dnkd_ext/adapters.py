@@ -1,0 +1,79 @@
+"""Penultimate features of any classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["extract_features", "find_classifier"]
+
+
+def find_classifier(model: nn.Module) -> nn.Module:
+    """The last linear layer of a classifier, whose input are the model's features.
+
+    timm's ``get_classifier()`` decides where there is one; otherwise the model's last
+    ``nn.Linear``.
+
+    Raises:
+        ValueError: there is none; pass the layer by hand.
+    """
+    if callable(getattr(model, "get_classifier", None)):
+        classifier = model.get_classifier()
+        if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
+            return classifier
+        raise ValueError(
+            f"{type(model).__name__}.get_classifier() gives {type(classifier).__name__}, which is "
+            "no layer to take the features before; pass classifier="
+        )
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear to take the features before; pass classifier="
+        )
+    return linear[-1]
+
+
+def extract_features(
+    model: nn.Module, images: Tensor, *, classifier: str | nn.Module | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run a classifier once and return what its last linear layer read, and the logits.
+
+    Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own.
+
+    Args:
+        model: the classifier; called as ``model(images)``, so wrappers keep working.
+        images: its input.
+        classifier: the last linear layer or its dotted name; found by :func:`find_classifier`
+            where not given.
+
+    Returns:
+        ``(features, logits)``: ``(N, D)`` and ``(N, C)``, both part of the autograd graph.
+
+    Raises:
+        ValueError: the layer cannot be found, or did not produce the model's output.
+    """
+    if classifier is None:
+        classifier = find_classifier(model)
+    elif isinstance(classifier, str):
+        try:
+            classifier = model.get_submodule(classifier)
+        except AttributeError as error:
+            raise ValueError(f"classifier {classifier!r} is not in the model: {error}") from error
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0], output))
+
+    handle = classifier.register_forward_hook(remember)
+    try:
+        logits = model(images)
+    finally:
+        handle.remove()
+    if not isinstance(logits, torch.Tensor):
+        raise ValueError(f"the model returned {type(logits).__name__}, expected a tensor of logits")
+    if len(seen) != 1 or seen[0][1] is not logits:
+        raise ValueError(
+            f"{type(classifier).__name__} ran {len(seen)} times and did not produce the model's "
+            "output; pass the last linear layer as classifier="
+        )
+    return seen[0][0], logits

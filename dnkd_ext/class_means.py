@@ -1,0 +1,390 @@
+"""Class means of the teacher's features: the streaming accumulator and its files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dnkd_ext._checks import require_floating, require_same_device, require_tensor
+
+__all__ = ["ClassMeans"]
+
+FORMAT = "dnkd_ext.class_means"
+FORMAT_VERSION = "1"
+
+
+class ClassMeans:
+    """Streaming mean feature of every class.
+
+    Sums are kept in float64 on one device and nothing is read back until a result is asked for, so
+    an update on a GPU costs no synchronisation. The sums are reproducible from run to run on the
+    CPU, and on CUDA under ``torch.use_deterministic_algorithms(True)``.
+
+    Args:
+        num_classes: ``C``, at least 1.
+        num_features: ``D``, at least 1.
+        ignore_index: rows with this class index are skipped.
+        device: where the sums live; by default that of the first features seen.
+
+    Example:
+        >>> means = ClassMeans(num_classes=10, num_features=64)
+        >>> means.update(torch.randn(32, 64), torch.randint(10, (32,)))
+        >>> means.compute().shape
+        torch.Size([10, 64])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_features: int,
+        *,
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+    ) -> None:
+        for name, value in (("num_classes", num_classes), ("num_features", num_features)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        self.num_classes = num_classes
+        self.num_features = num_features
+        self.ignore_index = ignore_index
+        self.metadata: dict[str, str] = {}
+        self._device = None if device is None else torch.device(device)
+        # What this process saw since the last merge. Row `num_classes` collects the rows whose
+        # target names no class, apart from the rest.
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+        # What all processes saw before it: (sums, counts), without the extra row.
+        self._merged: tuple[Tensor, Tensor] | None = None
+        # A table of unknown counts, as the authors' files are.
+        self._table: Tensor | None = None
+
+    # -- accumulation --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self, features: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: ``(..., D)``, float16, bfloat16, float32 or float64.
+            target: ``(...)`` class indices in int64 or int32 on the same device. An index outside
+                ``[0, C)`` other than ``ignore_index`` raises IndexError on the CPU, before anything
+                is added; on other devices it is counted in :attr:`out_of_range` and left out.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: dtype, shape or device of an argument.
+            ValueError: this object is a table of unknown counts (:meth:`from_json`).
+        """
+        if self._table is not None:
+            raise ValueError(
+                "this ClassMeans is a table loaded without sample counts; it cannot be updated"
+            )
+        require_floating(features, "features")
+        require_tensor(target, "target")
+        if features.dim() < 1 or features.shape[-1] != self.num_features:
+            raise ValueError(
+                f"features must be (..., {self.num_features}), got shape {list(features.shape)}"
+            )
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target must be int64 or int32 class indices, got {target.dtype}")
+        if target.shape != features.shape[:-1]:
+            raise ValueError(
+                f"target must have the leading shape of features {list(features.shape)}, "
+                f"got shape {list(target.shape)}"
+            )
+        require_same_device(target, "target", features, "features")
+        features = features.reshape(-1, self.num_features)
+        target = target.reshape(-1).long()
+        counted = target != self.ignore_index
+        bad = counted & ((target < 0) | (target >= self.num_classes))
+        if features.device.type == "cpu" and bool(bad.any()):
+            position = int(bad.nonzero()[0])
+            raise IndexError(
+                f"target[{position}] = {int(target[position])} is out of range for "
+                f"{self.num_classes} classes"
+            )
+        sums, counts = self._local(features.device)
+        # Ignored and nameless rows go to the spare row; the count tells the latter alone.
+        row = torch.where(counted & ~bad, target, self.num_classes)
+        sums.index_add_(0, row, features.to(torch.float64))
+        counts.index_add_(0, row, torch.where(counted, 1, 0))
+
+    def _local(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._sums is None or self._counts is None:
+            self._device = self._device or device
+            self._sums = torch.zeros(
+                self.num_classes + 1, self.num_features, dtype=torch.float64, device=self._device
+            )
+            self._counts = torch.zeros(
+                self.num_classes + 1, dtype=torch.int64, device=self._device
+            )
+        if self._sums.device != device:
+            raise RuntimeError(
+                f"features is on {device} but these class means are kept on {self._sums.device}"
+            )
+        return self._sums, self._counts
+
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """Sums (C, D) and counts (C,) of everything, merged parts included."""
+        device = self._device or torch.device("cpu")
+        sums, counts = self._local(device)
+        sums, counts = sums[:-1], counts[:-1]
+        if self._merged is not None:
+            sums, counts = sums + self._merged[0], counts + self._merged[1]
+        return sums, counts
+
+    def all_reduce(self, group: Any = None) -> ClassMeans:
+        """Merge over the processes of ``torch.distributed``.
+
+        Every rank gets a new object that holds what all ranks saw; this one is unchanged. Updates
+        of the merged object, and merging it again, count every sample once. Without an initialised
+        process group the result is a copy.
+
+        Args:
+            group: the process group; None for the default one.
+        """
+        if self._table is not None:
+            raise ValueError("a table loaded without sample counts cannot be merged")
+        device = self._device or torch.device("cpu")
+        sums, counts = (t.clone() for t in self._local(device))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums, group=group)
+            torch.distributed.all_reduce(counts, group=group)
+        result = ClassMeans(
+            self.num_classes, self.num_features, ignore_index=self.ignore_index, device=device
+        )
+        result.metadata = dict(self.metadata)
+        previous = self._merged or (torch.zeros_like(sums[:-1]), torch.zeros_like(counts[:-1]))
+        result._merged = (sums[:-1] + previous[0], counts[:-1] + previous[1])
+        result._sums = torch.zeros_like(sums)
+        result._counts = torch.zeros_like(counts)
+        result._sums[-1], result._counts[-1] = sums[-1], counts[-1]
+        return result
+
+    # -- results -------------------------------------------------------------------------------
+
+    def compute(self) -> Tensor:
+        """The mean feature of every class, ``(C, D)`` float32; zeros for classes without samples."""
+        if self._table is not None:
+            return self._table.clone()
+        sums, counts = self._totals()
+        return (sums / counts.clamp_min(1).unsqueeze(-1)).to(torch.float32)
+
+    @property
+    def counts(self) -> Tensor | None:
+        """Samples of every class, ``(C,)`` int64; None where a loaded table does not tell."""
+        return None if self._table is not None else self._totals()[1].clone()
+
+    @property
+    def missing(self) -> list[int]:
+        """Classes without samples (for a table without counts: those whose row is zero).
+
+        Reading it on a GPU synchronises.
+        """
+        empty = (
+            (self._table == 0).all(dim=1) if self._table is not None else self._totals()[1] == 0
+        )
+        return empty.nonzero().flatten().tolist()
+
+    @property
+    def out_of_range(self) -> int:
+        """Rows left out because their target named no class (CUDA; the CPU raises instead)."""
+        return 0 if self._counts is None else int(self._counts[-1])
+
+    def __repr__(self) -> str:
+        return f"ClassMeans(num_classes={self.num_classes}, num_features={self.num_features})"
+
+    # -- from a model --------------------------------------------------------------------------
+
+    @classmethod
+    def from_model(
+        cls,
+        model: torch.nn.Module,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        *,
+        num_classes: int | None = None,
+        classifier: str | torch.nn.Module | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+        metadata: dict[str, str] | None = None,
+    ) -> ClassMeans:
+        """Gather the class means of a trained model over a loader, in evaluation mode.
+
+        Args:
+            model: any classifier; :func:`dnkd_ext.extract_features` tells how its features are
+                found. Its training mode is restored afterwards.
+            loader: yields ``(images, target)``; for the paper's method the training set without
+                augmentation.
+            num_classes: ``C``; by default the width of the model's logits.
+            classifier: the last linear layer or its name, where it cannot be found.
+            device: where to move the batches; by default where the model's parameters are.
+            progress: show a progress bar (needs tqdm; without it there is none).
+            metadata: kept with the result and written by :meth:`save` ("teacher", "dataset").
+
+        Raises:
+            ValueError: the loader yields nothing, or the classifier cannot be found.
+        """
+        from dnkd_ext.adapters import extract_features
+        from dnkd_ext.progress import progress_bar
+
+        if device is None:
+            device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        means: ClassMeans | None = None
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                for images, target in progress_bar(loader, "class means", enabled=progress):
+                    features, logits = extract_features(
+                        model, images.to(device, non_blocking=True), classifier=classifier
+                    )
+                    if means is None:
+                        means = cls(num_classes or logits.shape[-1], features.shape[-1])
+                    means.update(features, target.to(device, non_blocking=True))
+        finally:
+            model.train(was_training)
+        if means is None:
+            raise ValueError("loader yielded no batch; class means need at least one sample")
+        means.metadata = {"teacher": type(model).__name__, **(metadata or {})}
+        return means
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the means, counts and metadata as safetensors.
+
+        The file appears whole or not at all: an existing one is replaced only by a complete one.
+
+        Raises:
+            OSError: the folder does not exist or cannot be written.
+        """
+        from safetensors.torch import save as to_bytes
+
+        tensors = {"class_means": self.compute().cpu().contiguous()}
+        if self._table is None:
+            sums, counts = self._totals()
+            tensors["sums"] = sums.cpu().contiguous()
+            tensors["counts"] = counts.cpu().contiguous()
+        metadata = {
+            **{key: str(value) for key, value in self.metadata.items()},
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "num_classes": str(self.num_classes),
+            "num_features": str(self.num_features),
+        }
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(to_bytes(tensors, metadata=metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)  # mkstemp keeps others out
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ClassMeans:
+        """Read a file written by :meth:`save`; its means, counts and metadata are those saved.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no safetensors file, is damaged, or holds no class means.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no class-means file at {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} holds no class means: its metadata says format "
+                f"{metadata.get('format')!r}, expected {FORMAT!r}"
+            )
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} is of class-means format version {metadata.get('format_version')!r}; "
+                f"this version of dnkd_ext reads {FORMAT_VERSION!r}"
+            )
+        table = tensors.get("class_means")
+        if table is None or table.dim() != 2 or table.dtype != torch.float32 or 0 in table.shape:
+            raise ValueError(f"{path}: 'class_means' is not a (C, D) float32 table")
+        result = cls(*table.shape)
+        for key in ("format", "format_version", "num_classes", "num_features"):
+            metadata.pop(key, None)
+        result.metadata = metadata
+        if "counts" not in tensors and "sums" not in tensors:
+            result._table = table
+            return result
+        sums, counts = tensors.get("sums"), tensors.get("counts")
+        if sums is None or sums.shape != table.shape or sums.dtype != torch.float64:
+            raise ValueError(f"{path}: 'sums' is not a {list(table.shape)} float64 table")
+        if counts is None or counts.shape != table.shape[:1] or counts.dtype != torch.int64:
+            raise ValueError(f"{path}: 'counts' is not a ({table.shape[0]},) int64 vector")
+        result._merged = (sums, counts)
+        return result
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> ClassMeans:
+        """Read the paper authors' ``center_emb_train.json``: ``{"0": [..D floats..], "1": ...}``.
+
+        The sample counts are unknown, so :attr:`counts` is None and the table cannot be updated.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no such table; names the file and what is wrong with it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no class-means file at {path}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a whole JSON file: {error}") from error
+        if not isinstance(content, dict) or not content:
+            raise ValueError(
+                f"{path} must hold an object of class index to feature list, "
+                f"got {'an empty object' if content == {} else type(content).__name__}"
+            )
+        expected = [str(k) for k in range(len(content))]
+        absent = [key for key in expected if key not in content]
+        if absent:
+            foreign = sorted(set(content) - set(expected))
+            raise ValueError(
+                f"{path} must have the class keys '0' to '{len(content) - 1}'; "
+                f"missing {absent[:5]}, unexpected {foreign[:5]}"
+            )
+        width = len(content["0"]) if isinstance(content["0"], list) else 0
+        if width == 0:
+            raise ValueError(f"{path}: class '0' is not a list of numbers")
+        for key in expected:
+            row = content[key]
+            if not isinstance(row, list) or len(row) != width:
+                got = f"{len(row)} values" if isinstance(row, list) else type(row).__name__
+                raise ValueError(f"{path}: class {key!r} has {got}, class '0' has {width} values")
+            for value in row:
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise ValueError(f"{path}: class {key!r} holds {value!r}, which is no number")
+                if not math.isfinite(value):
+                    raise ValueError(f"{path}: class {key!r} holds {value!r}, which is not finite")
+        result = cls(len(content), width)
+        result._table = torch.tensor([content[key] for key in expected], dtype=torch.float32)
+        result.metadata = {"source": path.name}
+        return result
