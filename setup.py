@@ -187,15 +187,12 @@ def build_arguments() -> dict:
     class Build(cpp_extension.BuildExtension):
         """Also writes what it built against, for the message when the library does not load."""
 
-        def build_extension(self, ext):
-            super().build_extension(ext)
-            record = {
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "python": platform.python_version(),
-                "with_cuda": ("DNKD_WITH_CUDA", None) in ext.define_macros,
-            }
-            path = Path(self.get_ext_fullpath(ext.name)).with_name("_build.json")
+        def run(self):
+            super().run()
+            with_cuda = any(("DNKD_WITH_CUDA", None) in ext.define_macros for ext in self.extensions)
+            record = {"torch": torch.__version__, "cuda": torch.version.cuda if with_cuda else None}
+            folder = ROOT if self.inplace else Path(self.build_lib)
+            path = folder / "dnkd_ext" / "_build.json"
             path.write_text(json.dumps(record, indent=1) + "\n")
             say(f"wrote {path}")
 

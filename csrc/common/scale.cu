@@ -1,0 +1,62 @@
+#include "common/scale.h"
+
+#include "common/device.cuh"
+
+namespace dnkd {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(T* gradient, const typename Accumulate<T>::type* upstream, int64_t count) {
+  const auto up = *upstream;
+  if (up == 1) {
+    return;
+  }
+  constexpr int kVec = kVectorWidth<T>;
+  const int64_t vectors = count / kVec;  // the buffer is this library's own: its start is aligned
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t v = first; v < vectors; v += step) {
+    Pack<T, kVec> pack = load_pack<T, kVec>(gradient + v * kVec);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      pack.elements[i] = narrow<T>(widen(pack.elements[i]) * up);
+    }
+    store_pack(gradient + v * kVec, pack);
+  }
+  for (int64_t j = vectors * kVec + first; j < count; j += step) {
+    gradient[j] = narrow<T>(widen(gradient[j]) * up);
+  }
+}
+
+template <typename T>
+int scale(int64_t count, void* gradient, const void* upstream, void* stream) {
+  const int64_t needed = (count / kVectorWidth<T> + kThreads) / kThreads;
+  constexpr auto kKernel = scale_kernel<T>;
+  const int64_t resident = resident_blocks<kKernel>(kThreads);
+  return launch(kKernel, needed < resident ? needed : resident, kThreads, stream,
+                static_cast<T*>(gradient),
+                static_cast<const typename Accumulate<T>::type*>(upstream), count);
+}
+
+}  // namespace
+
+int scale_cuda(Dtype dtype, int64_t count, void* gradient, const void* upstream, void* stream) {
+  if (count == 0) {
+    return 0;
+  }
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return scale<Half>(count, gradient, upstream, stream);
+    case Dtype::kBFloat16:
+      return scale<BFloat16>(count, gradient, upstream, stream);
+    case Dtype::kFloat64:
+      return scale<double>(count, gradient, upstream, stream);
+    default:
+      return scale<float>(count, gradient, upstream, stream);
+  }
+}
+
+}  // namespace dnkd

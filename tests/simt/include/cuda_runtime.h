@@ -1,0 +1,201 @@
+// A test-only stand-in for the CUDA runtime: kernels run as plain C++, blocks one after another,
+// the threads of a block as fibers that change over at barriers and shuffles. It finds mistakes of
+// indexing, of reduction order and of barriers; it says nothing about speed or memory ordering.
+#pragma once
+
+#include <math.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct uint2 {
+  alignas(8) unsigned x;
+  unsigned y;
+};
+struct uint4 {
+  alignas(16) unsigned x;
+  unsigned y, z, w;
+};
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+enum cudaError_t { cudaSuccess = 0 };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+namespace simt {
+
+inline int multiprocessors = 2;      // small, so that blocks take several rows
+inline bool reverse_blocks = false;  // the last block first
+
+struct Barrier {
+  int members = 0;
+  int arrived = 0;
+  long generation = 0;
+  void arrive() {
+    if (arrived > 0 && arrived >= members) {
+      arrived = 0;
+      ++generation;
+    }
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  Barrier* waits_for = nullptr;
+  long generation = 0;
+};
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 << 10;
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline int current = 0;
+inline Barrier block_barrier;
+inline std::vector<Barrier> warp_barriers;
+inline std::vector<uint64_t> lanes;
+inline std::function<void()> body;
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "simt: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
+  std::exit(3);
+}
+
+inline void wait(Barrier& barrier) {
+  Fiber& self = fibers[current];
+  self.waits_for = &barrier;
+  self.generation = barrier.generation;
+  ++barrier.arrived;
+  barrier.arrive();
+  while (barrier.generation == self.generation) {
+    swapcontext(&self.context, &scheduler);
+  }
+  self.waits_for = nullptr;
+}
+
+inline void enter() {
+  body();
+  Fiber& self = fibers[current];
+  self.done = true;
+  // Threads that have left no longer count at barriers.
+  --block_barrier.members;
+  block_barrier.arrive();
+  --warp_barriers[current / kWarp].members;
+  warp_barriers[current / kWarp].arrive();
+}
+
+inline void run_block(int threads) {
+  fibers = std::vector<Fiber>(threads);
+  warp_barriers = std::vector<Barrier>((threads + kWarp - 1) / kWarp);
+  lanes.assign(threads, 0);
+  block_barrier = {threads, 0, 0};
+  for (int t = 0; t < threads; ++t) {
+    ++warp_barriers[t / kWarp].members;
+    Fiber& fiber = fibers[t];
+    fiber.stack = std::make_unique<char[]>(kStack);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (int left = threads; left > 0;) {
+    bool progressed = false;
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[t];
+      if (fiber.done ||
+          (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.generation)) {
+        continue;
+      }
+      progressed = true;
+      current = t;
+      threadIdx = dim3(t, 0, 0);
+      swapcontext(&scheduler, &fiber.context);
+      left -= fiber.done;
+    }
+    if (!progressed) {
+      fail("a barrier or shuffle was not reached by all threads");
+    }
+  }
+}
+
+}  // namespace simt
+
+inline void __syncthreads() { simt::wait(simt::block_barrier); }
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  static_assert(sizeof(T) <= 8);
+  if (mask != 0xffffffffu) {
+    simt::fail("a shuffle with a partial mask");
+  }
+  const int self = simt::current;
+  const int warp = self / simt::kWarp;
+  std::memcpy(&simt::lanes[self], &value, sizeof(T));
+  simt::wait(simt::warp_barriers[warp]);
+  T other;
+  std::memcpy(&other, &simt::lanes[self ^ lane_mask], sizeof(T));
+  simt::wait(simt::warp_barriers[warp]);
+  return other;
+}
+
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address += value;
+  return old;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  simt::body = [=] { kernel(arguments...); };
+  for (unsigned b = 0; b < config->gridDim.x; ++b) {
+    blockIdx = dim3(simt::reverse_blocks ? config->gridDim.x - 1 - b : b, 0, 0);
+    simt::run_block(static_cast<int>(config->blockDim.x));
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = simt::multiprocessors;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = 2;
+  return cudaSuccess;
+}
