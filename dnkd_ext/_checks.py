@@ -5,6 +5,8 @@ The compiled operators make the same checks with the same words, without enterin
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -45,3 +47,25 @@ def require_reduction(reduction: str) -> None:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_target(target: Tensor, is_bad: Tensor, classes: int, what: str) -> None:
+    """IndexError naming the first bad target, where its value can be read.
+
+    On a GPU only if DNKD_CHECK_TARGET or anomaly detection asks for it: it synchronises. While a
+    graph is traced or transformed there is no value; such rows are then NaN.
+    """
+    asked = os.environ.get("DNKD_CHECK_TARGET", "0") not in {"", "0"}
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (target.device.type != "cpu" and not (asked or torch.is_anomaly_enabled()))
+        or isinstance(is_bad, torch._subclasses.FakeTensor)
+        or not bool(is_bad.any())
+    ):
+        return
+    position = int(is_bad.flatten().nonzero()[0])
+    raise IndexError(
+        f"target[{position}] = {int(target.flatten()[position])} is out of range for {classes} "
+        f"{what}"
+    )

@@ -4,7 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+#include <torch/csrc/autograd/anomaly_mode.h>
 
+#include <cstdlib>
 #include <string_view>
 
 #include "common/dtype.h"
@@ -25,6 +27,14 @@ inline void check_same_device(const at::Tensor& tensor, const char* name, const 
                               const char* other_name) {
   TORCH_CHECK(tensor.device() == other.device(), name, " is on ", tensor.device(), " but ",
               other_name, " is on ", other.device(), "; they must be on the same device");
+}
+
+// Whether targets on a GPU are to be checked at the cost of a synchronisation: DNKD_CHECK_TARGET=1,
+// or anomaly detection.
+inline bool checks_target_on_device() {
+  const char* value = std::getenv("DNKD_CHECK_TARGET");
+  return (value != nullptr && *value != '\0' && std::string_view(value) != "0") ||
+         torch::autograd::AnomalyMode::is_enabled();
 }
 
 inline Dtype to_dtype(at::ScalarType type) {

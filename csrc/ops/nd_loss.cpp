@@ -19,7 +19,6 @@
 #include "common/checks.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <string>
 
 namespace dnkd {
@@ -152,8 +151,9 @@ Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& clas
       result.teacher = as_rows(*teacher_features);
     } else {
       // Only the norm matters; taking it here needs no copy in the student's type.
+      const auto widest = teacher_features->scalar_type() == at::kDouble ? at::kDouble : accumulate;
       result.teacher_norms =
-          flat(at::linalg_vector_norm(*teacher_features, 2, {-1}, false, accumulate));
+          flat(at::linalg_vector_norm(*teacher_features, 2, {-1}, false, widest).to(accumulate));
     }
   }
   if (teacher_norms.has_value()) {
@@ -179,15 +179,21 @@ const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-[[noreturn]] void raise_bad_target(const Tensor& target, int64_t position, int64_t classes) {
-  TORCH_CHECK_INDEX(false, "target[", position, "] = ",
-                    target.flatten()[position].item<int64_t>(), " is out of range for ", classes,
+// On the CPU always; elsewhere where asked for, because it synchronises.
+void check_target(const NdLossParams& p, const Tensor& target) {
+  Tensor on_cpu = target;
+  NdLossParams readable = p;
+  if (!target.is_cpu()) {
+    if (!checks_target_on_device()) {
+      return;
+    }
+    on_cpu = target.cpu();
+    readable.target = on_cpu.const_data_ptr();
+  }
+  const int64_t position = nd_loss_find_bad_target_cpu(readable);
+  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ",
+                    on_cpu[position].item<int64_t>(), " is out of range for ", p.classes,
                     " rows of class_means");
-}
-
-bool environment_flag(const char* name) {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != '\0' && std::string_view(value) != "0";
 }
 
 NdLossParams forward_params(const Tensor& student, const OptionalTensor& target,
@@ -263,11 +269,8 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
   const Reduction reduction = to_reduction(reduction_name);
   NdLossParams p = forward_params(student, target, directions, teacher, teacher_norms, weight,
                                   loss_weight, ignore_index, reduction, eps);
-  if (p.target != nullptr && student.is_cpu()) {
-    const int64_t position = nd_loss_find_bad_target_cpu(p);
-    if (position >= 0) {
-      raise_bad_target(*target, position, p.classes);
-    }
+  if (p.target != nullptr) {
+    check_target(p, *target);
   }
   const auto scalars = student.options().dtype(accumulate);
   Tensor loss = reduction == Reduction::kNone ? at::empty({p.rows}, scalars) : at::empty({}, scalars);

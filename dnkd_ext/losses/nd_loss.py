@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dnkd_ext import _extension
 from dnkd_ext._checks import (
     accumulate_dtype,
+    check_target,
     require_floating,
     require_reduction,
     require_same_device,
@@ -252,13 +253,14 @@ def nd_loss_reference(
         else:
             counted = target != ignore_index
             named = (target >= 0) & (target < means.shape[0])
-            if student_features.device.type == "cpu":
-                _raise_bad_target(target, counted & ~named, means.shape[0])
+            check_target(target, counted & ~named, means.shape[0], "rows of class_means")
             direction = means[torch.where(named, target, 0).long()] if len(means) else (
                 means.new_full(student_features.shape, math.nan)
             )
         if teacher_features is not None:
-            teacher_norms = torch.linalg.vector_norm(teacher_features.detach(), dim=-1, dtype=dtype)
+            # Formed as the student's below, so that equal features have equal norms.
+            teacher = teacher_features.detach().to(dtype)
+            teacher_norms = (teacher * teacher).sum(-1).sqrt()
         elif teacher_norms is not None:
             teacher_norms = teacher_norms.detach().to(dtype)
         else:
@@ -293,18 +295,6 @@ def nd_loss_reference(
         elif reduction == "sum":
             loss = loss.sum()
         return loss.to(dtype)
-
-
-def _raise_bad_target(target: Tensor, bad: Tensor, classes: int) -> None:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # a value cannot be read here; such rows are NaN, as on CUDA
-    if isinstance(target, torch._subclasses.FakeTensor) or not bool(bad.any()):
-        return
-    position = int(bad.flatten().nonzero()[0])
-    raise IndexError(
-        f"target[{position}] = {int(target.flatten()[position])} is out of range for {classes} "
-        "rows of class_means"
-    )
 
 
 # -- what torch has to know about the operators ---------------------------------------------------

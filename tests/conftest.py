@@ -1,0 +1,66 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import dnkd_ext
+from tests.cases import CASES
+
+# The folder of reference values beside the repository, unless named.
+GOLDEN = Path(
+    os.environ.get("DNKD_GOLDEN_DIR", Path(__file__).resolve().parents[2] / "shared" / "golden")
+)
+
+
+def pytest_report_header(config):
+    info = dnkd_ext.build_info()
+    return (
+        f"dnkd_ext: torch {info['torch']}, kernels "
+        f"{info['cpu_isa'] if info['loaded'] else 'NOT LOADED: ' + str(info['load_error'])}, "
+        f"CUDA kernels {info['cuda']}, CUDA device {torch.cuda.is_available()}, golden {GOLDEN}"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(20260101)
+
+
+@pytest.fixture(params=["cifar100_resnet56", "cifar100_resnet32x4", "coco_r101"])
+def golden(request):
+    """The arrays of one golden file."""
+    import numpy as np
+
+    path = GOLDEN / f"{request.param}.npz"
+    if not path.is_file():
+        pytest.skip(f"no golden vectors at {path} (set DNKD_GOLDEN_DIR)")
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture
+def needs_extension():
+    """Skips tests of the compiled library where it is not built."""
+    if not dnkd_ext.build_info()["loaded"]:
+        pytest.skip(f"compiled library not loaded: {dnkd_ext.build_info()['load_error']}")

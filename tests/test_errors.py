@@ -1,0 +1,84 @@
+"""Wrong calls: the right exception, naming the argument, from every way in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dnkd_ext
+from tests.cases import CASES, convert
+
+ALL = [
+    pytest.param(case, bad, id=f"{case.name}-{bad.name}") for case in CASES for bad in case.bad_inputs
+]
+
+
+@pytest.mark.parametrize(("one", "bad"), ALL)
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_bad_input(one, bad, implementation, needs_gradient, generator):
+    args, kwargs = convert(one.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu")
+    args[0] = args[0].detach().requires_grad_(needs_gradient)
+    getattr(one, implementation)(*args, **kwargs)  # good before it is spoilt
+    bad.change(args, kwargs)
+    with pytest.raises(bad.error, match=bad.match):
+        getattr(one, implementation)(*args, **kwargs)
+
+
+@pytest.mark.cuda
+def test_devices_differ(case, generator):
+    args, kwargs = convert(case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cuda")
+    for spoil in (1, 2, "teacher_features"):
+        bad_args, bad_kwargs = list(args), dict(kwargs)
+        holder = bad_args if isinstance(spoil, int) else bad_kwargs
+        holder[spoil] = holder[spoil].cpu()
+        for function in (case.fused, case.reference):
+            with pytest.raises(RuntimeError, match="must be on the same device"):
+                function(*bad_args, **bad_kwargs)
+
+
+def test_devices_differ_without_a_gpu(case, generator):
+    args, kwargs = convert(case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu")
+    args[2] = args[2].to("meta")
+    for function in (case.fused, case.reference):
+        with pytest.raises(RuntimeError, match="class_means is on meta but student_features is on cpu"):
+            function(*args, **kwargs)
+
+
+class TestModule:
+    def test_equals_functional(self, generator):
+        args, kwargs = convert(
+            CASES[0].variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
+        )
+        options = {"ignore_index": 3, "reduction": "sum", "loss_weight": 0.5, "eps": 1e-6}
+        criterion = dnkd_ext.NDLoss(args[2], **options)
+        assert torch.equal(
+            criterion(args[0], args[1], **kwargs), dnkd_ext.nd_loss(*args, **kwargs, **options)
+        )
+
+    def test_state_and_devices(self, generator):
+        means = torch.randn(5, 8, generator=generator)
+        criterion = dnkd_ext.NDLoss(means, loss_weight=torch.tensor(2.0))
+        assert set(criterion.state_dict()) == {"class_means", "loss_weight"}
+        means.zero_()
+        assert criterion.class_means.abs().sum() > 0  # its own copy
+        other = dnkd_ext.NDLoss(torch.zeros(5, 8), loss_weight=torch.tensor(0.0))
+        other.load_state_dict(criterion.state_dict())
+        assert torch.equal(other.class_means, criterion.class_means)
+        assert criterion.to(torch.bfloat16).class_means.dtype == torch.bfloat16
+        assert "num_classes=5, num_features=8" in repr(criterion)
+        assert list(criterion.parameters()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "error", "match"),
+        [
+            ((torch.zeros(3),), {}, ValueError, r"class_means must be \(C, D\)"),
+            ((torch.zeros(3, 2).long(),), {}, TypeError, "class_means must be float16"),
+            (([[1.0]],), {}, TypeError, "class_means must be a torch.Tensor, got list"),
+            ((torch.zeros(3, 2),), {"reduction": "avg"}, ValueError, "reduction must be"),
+            ((torch.zeros(3, 2),), {"eps": float("nan")}, ValueError, "eps must be finite"),
+        ],
+    )
+    def test_bad_construction(self, arguments, options, error, match):
+        with pytest.raises(error, match=match):
+            dnkd_ext.NDLoss(*arguments, **options)
