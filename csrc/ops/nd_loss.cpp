@@ -125,6 +125,10 @@ Tensor flat(const Tensor& tensor) {
   return tensor.dim() == 1 ? tensor.contiguous() : tensor.reshape({-1});
 }
 
+Tensor cast(const Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& class_means,
                  const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
                  const OptionalTensor& weight) {
@@ -138,12 +142,12 @@ Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& clas
   result.student = as_rows(student);
   if (at::isFloatingType(target.scalar_type())) {
     // The direction of a mixture of classes: normalise(sum_k p_k c_k), one per row.
-    result.directions = as_rows(target).to(accumulate).matmul(class_means.to(accumulate));
+    result.directions = cast(as_rows(target), accumulate).matmul(cast(class_means, accumulate));
   } else {
     result.target = flat(target);
     const auto means_type = class_means.scalar_type();
     const bool readable = means_type == type || means_type == at::kFloat;
-    result.directions = as_rows(readable ? class_means : class_means.to(accumulate));
+    result.directions = as_rows(readable ? class_means : cast(class_means, accumulate));
   }
   if (teacher_features.has_value()) {
     if (teacher_features->scalar_type() == type &&
@@ -153,14 +157,14 @@ Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& clas
       // Only the norm matters; taking it here needs no copy in the student's type.
       const auto widest = teacher_features->scalar_type() == at::kDouble ? at::kDouble : accumulate;
       result.teacher_norms =
-          flat(at::linalg_vector_norm(*teacher_features, 2, {-1}, false, widest).to(accumulate));
+          flat(cast(at::linalg_vector_norm(*teacher_features, 2, {-1}, false, widest), accumulate));
     }
   }
   if (teacher_norms.has_value()) {
-    result.teacher_norms = flat(teacher_norms->to(accumulate));
+    result.teacher_norms = flat(cast(*teacher_norms, accumulate));
   }
   if (weight.has_value()) {
-    result.weight = weight->to(accumulate);
+    result.weight = cast(*weight, accumulate);
   }
   return result;
 }
