@@ -387,6 +387,24 @@ if _extension.is_loaded():
     torch.library.register_fake("dnkd_ext::_nd_loss_backward", _fake_backward, lib=_library)
 
 
+def nd_loss_examples(generator: torch.Generator):
+    """Float64 arguments that reach every kernel: a warp and a block per row, odd widths, targets."""
+    for width in (3, 33, 64, 1100):
+        student, teacher, means = (
+            torch.randn(rows, width, generator=generator, dtype=torch.float64)
+            for rows in (40, 40, 10)
+        )
+        target = torch.randint(10, (40,), generator=generator)
+        # Clearly longer or shorter than the student, so that rounding does not decide which.
+        teacher *= torch.where(torch.arange(40) % 2 == 0, 2.0, 0.5)[:, None] * (
+            student.norm(dim=1, keepdim=True) / teacher.norm(dim=1, keepdim=True)
+        )
+        yield [student, target, means], {"teacher_features": teacher}
+        yield [student, target.int(), means], {"teacher_norms": teacher.norm(dim=1)}
+        yield [student, target, means], {"ignore_index": 3, "reduction": "sum"}
+        yield [student, torch.nn.functional.one_hot(target, 10) * 0.9 + 0.01, means], {}
+
+
 # -- module ---------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,7 @@ void nd_loss() {
   if (integer("weight_tensor") != 0) {
     p.weight = weight.read();
   }
+  p.classes += integer("phantom_classes");  // to see that reading behind the table is caught
   p.loss = loss.data();
   const bool keeps_coefficients = integer("saves") == 2;
   if (integer("saves") == 1) {

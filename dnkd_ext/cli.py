@@ -1,0 +1,102 @@
+"""The command line: ``dnkd`` or ``python -m dnkd_ext``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    from dnkd_ext import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="dnkd",
+        description="Feature-direction-and-norm distillation losses: information and training.",
+    )
+    parser.add_argument("--version", action="version", version=f"dnkd_ext {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser(
+        "info",
+        help="what this installation consists of",
+        description="Versions, the compiled kernels and what they were built for.",
+    )
+    info.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every operator with its PyTorch reference on this machine",
+    )
+    info.add_argument("--json", action="store_true", help="print JSON")
+
+    demo = commands.add_parser(
+        "demo",
+        help="distil small students from a teacher on real images",
+        description=(
+            "Train a convolutional teacher, gather its class means, train small students over "
+            "several seeds with CE, KD and KD++ (CE + KD + the ND loss), and write a table, plots "
+            "and weights. The data are scikit-learn's handwritten digits, or an image folder."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    demo.add_argument(
+        "--data", metavar="DIR", help="image folder: DIR/train/CLASS/*.png and DIR/test or DIR/val"
+    )
+    demo.add_argument(
+        "--limit", type=int, metavar="N", help="use at most N training images of --data"
+    )
+    demo.add_argument("--seeds", type=int, default=5, metavar="N", help="students per method")
+    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
+    demo.add_argument("--teacher-epochs", type=int, default=30, metavar="N", help="teacher epochs")
+    demo.add_argument("--epochs", type=int, default=20, metavar="N", help="student epochs")
+    demo.add_argument(
+        "--overwrite", action="store_true", help="replace the results of an earlier run in --out"
+    )
+    return parser
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from dnkd_ext import build_info
+
+    information = build_info()
+    if arguments.json:
+        print(json.dumps(information, indent=2))
+    else:
+        for key, value in information.items():
+            print(f"{key:20} {', '.join(value) if isinstance(value, list) else value}")
+    if not arguments.check:
+        return 0
+    from dnkd_ext.selfcheck import self_check
+
+    return 0 if self_check() else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from dnkd_ext.train.demo import DemoConfig, run_demo
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"the demo needs the training extras ({error}); install them with "
+            "pip install 'dnkd_ext[train]'"
+        ) from error
+    options = {k: v for k, v in vars(arguments).items() if k != "command"}
+    run_demo(DemoConfig(**options))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a wrong input is one line on standard error and exit status 2."""
+    arguments = _parser().parse_args(argv)
+    command = {"info": _info, "demo": _demo}[arguments.command]
+    try:
+        return command(arguments)
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        print(f"dnkd {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dnkd {arguments.command}: interrupted", file=sys.stderr)
+        return 130

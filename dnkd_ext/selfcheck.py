@@ -1,0 +1,67 @@
+"""``dnkd info --check``: every operator against its reference on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from dnkd_ext import _extension
+from dnkd_ext.losses import LOSSES
+
+__all__ = ["self_check"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def self_check() -> bool:
+    """Print a line per operator, device and dtype; True where all agree.
+
+    Compared are the loss and its gradient with the reference in float64 on the same inputs; the
+    bound is 1e-5 of the largest gradient element (1e-12 for float64) plus the rounding of the
+    gradient's own dtype.
+    """
+    if not _extension.is_loaded():
+        print(f"FAIL no compiled operators to check: {_extension.load_error()}")
+        return False
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    passed = True
+    for name, loss in LOSSES.items():
+        for device in devices:
+            for dtype in DTYPES:
+                if not _extension.has_kernel_for(torch.empty(0, device=device)):
+                    print(f"skip {name} {device}: built without CUDA kernels")
+                    break
+                error = max(
+                    _error(loss, args, kwargs, dtype, device)
+                    for args, kwargs in loss.examples(torch.Generator().manual_seed(0))
+                )
+                bound = 1e-12 if dtype == torch.float64 else 1e-5
+                if dtype.itemsize == 2:
+                    bound += torch.finfo(dtype).eps
+                good = error <= bound  # a NaN is not
+                passed = passed and good
+                word = "PASS" if good else "FAIL"
+                print(f"{word} {name} {device} {str(dtype)[6:]}: error {error:.1e}, bound {bound:.1e}")
+    return passed
+
+
+def _error(loss, args, kwargs, dtype, device) -> float:
+    def convert(value, to):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device, to if value.is_floating_point() else value.dtype)
+
+    def evaluate(function, to):
+        values = [convert(convert(v, dtype), to) for v in args]
+        options = {k: convert(convert(v, dtype), to) for k, v in kwargs.items()}
+        values[0].requires_grad_()
+        result = function(*values, **options)
+        (gradient,) = torch.autograd.grad(result, values[0])
+        return result.detach().double(), gradient.double()
+
+    fused, reference = evaluate(loss.fused, dtype), evaluate(loss.reference, torch.float64)
+    differences = [
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, reference, strict=True)
+    ]
+    return float("nan") if any(d != d for d in differences) else max(differences)

@@ -1,0 +1,1 @@
+"""Training commands: data, models, loops, plots, and the jobs made of them."""

@@ -1,0 +1,236 @@
+"""Small image sets held in memory as uint8, and their augmentation in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnkd_ext.progress import progress_bar
+
+__all__ = ["ImageSet", "Images", "load_digits", "load_image_folder"]
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+LARGEST_SIDE = 64
+
+
+@dataclass
+class Images:
+    """One split: ``pixels`` (N, channels, height, width) uint8 and ``target`` (N,) int64."""
+
+    pixels: Tensor
+    target: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def to(self, device: torch.device | str) -> Images:
+        """The split on another device."""
+        return Images(self.pixels.to(device), self.target.to(device))
+
+
+@dataclass
+class ImageSet:
+    """A training and a test split with the names of their classes.
+
+    ``mean`` and ``std`` (channels,) are those of the training pixels in [0, 1]; ``flips`` tells
+    whether a mirrored image is still of its class.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    classes: list[str]
+    mean: Tensor
+    std: Tensor
+    flips: bool
+
+    @property
+    def channels(self) -> int:
+        """Channels of every image."""
+        return self.train.pixels.shape[1]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The set on another device."""
+        return ImageSet(
+            self.name,
+            self.train.to(device),
+            self.test.to(device),
+            self.classes,
+            self.mean.to(device),
+            self.std.to(device),
+            self.flips,
+        )
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, channels, H, W) uint8 to float32 of zero mean and unit deviation."""
+        mean, std = (x.view(1, -1, 1, 1) for x in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+    def batches(
+        self, split: Images, size: int, *, generator: torch.Generator | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, target) batches; shuffled and augmented where a generator is given.
+
+        The generator lives on the CPU, so that every device sees the same order and crops.
+        """
+        count = len(split)
+        order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+        for start in range(0, count, size):
+            chosen = order[start : start + size].to(split.pixels.device)
+            pixels = split.pixels[chosen]
+            if generator is not None:
+                if len(chosen) < size and start > 0:
+                    return  # BatchNorm of a handful of images would be noise
+                pixels = _augment(pixels, self.flips, generator)
+            yield self.normalise(pixels), split.target[chosen]
+
+
+def _augment(pixels: Tensor, flips: bool, generator: torch.Generator) -> Tensor:
+    """Shift each image by up to an eighth of its size, black behind, and mirror every second."""
+    count, channels, height, width = pixels.shape
+    pad = max(1, height // 8)
+    device = pixels.device
+    dy, dx = torch.randint(2 * pad + 1, (2, count, 1), generator=generator).to(device)
+    mirrored = (torch.rand(count, 1, generator=generator) < 0.5).to(device) & flips
+    y = torch.arange(height, device=device) + dy
+    x = torch.arange(width, device=device)
+    x = torch.where(mirrored, width - 1 - x, x) + dx
+    padded = torch.nn.functional.pad(pixels, (pad, pad, pad, pad))
+    index = torch.arange(count, device=device)[:, None, None, None]
+    channel = torch.arange(channels, device=device)[None, :, None, None]
+    return padded[index, channel, y[:, None, :, None], x[:, None, None, :]]
+
+
+def _image_set(name: str, train: Images, test: Images, classes: list[str], flips: bool) -> ImageSet:
+    scaled = train.pixels.float() / 255
+    mean = scaled.mean((0, 2, 3))
+    std = scaled.std((0, 2, 3)).clamp_min(1e-3)
+    return ImageSet(name, train, test, classes, mean, std, flips)
+
+
+def load_digits() -> ImageSet:
+    """scikit-learn's bundled handwritten digits: 1,797 real 8 x 8 grey images of 10 classes.
+
+    A third of every class, chosen by a fixed seed, is the test split.
+    """
+    from sklearn.datasets import load_digits as bundled
+    from sklearn.model_selection import train_test_split
+
+    digits = bundled()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    train, test, train_target, test_target = train_test_split(
+        pixels, digits.target, test_size=1 / 3, random_state=0, stratify=digits.target
+    )
+    return _image_set(
+        "digits",
+        Images(torch.from_numpy(train), torch.from_numpy(train_target).long()),
+        Images(torch.from_numpy(test), torch.from_numpy(test_target).long()),
+        [str(k) for k in range(10)],
+        flips=False,
+    )
+
+
+def load_image_folder(
+    folder: str | Path, *, limit: int | None = None, seed: int = 0, progress: bool = True
+) -> ImageSet:
+    """An image-folder data set: ``folder/train/CLASS/*.png`` and ``folder/test`` (or ``val``).
+
+    Images of any size: they are brought to the size of the first one, at most 64 pixels a side, by
+    scaling the shorter side and cropping the centre.
+
+    Args:
+        folder: the data set.
+        limit: at most this many training images, the same number of every class, and a third as
+            many test images; chosen by ``seed``.
+        seed: of that choice.
+        progress: show a progress bar while decoding.
+
+    Raises:
+        FileNotFoundError: ``folder``, its ``train``, or both ``test`` and ``val`` are missing.
+        ValueError: no classes or images, classes of the splits differ, an unreadable image, or a
+            limit below one image a class.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data folder at {folder}")
+    train_folder = folder / "train"
+    test_folder = next((folder / n for n in ("test", "val") if (folder / n).is_dir()), None)
+    if not train_folder.is_dir():
+        raise FileNotFoundError(f"{folder} has no folder train/ with one folder per class")
+    if test_folder is None:
+        raise FileNotFoundError(f"{folder} has neither test/ nor val/ with one folder per class")
+    classes = _class_names(train_folder)
+    others = _class_names(test_folder)
+    if classes != others:
+        differing = sorted(set(classes) ^ set(others))
+        raise ValueError(
+            f"{train_folder} and {test_folder} hold different classes, for instance {differing[:5]}"
+        )
+    if limit is not None and limit < len(classes):
+        raise ValueError(f"limit must be at least one image for each of {len(classes)} classes, got {limit}")
+    per_class = None if limit is None else limit // len(classes)
+    files = [
+        _chosen_files(split, classes, count, seed)
+        for split, count in (
+            (train_folder, per_class),
+            (test_folder, None if per_class is None else max(1, per_class // 3)),
+        )
+    ]
+    size = _target_size(files[0][0][0])
+    train, test = (_decode(split, size, progress) for split in files)
+    return _image_set(folder.resolve().name, train, test, classes, flips=True)
+
+
+def _class_names(folder: Path) -> list[str]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if len(names) < 2:
+        raise ValueError(f"{folder} must hold at least two class folders, found {len(names)}")
+    return names
+
+
+def _chosen_files(
+    folder: Path, classes: list[str], per_class: int | None, seed: int
+) -> list[tuple[Path, int]]:
+    random = np.random.default_rng(seed)
+    chosen: list[tuple[Path, int]] = []
+    for label, name in enumerate(classes):
+        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise ValueError(f"{folder / name} holds no images")
+        if per_class is not None and per_class < len(files):
+            files = [files[i] for i in sorted(random.permutation(len(files))[:per_class])]
+        chosen.extend((file, label) for file in files)
+    return chosen
+
+
+def _open(path: Path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def _target_size(path: Path) -> tuple[int, int]:
+    width, height = _open(path).size
+    scale = min(1.0, LARGEST_SIDE / max(width, height))
+    return max(8, round(width * scale)), max(8, round(height * scale))
+
+
+def _decode(files: list[tuple[Path, int]], size: tuple[int, int], progress: bool) -> Images:
+    from PIL import ImageOps
+
+    pixels = np.empty((len(files), 3, size[1], size[0]), dtype=np.uint8)
+    for i, (path, _) in enumerate(progress_bar(files, "decoding", enabled=progress)):
+        image = _open(path)
+        if image.size != size:
+            image = ImageOps.fit(image, size)
+        pixels[i] = np.asarray(image).transpose(2, 0, 1)
+    return Images(torch.from_numpy(pixels), torch.tensor([label for _, label in files]))

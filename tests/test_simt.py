@@ -1,0 +1,252 @@
+"""The CUDA kernels, run on the CPU through the shim in tests/simt, against the reference.
+
+They run under the address and undefined-behaviour sanitizers, so that an access outside an array or
+a vector access that is not aligned fails as well as a wrong number. None of this replaces a GPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import dnkd_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]  # as in common/dtype.h
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build the shim with")
+    program = tmp_path_factory.mktemp("simt") / "harness"
+    subprocess.run(
+        [
+            compiler, "-std=c++20", "-O1", "-fno-strict-aliasing",
+            "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+            f"-I{ROOT}/tests/simt/include", f"-I{ROOT}/csrc",
+            str(ROOT / "tests/simt/harness.cpp"), "-o", str(program),
+        ],
+        check=True,
+    )  # fmt: skip
+
+    def run(kernel, numbers, arrays, outputs):
+        line = " ".join([kernel, *(f"{k}={float(v)!r}" for k, v in numbers.items())]) + "\n"
+        payload = b"".join(a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays)
+        done = subprocess.run([program], input=line.encode() + payload, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[:2000]
+        results, at = [], 0
+        for shape, dtype in outputs:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            data = torch.frombuffer(bytearray(done.stdout[at : at + size]) or bytearray(1), dtype=torch.uint8)
+            results.append(data[:size].view(dtype).reshape(shape))
+            at += size
+        assert at == len(done.stdout)
+        return results
+
+    return run
+
+
+def accumulate(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def strided(table, stride):
+    """The memory of rows `stride` elements apart: NaN between them, nothing behind the last."""
+    rows, width = table.shape
+    wide = table.new_full((rows, stride), float("nan"))
+    wide[:, :width] = table
+    return wide.flatten()[: (rows - 1) * stride + width] if rows else wide.flatten()
+
+
+def run_nd_loss(
+    harness, *, dtype, width, rows=11, classes=5, means_are_float=True, stride=None, shift=0,
+    target="int64", teacher="features", reduction="mean", saves="gradient", weight=None,
+    upstream=None, ignored=(), bad=(), multiprocessors=2, reverse=False, seed=0,
+):  # fmt: skip
+    """Both sides: (loss, gradient) of the kernels, and of the reference in float64."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    means_dtype = torch.float32 if means_are_float and dtype != torch.float64 else dtype
+    if dtype == torch.float64 and means_are_float:
+        means_dtype = torch.float32
+    if target == "none":
+        classes = rows
+    student, features = draw(rows, width).to(dtype), (draw(rows, width) * 1.1).to(dtype)
+    means = draw(classes, width).to(means_dtype)
+    labels = torch.randint(classes, (rows,), generator=g)
+    labels[list(ignored)] = -100
+    labels[list(bad)] = torch.tensor([classes, -1, 2**31 - 1])[: len(bad)]
+    if target == "none":
+        labels = torch.arange(rows)
+    norms = features.double().norm(dim=1).to(accumulate(dtype))
+    stride = stride or width
+    up = torch.ones(()) if upstream is None else upstream
+    numbers = {
+        "dtype": DTYPES.index(dtype),
+        "directions_are_float": means_dtype == torch.float32,
+        "target": {"none": 0, "int64": 64, "int32": 32}[target],
+        "rows": rows, "columns": width, "classes": classes, "ignore_index": -100,
+        "reduction": REDUCTIONS.index(reduction), "eps": 1e-12, "loss_weight": 1.5,
+        "stride": stride, "directions_stride": stride, "shift": shift,
+        "teacher": {"none": 0, "features": 1, "norms": 2}[teacher],
+        "weight_tensor": weight is not None,
+        "saves": {"nothing": 0, "gradient": 1, "coefficients": 2}[saves],
+        "multiprocessors": multiprocessors, "reverse_blocks": reverse, "phantom_classes": 0,
+    }  # fmt: skip
+    arrays = [strided(student, stride)]
+    if teacher != "none":
+        arrays.append(strided(features, stride) if teacher == "features" else norms)
+    arrays.append(strided(means, stride))
+    if target != "none":
+        arrays.append(labels.int() if target == "int32" else labels)
+    if weight is not None:
+        arrays.append(torch.tensor([weight], dtype=accumulate(dtype)))
+    if saves == "coefficients":
+        full = up.expand(rows) if reduction == "none" else up.reshape(1).expand(max(rows, 1))
+        arrays.append(full[: rows].to(accumulate(dtype)))
+    outputs = [((rows,) if reduction == "none" else (), accumulate(dtype))]
+    if saves != "nothing":
+        outputs.append(((rows, width), dtype))
+    result = harness("nd_loss", numbers, arrays, outputs)
+
+    leaf = student.double().requires_grad_()
+    in_range = labels.clone()
+    in_range[list(bad)] = 0
+    options = {"reduction": reduction, "loss_weight": 1.5 * (1.0 if weight is None else weight)}
+    if teacher == "features":
+        options["teacher_features"] = features.double()
+    elif teacher == "norms":
+        options["teacher_norms"] = norms.double()
+    loss = dnkd_ext.reference.nd_loss(leaf, in_range, means.double(), **options)
+    if rows:
+        loss.backward(up.expand(loss.shape).double() if saves == "coefficients" else torch.ones_like(loss))
+    gradient = leaf.grad if rows else leaf
+    return result, (loss.detach(), gradient.detach())
+
+
+def assert_close(result, expected, dtype):
+    loss, truth = result[0], expected[0]
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance, equal_nan=True)
+    if len(result) > 1:
+        unit = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
+        scale = max(expected[1].nan_to_num().abs().flatten().tolist(), default=0.0) or 1.0
+        torch.testing.assert_close(
+            result[1].double(), expected[1], rtol=unit, atol=(tolerance + unit) * scale, equal_nan=True
+        )
+
+
+# A warp per row: scalar; vectors that fill part of a warp; the largest a warp takes in bfloat16 and
+# float32. A block per row: one element more; several vectors per thread; more than registers keep.
+@pytest.mark.parametrize("width", [1, 5, 33, 64, 256, 512, 513, 520, 1096, 2304])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("means_are_float", [False, True])
+def test_forms_the_gradient(harness, dtype, width, means_are_float):
+    rows = 11 if width < 300 else 6
+    result = run_nd_loss(
+        harness, dtype=dtype, width=width, rows=rows, means_are_float=means_are_float, ignored=(1,)
+    )
+    assert_close(*result, dtype)
+
+
+@pytest.mark.parametrize("width", [7, 64, 520, 2304])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_backward_from_row_scalars(harness, dtype, width, reduction):
+    upstream = torch.linspace(-1, 2, 6) if reduction == "none" else torch.tensor(1024.0)
+    result = run_nd_loss(
+        harness, dtype=dtype, width=width, rows=6, means_are_float=width > 64, ignored=(2,),
+        reduction=reduction, saves="coefficients", upstream=upstream, teacher="norms",
+    )  # fmt: skip
+    assert_close(*result, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "int32"},
+        {"target": "none"},
+        {"teacher": "none"},
+        {"teacher": "norms", "weight": 0.25},
+        {"reduction": "sum"},
+        {"reduction": "none", "saves": "nothing"},
+        {"stride": 72},  # rows apart, still aligned
+        {"stride": 72, "width": 61, "saves": "nothing"},  # vectors and a scalar tail
+        {"stride": 528, "width": 523, "saves": "coefficients"},
+        {"stride": 67},  # rows that vectors cannot read
+        {"shift": 1},  # a base address that vectors cannot read
+        {"rows": 0},
+        {"rows": 1},
+        {"rows": 5, "ignored": (0, 1, 2, 3, 4)},
+        {"bad": (0, 3, 4)},  # targets that name no class
+        {"bad": (2,), "reduction": "none", "saves": "coefficients", "width": 600},
+    ],
+    ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()),
+)
+def test_arguments(harness, dtype, options):
+    bad = options.get("bad", ())
+    result, (loss, gradient) = run_nd_loss(harness, dtype=dtype, **{"width": 64, **options})
+    if bad:  # the reference was given good targets for them
+        loss = loss.clone()
+        loss[list(bad) if loss.dim() else ...] = float("nan")
+        gradient = gradient.clone()
+        gradient[list(bad)] = float("nan")
+    assert_close(result, (loss, gradient), dtype)
+
+
+@pytest.mark.parametrize("width", [64, 1100])
+def test_counts_many_rows(harness, width):
+    """Several blocks of the count kernel, each block of the row kernel with many rows."""
+    ignored = tuple(range(0, 1300, 3))
+    result = run_nd_loss(
+        harness, dtype=torch.float32, width=4 if width == 64 else 516, rows=1300, ignored=ignored,
+        multiprocessors=2,
+    )  # fmt: skip
+    assert_close(*result, torch.float32)
+
+
+@pytest.mark.parametrize("width", [64, 1100])
+def test_does_not_depend_on_the_order_of_blocks(harness, width):
+    """Bitwise: which block comes last decides who adds, not in which order."""
+    options = {"dtype": torch.float32, "width": width, "rows": 50, "multiprocessors": 6}
+    forward, _ = run_nd_loss(harness, **options)
+    backward, _ = run_nd_loss(harness, **options, reverse=True)
+    assert torch.equal(forward[0], backward[0])
+    assert torch.equal(forward[1], backward[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 8, 4099])
+@pytest.mark.parametrize("upstream", [1.0, -2.5, float("nan")])
+def test_scale(harness, dtype, count, upstream):
+    gradient = torch.randn(count).to(dtype)
+    up = torch.tensor([upstream], dtype=accumulate(dtype))
+    numbers = {"dtype": DTYPES.index(dtype), "count": count, "multiprocessors": 1, "reverse_blocks": 0}
+    (result,) = harness("scale", numbers, [gradient, up], [((count,), dtype)])
+    expected = (gradient.to(accumulate(dtype)) * up).to(dtype)
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
+    assert torch.equal(result.isnan(), expected.isnan())
+
+
+def test_the_shim_sees_mistakes(harness):
+    """It is no use if it lets everything pass: reading behind the class table must be caught."""
+    numbers = {
+        "dtype": 2, "directions_are_float": 1, "target": 64, "rows": 2, "columns": 8, "classes": 4,
+        "ignore_index": -100, "reduction": 1, "eps": 1e-12, "loss_weight": 1, "stride": 8,
+        "directions_stride": 8, "shift": 0, "teacher": 0, "weight_tensor": 0, "saves": 1,
+        "multiprocessors": 1, "reverse_blocks": 0,
+    }  # fmt: skip
+    outputs = [((), torch.float32), ((2, 8), torch.float32)]
+    arrays = [torch.randn(16), torch.randn(32), torch.tensor([3, 4])]  # 4 names no class
+    loss, _ = harness("nd_loss", {**numbers, "phantom_classes": 0}, arrays, outputs)
+    assert loss.isnan()
+    with pytest.raises(AssertionError, match="AddressSanitizer: heap-buffer-overflow"):
+        harness("nd_loss", {**numbers, "phantom_classes": 1}, arrays, outputs)
