@@ -23,6 +23,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
 # Every architecture a data centre or a desk may hold; those that nvcc does not know are dropped.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
@@ -66,7 +67,7 @@ def find_cuda_home(torch_guess: str | None) -> tuple[str | None, str]:
         top = re.search(r"^#\$ TOP=(.+)$", dry_run, re.MULTILINE)
         if top:
             candidates.append((os.path.realpath(top.group(1).strip()), "nvcc --dryrun"))
-    candidates += [(torch_guess, "torch.utils.cpp_extension"), ("/usr/local/cuda", "default path")]
+    candidates += [(torch_guess, "torch.utils.cpp_extension"), (DEFAULT_CUDA_HOME, "default path")]
     for home, source in candidates:
         if home and all(Path(home, part).exists() for part in ("bin/nvcc", "include/cuda.h")):
             return home, source
@@ -93,7 +94,7 @@ def cuda_obstacle(torch, cuda_home: str | None) -> str | None:
 
 
 def cuda_architectures(cuda_home: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, or every default architecture that this nvcc knows, the newest + PTX."""
+    """TORCH_CUDA_ARCH_LIST, or the default architectures that this nvcc knows, the newest + PTX."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
     known = re.findall(r"compute_(\d+)", output_of(f"{cuda_home}/bin/nvcc", "--list-gpu-arch"))
@@ -139,7 +140,15 @@ def extension(torch, cpp_extension):
         *glob.glob("csrc/ops/*.cpp"),
         *glob.glob("csrc/ops/cpu/*.cpp"),
     ]
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fno-math-errno"]
+    cxx = [
+        "-O3",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-fno-math-errno",
+    ]
     link = []
     if sys.platform == "darwin":
         say("OpenMP: no (Apple's compiler brings none); the CPU kernels run on one thread")
@@ -164,7 +173,9 @@ def extension(torch, cpp_extension):
     return kind(
         name="dnkd_ext._C",
         sources=sorted(sources),
-        depends=sorted(p for e in ("h", "inc", "cuh") for p in glob.glob(f"csrc/**/*.{e}", recursive=True)),
+        depends=sorted(
+            p for e in ("h", "inc", "cuh") for p in glob.glob(f"csrc/**/*.{e}", recursive=True)
+        ),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args=flags,
@@ -176,7 +187,10 @@ def build_arguments() -> dict:
     torch = import_torch()
     from torch.utils import cpp_extension
 
-    say(f"Python {platform.python_version()}, torch {torch.__version__} in {Path(torch.__file__).parent}")
+    say(
+        f"Python {platform.python_version()}, torch {torch.__version__} "
+        f"in {Path(torch.__file__).parent}"
+    )
     name = compiler()
     if name is None:
         say("compiler: none found (CXX, c++, g++, clang++); installing as pure Python")
@@ -189,7 +203,9 @@ def build_arguments() -> dict:
 
         def run(self):
             super().run()
-            with_cuda = any(("DNKD_WITH_CUDA", None) in ext.define_macros for ext in self.extensions)
+            with_cuda = any(
+                ("DNKD_WITH_CUDA", None) in ext.define_macros for ext in self.extensions
+            )
             record = {"torch": torch.__version__, "cuda": torch.version.cuda if with_cuda else None}
             folder = ROOT if self.inplace else Path(self.build_lib)
             path = folder / "dnkd_ext" / "_build.json"
@@ -204,4 +220,5 @@ def build_arguments() -> dict:
 
 # Metadata alone can be asked for without torch; a build cannot.
 METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"}
-setup(**({} if METADATA_COMMANDS & set(sys.argv[1:]) else build_arguments()))
+if __name__ == "__main__":
+    setup(**({} if METADATA_COMMANDS & set(sys.argv[1:]) else build_arguments()))

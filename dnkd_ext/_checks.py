@@ -24,9 +24,7 @@ def require_floating(tensor: Tensor, name: str) -> None:
     """TypeError unless the value is a tensor of one of the four floating dtypes."""
     require_tensor(tensor, name)
     if tensor.dtype not in LOSS_DTYPES:
-        raise TypeError(
-            f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
-        )
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
 def require_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:

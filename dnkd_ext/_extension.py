@@ -39,7 +39,8 @@ def _load() -> None:
     if built_for is not None and _minor(built_for) != _minor(torch.__version__):
         # Loading it could succeed and then corrupt memory: torch's C++ ABI changes between minors.
         _load_error = (
-            f"the library was built for torch {built_for} but torch {torch.__version__} is installed"
+            f"the library was built for torch {built_for} but torch {torch.__version__} "
+            "is installed"
         )
         return
     try:

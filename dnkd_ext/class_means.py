@@ -122,9 +122,7 @@ class ClassMeans:
             self._sums = torch.zeros(
                 self.num_classes + 1, self.num_features, dtype=torch.float64, device=self._device
             )
-            self._counts = torch.zeros(
-                self.num_classes + 1, dtype=torch.int64, device=self._device
-            )
+            self._counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self._device)
         if self._sums.device != device:
             raise RuntimeError(
                 f"features is on {device} but these class means are kept on {self._sums.device}"
@@ -171,7 +169,7 @@ class ClassMeans:
     # -- results -------------------------------------------------------------------------------
 
     def compute(self) -> Tensor:
-        """The mean feature of every class, ``(C, D)`` float32; zeros for classes without samples."""
+        """The mean feature of every class, ``(C, D)`` float32; zeros where there are no samples."""
         if self._table is not None:
             return self._table.clone()
         sums, counts = self._totals()
@@ -188,9 +186,7 @@ class ClassMeans:
 
         Reading it on a GPU synchronises.
         """
-        empty = (
-            (self._table == 0).all(dim=1) if self._table is not None else self._totals()[1] == 0
-        )
+        empty = (self._table == 0).all(dim=1) if self._table is not None else self._totals()[1] == 0
         return empty.nonzero().flatten().tolist()
 
     @property

@@ -42,7 +42,9 @@ def self_check() -> bool:
                 good = error <= bound  # a NaN is not
                 passed = passed and good
                 word = "PASS" if good else "FAIL"
-                print(f"{word} {name} {device} {str(dtype)[6:]}: error {error:.1e}, bound {bound:.1e}")
+                print(
+                    f"{word} {name} {device} {str(dtype)[6:]}: error {error:.1e}, bound {bound:.1e}"
+                )
     return passed
 
 

@@ -168,9 +168,7 @@ def nd_oracle(
             c = class_means[int(labels[i])].numpy()
         if teacher_features is not None:
             teacher = float(
-                np.linalg.norm(
-                    teacher_features.reshape(-1, teacher_features.shape[-1])[i].numpy()
-                )
+                np.linalg.norm(teacher_features.reshape(-1, teacher_features.shape[-1])[i].numpy())
             )
         elif teacher_norms is not None:
             teacher = float(teacher_norms.reshape(-1)[i])
@@ -203,9 +201,7 @@ def _nd_teacher(g: torch.Generator, rows: int, width: int, classes: int) -> Argu
     args, kwargs = _nd_base(g, rows, width, classes)
     # Lengths on both sides of the student's.
     scale = 0.5 + torch.rand(rows, 1, generator=g, dtype=torch.float64)
-    kwargs["teacher_features"] = (
-        torch.randn(rows, width, generator=g, dtype=torch.float64) * scale
-    )
+    kwargs["teacher_features"] = torch.randn(rows, width, generator=g, dtype=torch.float64) * scale
     return args, kwargs
 
 
@@ -280,28 +276,118 @@ def _option(**options: Any):
 
 ND_BAD_INPUTS = (
     BadInput("student is a list", _set(0, lambda x: [1.0]), TypeError, "student_features"),
-    BadInput("student is integer", _set(0, lambda x: x.long()), TypeError, "student_features must be"),
-    BadInput("student is 0-dim", _set(0, lambda x: x.sum()), ValueError, r"student_features must be \(\.\.\., D\)"),
-    BadInput("student has no features", lambda a, k: (_set(0, lambda x: x[:, :0])(a, k), _set(2, lambda x: x[:, :0])(a, k)), ValueError, "at least one feature"),
-    BadInput("class means is 3-dim", _set(2, lambda x: x[None]), ValueError, r"class_means must be \(C, D\), got shape"),
-    BadInput("class means is integer", _set(2, lambda x: x.int()), TypeError, "class_means must be"),
-    BadInput("class means of another width", _set(2, lambda x: x[:, :-1]), ValueError, r"class_means is \d+ wide but student_features is \d+ wide; project"),
-    BadInput("target is a list", _set(1, lambda x: x.tolist()), (TypeError, RuntimeError), "target"),
-    BadInput("target is bool", _set(1, lambda x: x > 0), TypeError, "target must hold int64 or int32"),
-    BadInput("target is int16", _set(1, lambda x: x.short()), TypeError, "target must hold int64 or int32"),
-    BadInput("target too long", _set(1, lambda x: torch.cat([x, x])), ValueError, "target of class indices must have the leading shape"),
-    BadInput("target of too few probabilities", _set(1, lambda x: torch.rand(len(x), 2)), ValueError, "target of class probabilities must be"),
-    BadInput("target above", _set(1, lambda x: x.index_fill(0, torch.tensor([3]), 9)), IndexError, r"target\[3\] = 9 is out of range for 5 rows of class_means"),
-    BadInput("target negative", _set(1, lambda x: x.index_fill(0, torch.tensor([2]), -1)), IndexError, r"target\[2\] = -1 is out of range"),
-    BadInput("both teacher arguments", _option(teacher_norms=lambda a, k: torch.ones(len(a[0]))), ValueError, "teacher_features and teacher_norms were both given"),
-    BadInput("teacher too short", _option(teacher_features=lambda a, k: k["teacher_features"][1:]), ValueError, "teacher_features must have the leading shape"),
-    BadInput("teacher integer", _option(teacher_features=lambda a, k: k["teacher_features"].long()), TypeError, "teacher_features must be"),
-    BadInput("norms of wrong shape", _option(teacher_features=None, teacher_norms=lambda a, k: torch.ones(len(a[0]), 1)), ValueError, "teacher_norms must have the leading shape"),
-    BadInput("unknown reduction", _option(reduction="average"), ValueError, "reduction must be 'none', 'mean' or 'sum', got 'average'"),
-    BadInput("negative eps", _option(eps=-1.0), ValueError, "eps must be finite and not negative, got -1"),
-    BadInput("weight is a vector", _option(loss_weight=lambda a, k: torch.ones(2)), ValueError, "loss_weight must be a float or a 0-dim tensor"),
-    BadInput("weight needs a gradient", _option(loss_weight=lambda a, k: torch.ones((), requires_grad=True)), ValueError, "loss_weight must not require a gradient"),
-)  # fmt: skip
+    BadInput(
+        "student is integer", _set(0, lambda x: x.long()), TypeError, "student_features must be"
+    ),
+    BadInput(
+        "student is 0-dim",
+        _set(0, lambda x: x.sum()),
+        ValueError,
+        r"student_features must be \(\.\.\., D\)",
+    ),
+    BadInput(
+        "student has no features",
+        lambda a, k: (_set(0, lambda x: x[:, :0])(a, k), _set(2, lambda x: x[:, :0])(a, k)),
+        ValueError,
+        "at least one feature",
+    ),
+    BadInput(
+        "class means is 3-dim",
+        _set(2, lambda x: x[None]),
+        ValueError,
+        r"class_means must be \(C, D\), got shape",
+    ),
+    BadInput(
+        "class means is integer", _set(2, lambda x: x.int()), TypeError, "class_means must be"
+    ),
+    BadInput(
+        "class means of another width",
+        _set(2, lambda x: x[:, :-1]),
+        ValueError,
+        r"class_means is \d+ wide but student_features is \d+ wide; project",
+    ),
+    BadInput(
+        "target is a list", _set(1, lambda x: x.tolist()), (TypeError, RuntimeError), "target"
+    ),
+    BadInput(
+        "target is bool", _set(1, lambda x: x > 0), TypeError, "target must hold int64 or int32"
+    ),
+    BadInput(
+        "target is int16",
+        _set(1, lambda x: x.short()),
+        TypeError,
+        "target must hold int64 or int32",
+    ),
+    BadInput(
+        "target too long",
+        _set(1, lambda x: torch.cat([x, x])),
+        ValueError,
+        "target of class indices must have the leading shape",
+    ),
+    BadInput(
+        "target of too few probabilities",
+        _set(1, lambda x: torch.rand(len(x), 2)),
+        ValueError,
+        "target of class probabilities must be",
+    ),
+    BadInput(
+        "target above",
+        _set(1, lambda x: x.index_fill(0, torch.tensor([3]), 9)),
+        IndexError,
+        r"target\[3\] = 9 is out of range for 5 rows of class_means",
+    ),
+    BadInput(
+        "target negative",
+        _set(1, lambda x: x.index_fill(0, torch.tensor([2]), -1)),
+        IndexError,
+        r"target\[2\] = -1 is out of range",
+    ),
+    BadInput(
+        "both teacher arguments",
+        _option(teacher_norms=lambda a, k: torch.ones(len(a[0]))),
+        ValueError,
+        "teacher_features and teacher_norms were both given",
+    ),
+    BadInput(
+        "teacher too short",
+        _option(teacher_features=lambda a, k: k["teacher_features"][1:]),
+        ValueError,
+        "teacher_features must have the leading shape",
+    ),
+    BadInput(
+        "teacher integer",
+        _option(teacher_features=lambda a, k: k["teacher_features"].long()),
+        TypeError,
+        "teacher_features must be",
+    ),
+    BadInput(
+        "norms of wrong shape",
+        _option(teacher_features=None, teacher_norms=lambda a, k: torch.ones(len(a[0]), 1)),
+        ValueError,
+        "teacher_norms must have the leading shape",
+    ),
+    BadInput(
+        "unknown reduction",
+        _option(reduction="average"),
+        ValueError,
+        "reduction must be 'none', 'mean' or 'sum', got 'average'",
+    ),
+    BadInput(
+        "negative eps", _option(eps=-1.0), ValueError, "eps must be finite and not negative, got -1"
+    ),
+    BadInput(
+        "weight is a vector",
+        _option(loss_weight=lambda a, k: torch.ones(2)),
+        ValueError,
+        "loss_weight must be a float or a 0-dim tensor",
+    ),
+    BadInput(
+        "weight needs a gradient",
+        _option(loss_weight=lambda a, k: torch.ones((), requires_grad=True)),
+        ValueError,
+        "loss_weight must not require a gradient",
+    ),
+)
 
 
 def _nd_operator(student, target, class_means, **options):

@@ -37,9 +37,7 @@ def test_hessian_vector_product(case, dtype, device, generator):
     vector = torch.randn(7, 12, generator=generator).to(args[0])
     products = []
     for function in (case.fused, case.reference):
-        (gradient,) = torch.autograd.grad(
-            function(*args, **kwargs), args[0], create_graph=True
-        )
+        (gradient,) = torch.autograd.grad(function(*args, **kwargs), args[0], create_graph=True)
         assert gradient.requires_grad
         (product,) = torch.autograd.grad((gradient * vector).sum(), args[0])
         products.append(product)
@@ -58,7 +56,9 @@ def test_second_derivative_through_the_upstream_gradient(case, device, generator
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_retain_graph_with_different_upstream_values(case, dtype, reduction, device, generator):
     """Repeated backward passes with upstreams 1, 3, 1, then the final one, each from scratch."""
     args, kwargs = arguments(case, "teacher_features", generator, dtype, device)
@@ -163,7 +163,13 @@ def test_backward_with_upstream_one_makes_no_pass(case, needs_extension, generat
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             torch.autograd.grad(loss, args[0], upstream)
         names = {event.key for event in profile.key_averages()}
-        return names & {"aten::mul", "aten::mul_", "dnkd_ext::_scale_", "aten::copy_", "aten::empty"}
+        return names & {
+            "aten::mul",
+            "aten::mul_",
+            "dnkd_ext::_scale_",
+            "aten::copy_",
+            "aten::empty",
+        }
 
     assert operators(torch.tensor(1.0)) == set()
     assert "dnkd_ext::_scale_" in operators(torch.tensor(2.0))
@@ -210,7 +216,9 @@ def test_float16_gradient_survives_the_loss_scale(device, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_bitwise_reproducible(case, dtype, device, generator):
     """The same bits from run to run, and on the CPU for every number of threads."""
-    args, kwargs = arguments(case, "teacher_features", generator, dtype, device, rows=600, width=200)
+    args, kwargs = arguments(
+        case, "teacher_features", generator, dtype, device, rows=600, width=200
+    )
 
     def run():
         loss = case.fused(*args, **kwargs)
@@ -288,7 +296,9 @@ def test_functorch_transforms(case, device, generator):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_no_synchronisation(case, dtype, generator):
-    args, kwargs = arguments(case, "teacher_features", generator, dtype, "cuda", rows=512, width=2048)
+    args, kwargs = arguments(
+        case, "teacher_features", generator, dtype, "cuda", rows=512, width=2048
+    )
     case.fused(*args, **kwargs).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

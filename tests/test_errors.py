@@ -9,7 +9,9 @@ import dnkd_ext
 from tests.cases import CASES, convert
 
 ALL = [
-    pytest.param(case, bad, id=f"{case.name}-{bad.name}") for case in CASES for bad in case.bad_inputs
+    pytest.param(case, bad, id=f"{case.name}-{bad.name}")
+    for case in CASES
+    for bad in case.bad_inputs
 ]
 
 
@@ -17,7 +19,9 @@ ALL = [
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_bad_input(one, bad, implementation, needs_gradient, generator):
-    args, kwargs = convert(one.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu")
+    args, kwargs = convert(
+        one.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
+    )
     args[0] = args[0].detach().requires_grad_(needs_gradient)
     getattr(one, implementation)(*args, **kwargs)  # good before it is spoilt
     bad.change(args, kwargs)
@@ -27,7 +31,9 @@ def test_bad_input(one, bad, implementation, needs_gradient, generator):
 
 @pytest.mark.cuda
 def test_devices_differ(case, generator):
-    args, kwargs = convert(case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cuda")
+    args, kwargs = convert(
+        case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cuda"
+    )
     for spoil in (1, 2, "teacher_features"):
         bad_args, bad_kwargs = list(args), dict(kwargs)
         holder = bad_args if isinstance(spoil, int) else bad_kwargs
@@ -38,10 +44,14 @@ def test_devices_differ(case, generator):
 
 
 def test_devices_differ_without_a_gpu(case, generator):
-    args, kwargs = convert(case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu")
+    args, kwargs = convert(
+        case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
+    )
     args[2] = args[2].to("meta")
     for function in (case.fused, case.reference):
-        with pytest.raises(RuntimeError, match="class_means is on meta but student_features is on cpu"):
+        with pytest.raises(
+            RuntimeError, match="class_means is on meta but student_features is on cpu"
+        ):
             function(*args, **kwargs)
 
 

@@ -175,7 +175,9 @@ FAULTS = {
 def test_faults_are_not_hidden(implementation, fault, width, dtype, device, generator):
     """A faulty row's loss is NaN, and so the mean; other rows keep their gradient."""
     where, value = FAULTS[fault]
-    args, kwargs = convert(ND_LOSS.variants["teacher_features"](generator, 6, width, 6), dtype, device)
+    args, kwargs = convert(
+        ND_LOSS.variants["teacher_features"](generator, 6, width, 6), dtype, device
+    )
     args[1] = torch.arange(6, device=device)
     with torch.no_grad():
         (args[where] if isinstance(where, int) else kwargs[where])[2, width // 2] = value

@@ -44,7 +44,9 @@ def harness(tmp_path_factory):
         results, at = [], 0
         for shape, dtype in outputs:
             size = torch.Size(shape).numel() * dtype.itemsize
-            data = torch.frombuffer(bytearray(done.stdout[at : at + size]) or bytearray(1), dtype=torch.uint8)
+            data = torch.frombuffer(
+                bytearray(done.stdout[at : at + size]) or bytearray(1), dtype=torch.uint8
+            )
             results.append(data[:size].view(dtype).reshape(shape))
             at += size
         assert at == len(done.stdout)
@@ -110,7 +112,7 @@ def run_nd_loss(
         arrays.append(torch.tensor([weight], dtype=accumulate(dtype)))
     if saves == "coefficients":
         full = up.expand(rows) if reduction == "none" else up.reshape(1).expand(max(rows, 1))
-        arrays.append(full[: rows].to(accumulate(dtype)))
+        arrays.append(full[:rows].to(accumulate(dtype)))
     outputs = [((rows,) if reduction == "none" else (), accumulate(dtype))]
     if saves != "nothing":
         outputs.append(((rows, width), dtype))
@@ -126,7 +128,9 @@ def run_nd_loss(
         options["teacher_norms"] = norms.double()
     loss = dnkd_ext.reference.nd_loss(leaf, in_range, means.double(), **options)
     if rows:
-        loss.backward(up.expand(loss.shape).double() if saves == "coefficients" else torch.ones_like(loss))
+        loss.backward(
+            up.expand(loss.shape).double() if saves == "coefficients" else torch.ones_like(loss)
+        )
     gradient = leaf.grad if rows else leaf
     return result, (loss.detach(), gradient.detach())
 
@@ -139,7 +143,11 @@ def assert_close(result, expected, dtype):
         unit = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
         scale = max(expected[1].nan_to_num().abs().flatten().tolist(), default=0.0) or 1.0
         torch.testing.assert_close(
-            result[1].double(), expected[1], rtol=unit, atol=(tolerance + unit) * scale, equal_nan=True
+            result[1].double(),
+            expected[1],
+            rtol=unit,
+            atol=(tolerance + unit) * scale,
+            equal_nan=True,
         )
 
 
@@ -229,7 +237,12 @@ def test_does_not_depend_on_the_order_of_blocks(harness, width):
 def test_scale(harness, dtype, count, upstream):
     gradient = torch.randn(count).to(dtype)
     up = torch.tensor([upstream], dtype=accumulate(dtype))
-    numbers = {"dtype": DTYPES.index(dtype), "count": count, "multiprocessors": 1, "reverse_blocks": 0}
+    numbers = {
+        "dtype": DTYPES.index(dtype),
+        "count": count,
+        "multiprocessors": 1,
+        "reverse_blocks": 0,
+    }
     (result,) = harness("scale", numbers, [gradient, up], [((count,), dtype)])
     expected = (gradient.to(accumulate(dtype)) * up).to(dtype)
     assert torch.equal(result.nan_to_num(), expected.nan_to_num())

@@ -29,9 +29,7 @@ at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack argu
 }
 
 // (gradient, upstream []): gradient *= upstream
-static void scale_cpu(at::Tensor& gradient, const at::Tensor& upstream) {
-  gradient.mul_(upstream);
-}
+static void scale_cpu(at::Tensor& gradient, const at::Tensor& upstream) { gradient.mul_(upstream); }
 
 at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream) {
   if (torch::autograd::get_current_graph_task_keep_graph() ||
@@ -61,9 +59,9 @@ static void scale_cuda(at::Tensor& gradient, const at::Tensor& upstream) {
   TORCH_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()),
               "upstream must be ", accumulate_type(gradient.scalar_type()), ", got ",
               upstream.scalar_type());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(scale_cuda(
-      to_dtype(gradient.scalar_type()), gradient.numel(), gradient.mutable_data_ptr(),
-      upstream.const_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+  C10_CUDA_CHECK(static_cast<cudaError_t>(
+      scale_cuda(to_dtype(gradient.scalar_type()), gradient.numel(), gradient.mutable_data_ptr(),
+                 upstream.const_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
 }
 #endif
 

@@ -230,7 +230,7 @@ int64_t resident_blocks(int threads) {
   const int per_multiprocessor = remembered(known, [&](int) {
     int count = 0;
     const auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, 0);
-    return error != cudaSuccess || count < 1 ? 1
+    return error != cudaSuccess || count < 1     ? 1
            : count < kMaxBlocksPerMultiprocessor ? count
                                                  : kMaxBlocksPerMultiprocessor;
   });

@@ -37,9 +37,9 @@ namespace dnkd::avx2 {
 #undef DNKD_VECTOR_BYTES
 #ifdef __clang__
 #pragma clang attribute pop
-#pragma clang attribute push(                                                            \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = \
-        function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq"))), \
+    apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -61,16 +61,16 @@ namespace dnkd::avx512 {
 
 // Calls NAMESPACE::function(...) of the active instruction set.
 #ifdef DNKD_HAVE_X86_ISAS
-#define DNKD_CALL_ISA(function, ...)             \
-  [&] {                                          \
-    switch (::dnkd::active_isa()) {              \
-      case ::dnkd::Isa::kAvx512:                 \
-        return ::dnkd::avx512::function(__VA_ARGS__); \
-      case ::dnkd::Isa::kAvx2:                   \
-        return ::dnkd::avx2::function(__VA_ARGS__);   \
-      default:                                   \
+#define DNKD_CALL_ISA(function, ...)                    \
+  [&] {                                                 \
+    switch (::dnkd::active_isa()) {                     \
+      case ::dnkd::Isa::kAvx512:                        \
+        return ::dnkd::avx512::function(__VA_ARGS__);   \
+      case ::dnkd::Isa::kAvx2:                          \
+        return ::dnkd::avx2::function(__VA_ARGS__);     \
+      default:                                          \
         return ::dnkd::baseline::function(__VA_ARGS__); \
-    }                                            \
+    }                                                   \
   }()
 #else
 #define DNKD_CALL_ISA(function, ...) ::dnkd::baseline::function(__VA_ARGS__)

@@ -48,8 +48,8 @@ static Isa choose_isa() {
     }
     names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
   }
-  TORCH_CHECK_VALUE(
-      false, "DNKD_CPU_ISA=", wanted, " cannot be used: this build on this CPU has ", names);
+  TORCH_CHECK_VALUE(false, "DNKD_CPU_ISA=", wanted, " cannot be used: this build on this CPU has ",
+                    names);
 }
 
 Isa active_isa() {

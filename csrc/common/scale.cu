@@ -1,6 +1,5 @@
-#include "common/scale.h"
-
 #include "common/device.cuh"
+#include "common/scale.h"
 
 namespace dnkd {
 namespace {

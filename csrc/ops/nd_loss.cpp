@@ -14,12 +14,12 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <cmath>
+#include <string>
+
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
-
-#include <cmath>
-#include <string>
 
 namespace dnkd {
 namespace {
@@ -31,9 +31,7 @@ using OptionalTensor = std::optional<Tensor>;
 // Arguments: checked, then brought to the few types the kernels know.
 // ---------------------------------------------------------------------------------------------
 
-std::string shape_of(const Tensor& tensor) {
-  return c10::str(tensor.sym_sizes());
-}
+std::string shape_of(const Tensor& tensor) { return c10::str(tensor.sym_sizes()); }
 
 // The shape of the student without its last dimension.
 c10::SymIntArrayRef row_shape(const Tensor& student) {
@@ -53,19 +51,19 @@ void check_arguments(const Tensor& student, const Tensor& target, const Tensor& 
   TORCH_CHECK_VALUE(class_means.dim() == 2, "class_means must be (C, D), got shape ",
                     shape_of(class_means));
   TORCH_CHECK_VALUE(class_means.sym_size(1) == student.sym_size(-1), "class_means is ",
-                    class_means.sym_size(1), " wide but student_features is ",
-                    student.sym_size(-1),
+                    class_means.sym_size(1), " wide but student_features is ", student.sym_size(-1),
                     " wide; project the student's features to the width of the class means");
   check_same_device(class_means, "class_means", student, "student_features");
   check_same_device(target, "target", student, "student_features");
   if (at::isFloatingType(target.scalar_type())) {
     check_floating(target, "target");
-    TORCH_CHECK_VALUE(target.dim() == student.dim() &&
-                          target.sym_sizes().slice(0, target.dim() - 1) == row_shape(student) &&
-                          target.sym_size(-1) == class_means.sym_size(0),
-                      "target of class probabilities must be (..., C) with C = ",
-                      class_means.sym_size(0), " classes and the leading shape of student_features ",
-                      shape_of(student), ", got shape ", shape_of(target));
+    TORCH_CHECK_VALUE(
+        target.dim() == student.dim() &&
+            target.sym_sizes().slice(0, target.dim() - 1) == row_shape(student) &&
+            target.sym_size(-1) == class_means.sym_size(0),
+        "target of class probabilities must be (..., C) with C = ", class_means.sym_size(0),
+        " classes and the leading shape of student_features ", shape_of(student), ", got shape ",
+        shape_of(target));
   } else {
     TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
                      "target must hold int64 or int32 class indices or floating class "
@@ -96,7 +94,8 @@ void check_arguments(const Tensor& student, const Tensor& target, const Tensor& 
   if (weight.has_value()) {
     check_floating(*weight, "loss_weight");
     check_same_device(*weight, "loss_weight", student, "student_features");
-    TORCH_CHECK_VALUE(weight->dim() == 0, "loss_weight must be a float or a 0-dim tensor, got shape ",
+    TORCH_CHECK_VALUE(weight->dim() == 0,
+                      "loss_weight must be a float or a 0-dim tensor, got shape ",
                       shape_of(*weight));
     TORCH_CHECK_VALUE(!weight->requires_grad(),
                       "loss_weight must not require a gradient; multiply the loss by it instead");
@@ -195,9 +194,8 @@ void check_target(const NdLossParams& p, const Tensor& target) {
     readable.target = on_cpu.const_data_ptr();
   }
   const int64_t position = nd_loss_find_bad_target_cpu(readable);
-  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ",
-                    on_cpu[position].item<int64_t>(), " is out of range for ", p.classes,
-                    " rows of class_means");
+  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", on_cpu[position].item<int64_t>(),
+                    " is out of range for ", p.classes, " rows of class_means");
 }
 
 NdLossParams forward_params(const Tensor& student, const OptionalTensor& target,
@@ -243,19 +241,19 @@ void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
               "directions must be (C, D), stride-1, of the student's dtype or float32");
   TORCH_CHECK(target.has_value() || directions.size(0) == student.size(0),
               "directions must have one row per row of student_features");
-  TORCH_CHECK(!target.has_value() ||
-                  (target->dim() == 1 && target->size(0) == student.size(0) &&
-                   target->is_contiguous() &&
-                   (target->scalar_type() == at::kLong || target->scalar_type() == at::kInt)),
-              "target must be (N,) contiguous int64 or int32");
+  TORCH_CHECK(
+      !target.has_value() ||
+          (target->dim() == 1 && target->size(0) == student.size(0) && target->is_contiguous() &&
+           (target->scalar_type() == at::kLong || target->scalar_type() == at::kInt)),
+      "target must be (N,) contiguous int64 or int32");
   TORCH_CHECK(!teacher.has_value() || (is_matrix(*teacher) && teacher->size(0) == student.size(0) &&
                                        teacher->scalar_type() == student.scalar_type()),
               "teacher_features must be (N, D), stride-1, of the student's dtype");
-  TORCH_CHECK(!per_row.has_value() ||
-                  (per_row->dim() >= 1 && per_row->size(0) == student.size(0) &&
-                   per_row->is_contiguous() &&
-                   per_row->scalar_type() == accumulate_type(student.scalar_type())),
-              "row values must be (N, ...) contiguous, of the accumulate type");
+  TORCH_CHECK(
+      !per_row.has_value() ||
+          (per_row->dim() >= 1 && per_row->size(0) == student.size(0) && per_row->is_contiguous() &&
+           per_row->scalar_type() == accumulate_type(student.scalar_type())),
+      "row values must be (N, ...) contiguous, of the accumulate type");
 }
 
 // Returns (loss, saved): loss is [N] for reduction 'none', else []; saved is what the backward pass
@@ -277,7 +275,8 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
     check_target(p, *target);
   }
   const auto scalars = student.options().dtype(accumulate);
-  Tensor loss = reduction == Reduction::kNone ? at::empty({p.rows}, scalars) : at::empty({}, scalars);
+  Tensor loss =
+      reduction == Reduction::kNone ? at::empty({p.rows}, scalars) : at::empty({}, scalars);
   p.loss = loss.mutable_data_ptr();
   Tensor saved;
   if (!needs_gradient) {
@@ -308,10 +307,10 @@ Tensor nd_loss_backward(const Tensor& upstream, const Tensor& student, const Opt
                         const Tensor& directions, const Tensor& coefficients) {
   check_kernel_arguments(student, target, directions, std::nullopt, coefficients);
   TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == 2, "coefficients must be (N, 2)");
-  TORCH_CHECK(upstream.scalar_type() == accumulate_type(student.scalar_type()) &&
-                  (upstream.dim() == 0 ||
-                   (upstream.dim() == 1 && upstream.size(0) == student.size(0))),
-              "upstream must be (N,) or 0-dim, of the accumulate type");
+  TORCH_CHECK(
+      upstream.scalar_type() == accumulate_type(student.scalar_type()) &&
+          (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == student.size(0))),
+      "upstream must be (N,) or 0-dim, of the accumulate type");
   Tensor gradient = empty_gradient({student.size(0), student.size(1)}, student.options());
   NdLossBackwardParams p{};
   p.dtype = to_dtype(student.scalar_type());
@@ -385,10 +384,8 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
                             a->teacher_features.value_or(Tensor()),
                             a->teacher_norms.value_or(Tensor()), a->weight.value_or(Tensor()),
                             saved, in.target.has_value() ? Tensor() : in.directions});
-    ctx->saved_data["loss_weight"] = a->loss_weight;
-    ctx->saved_data["ignore_index"] = a->ignore_index;
-    ctx->saved_data["reduction"] = std::string(a->reduction);
-    ctx->saved_data["eps"] = a->eps;
+    ctx->saved_data["options"] = c10::ivalue::Tuple::create(a->loss_weight, a->ignore_index,
+                                                            std::string(a->reduction), a->eps);
     return shaped_loss(loss, student);
   }
 
@@ -401,16 +398,16 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
     const auto optional = [&](size_t i) {
       return variables[i].defined() ? OptionalTensor(variables[i]) : std::nullopt;
     };
+    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
     if (at::GradMode::is_enabled()) {
-      const Tensor gradient = differentiable_gradient(
-          "dnkd_ext::_nd_loss_reference",
-          {student, target, class_means, optional(3), optional(4), optional(5),
-           ctx->saved_data["loss_weight"], ctx->saved_data["ignore_index"],
-           ctx->saved_data["reduction"], ctx->saved_data["eps"]},
-          student, upstream);
+      const Tensor gradient =
+          differentiable_gradient("dnkd_ext::_nd_loss_reference",
+                                  {student, target, class_means, optional(3), optional(4),
+                                   optional(5), options[0], options[1], options[2], options[3]},
+                                  student, upstream);
       return {gradient, Tensor()};
     }
-    const Reduction reduction = to_reduction(ctx->saved_data["reduction"].toStringRef());
+    const Reduction reduction = to_reduction(options[2].toStringRef());
     if (!keeps_coefficients(student.scalar_type(), reduction)) {
       const Tensor gradient = chain(saved, upstream);
       return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
@@ -426,18 +423,16 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("dnkd_ext::_nd_loss_backward", "")
                                .typed<decltype(nd_loss_backward)>();
-    const Tensor gradient =
-        op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream, as_rows(student), labels,
-                directions, saved);
+    const Tensor gradient = op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream,
+                                    as_rows(student), labels, directions, saved);
     return {gradient.view_symint(student.sym_sizes()), Tensor()};
   }
 };
 
 Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tensor& class_means,
-                        const OptionalTensor& teacher_features,
-                        const OptionalTensor& teacher_norms, const OptionalTensor& weight,
-                        double loss_weight, int64_t ignore_index, std::string_view reduction,
-                        double eps) {
+                        const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
+                        const OptionalTensor& weight, double loss_weight, int64_t ignore_index,
+                        std::string_view reduction, double eps) {
   check_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
   const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
                     weight,  loss_weight, ignore_index, reduction,        eps};

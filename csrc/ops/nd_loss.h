@@ -17,9 +17,9 @@ namespace dnkd {
 
 // "Accumulate type" below: float for half, bfloat16 and float students, double for double.
 struct NdLossParams {
-  Dtype dtype;               // of student, teacher and gradient
-  bool directions_are_float; // directions are float32; otherwise of `dtype`
-  bool target_is_int32;      // target is int32; otherwise int64
+  Dtype dtype;                // of student, teacher and gradient
+  bool directions_are_float;  // directions are float32; otherwise of `dtype`
+  bool target_is_int32;       // target is int32; otherwise int64
 
   int64_t rows;     // N
   int64_t columns;  // D

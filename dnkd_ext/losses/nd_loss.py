@@ -114,7 +114,7 @@ def nd_loss(
             loss_weight=loss_weight,
             eps=eps,
         )
-    return torch.ops.dnkd_ext.nd_loss.default(
+    return _operator(
         student_features,
         target,
         class_means,
@@ -254,8 +254,10 @@ def nd_loss_reference(
             counted = target != ignore_index
             named = (target >= 0) & (target < means.shape[0])
             check_target(target, counted & ~named, means.shape[0], "rows of class_means")
-            direction = means[torch.where(named, target, 0).long()] if len(means) else (
-                means.new_full(student_features.shape, math.nan)
+            direction = (
+                means[torch.where(named, target, 0).long()]
+                if len(means)
+                else (means.new_full(student_features.shape, math.nan))
             )
         if teacher_features is not None:
             # Formed as the student's below, so that equal features have equal norms.
@@ -380,6 +382,7 @@ def _fake_backward(upstream, student_features, target, directions, coefficients)
 
 
 if _extension.is_loaded():
+    _operator = torch.ops.dnkd_ext.nd_loss.default  # looked up once: each dot costs time
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     _library.impl("_nd_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::nd_loss", _fake, lib=_library)
@@ -388,7 +391,7 @@ if _extension.is_loaded():
 
 
 def nd_loss_examples(generator: torch.Generator):
-    """Float64 arguments that reach every kernel: a warp and a block per row, odd widths, targets."""
+    """Float64 arguments for every kernel: a warp and a block per row, odd widths, targets."""
     for width in (3, 33, 64, 1100):
         student, teacher, means = (
             torch.randn(rows, width, generator=generator, dtype=torch.float64)

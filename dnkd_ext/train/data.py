@@ -79,7 +79,9 @@ class ImageSet:
         The generator lives on the CPU, so that every device sees the same order and crops.
         """
         count = len(split)
-        order = torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+        order = (
+            torch.arange(count) if generator is None else torch.randperm(count, generator=generator)
+        )
         for start in range(0, count, size):
             chosen = order[start : start + size].to(split.pixels.device)
             pixels = split.pixels[chosen]
@@ -172,7 +174,9 @@ def load_image_folder(
             f"{train_folder} and {test_folder} hold different classes, for instance {differing[:5]}"
         )
     if limit is not None and limit < len(classes):
-        raise ValueError(f"limit must be at least one image for each of {len(classes)} classes, got {limit}")
+        raise ValueError(
+            f"limit must be at least one image for each of {len(classes)} classes, got {limit}"
+        )
     per_class = None if limit is None else limit // len(classes)
     files = [
         _chosen_files(split, classes, count, seed)

@@ -51,7 +51,9 @@ class DemoConfig:
         """ValueError for a value out of range, naming the option."""
         for name in ("seeds", "teacher_epochs", "epochs"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
+                )
         if self.limit is not None and self.data is None:
             raise ValueError("--limit subsamples an image folder; give one with --data")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -75,13 +77,16 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             f"{out} already holds results.json of an earlier run; choose another --out, "
             "or pass --overwrite"
         )
-    data = load_digits() if config.data is None else load_image_folder(config.data, limit=config.limit)
+    data = (
+        load_digits() if config.data is None else load_image_folder(config.data, limit=config.limit)
+    )
     out.mkdir(parents=True, exist_ok=True)
     data = data.to(config.device)
     started = time.perf_counter()
     print(
         f"{data.name}: {len(data.train)} training and {len(data.test)} test images of "
-        f"{tuple(data.train.pixels.shape[1:])}, {len(data.classes)} classes; device {config.device}",
+        f"{tuple(data.train.pixels.shape[1:])}, {len(data.classes)} classes; "
+        f"device {config.device}",
         flush=True,
     )
     students = config.seeds * len(METHODS)
@@ -122,7 +127,12 @@ def _train_teacher(config: DemoConfig, data: ImageSet, advance: Callable[[], Non
         return F.cross_entropy(model(images), target)
 
     fit(
-        model.parameters(), data, step, Optimisation(config.teacher_epochs), seed=0, on_epoch=advance
+        model.parameters(),
+        data,
+        step,
+        Optimisation(config.teacher_epochs),
+        seed=0,
+        on_epoch=advance,
     )
     return model.eval().requires_grad_(False)
 
@@ -161,7 +171,12 @@ def _train_student(
         return loss
 
     fit(
-        model.parameters(), data, step, Optimisation(config.epochs), seed=1000 + seed, on_epoch=advance
+        model.parameters(),
+        data,
+        step,
+        Optimisation(config.epochs),
+        seed=1000 + seed,
+        on_epoch=advance,
     )
     return model
 
@@ -210,7 +225,9 @@ def _summary(
             method: {
                 "accuracies": [e.accuracy for e in evaluations],
                 "accuracy": _spread([e.accuracy for e in evaluations]),
-                "norm_ratio": _spread([_norms(e).mean().item() / teacher_norm for e in evaluations]),
+                "norm_ratio": _spread(
+                    [_norms(e).mean().item() / teacher_norm for e in evaluations]
+                ),
                 "cosine": _spread([_cosines(e, class_means).mean().item() for e in evaluations]),
             }
             for method, evaluations in runs.items()
@@ -264,7 +281,8 @@ def _table(results: dict[str, Any]) -> str:
     seeds = results["config"]["seeds"]
     lines = [
         "",
-        f"{'':10}{'accuracy (%)':>16}{'norm ratio':>16}{'cosine':>16}   ({seeds} seeds: mean ± std)",
+        f"{'':10}{'accuracy (%)':>16}{'norm ratio':>16}{'cosine':>16}"
+        f"   ({seeds} seeds: mean ± std)",
         f"{'teacher':10}{100 * results['teacher']['accuracy']:>16.2f}"
         f"{results['teacher']['norm_ratio']:>16.2f}{results['teacher']['cosine']:>16.2f}",
     ]
@@ -276,7 +294,8 @@ def _table(results: dict[str, Any]) -> str:
     nd = results["nd_loss_microseconds"]
     kind = "compiled kernel" if nd["fused_is_compiled"] else "NOT compiled: PyTorch reference"
     lines += [
-        "norm ratio: mean feature norm over the teacher's; cosine: to the class's mean teacher feature",
+        "norm ratio: mean feature norm over the teacher's; cosine: to the class's mean teacher "
+        "feature",
         "",
         f"ND loss, forward and backward at {nd['shape'][0]} x {nd['shape'][1]}: fused "
         f"{nd['fused']:.0f} us ({kind}), plain PyTorch {nd['pytorch']:.0f} us, "
@@ -298,7 +317,9 @@ def _write(
 ) -> None:
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in teacher.state_dict().items()}, out / "teacher.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in teacher.state_dict().items()}, out / "teacher.safetensors"
+    )
     means.save(out / "class_means.safetensors")
     plot_accuracy(
         {method: results["students"][method]["accuracies"] for method in runs},

@@ -22,7 +22,9 @@ class SmallConvNet(nn.Module):
         that ``classifier`` reads are (N, widths[-1]), and not negative.
     """
 
-    def __init__(self, channels: int, widths: tuple[int, ...], depth: int, num_classes: int) -> None:
+    def __init__(
+        self, channels: int, widths: tuple[int, ...], depth: int, num_classes: int
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for stage, width in enumerate(widths):

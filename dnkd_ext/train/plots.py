@@ -23,7 +23,7 @@ def _figure(width: float, height: float, columns: int = 1):
 def plot_accuracy(
     accuracies: dict[str, list[float]], teacher: float, title: str, path: Path
 ) -> None:
-    """Test accuracy in percent of every seed of every method, mean and deviation, and the teacher's."""
+    """Test accuracy of every seed of every method, mean and deviation, and the teacher's."""
     plt, figure, axes = _figure(6.4, 4.2)
     for position, values in enumerate(accuracies.values()):
         percent = 100 * np.asarray(values)
@@ -33,21 +33,21 @@ def plot_accuracy(
         )
         offsets = np.linspace(-0.12, 0.12, len(percent)) if len(percent) > 1 else [0.12]
         axes.scatter(position + np.asarray(offsets), percent, s=18, alpha=0.6, zorder=2)
-    axes.axhline(100 * teacher, linestyle="--", color="grey", label=f"teacher {100 * teacher:.2f} %")
+    axes.axhline(
+        100 * teacher, linestyle="--", color="grey", label=f"teacher {100 * teacher:.2f} %"
+    )
     axes.set_xticks(range(len(accuracies)), list(accuracies))
     axes.set_xlim(-0.6, len(accuracies) - 0.4)
     axes.set_xlabel("training loss of the student")
     axes.set_ylabel("test accuracy (%)")
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(loc="best", title="dots: seeds; bar: mean ± std")
+    figure.legend(loc="outside lower center", ncols=2, title="dots: seeds; bar: mean ± std")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def plot_features(
-    norms: dict[str, Any], cosines: dict[str, Any], title: str, path: Path
-) -> None:
+def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, path: Path) -> None:
     """Distributions of the feature norm and of the cosine to the class mean, per model."""
     plt, figure, (left, right) = _figure(10.5, 4.2, columns=2)
     for axes, values, label in (
@@ -56,7 +56,8 @@ def plot_features(
     ):
         everything = np.concatenate([np.asarray(v) for v in values.values()])
         bins = np.linspace(everything.min(), everything.max(), 50)
-        for number, (name, value) in enumerate(values.items()):
+        students = [name for name in values if name != "teacher"]
+        for name, value in values.items():
             is_teacher = name == "teacher"
             axes.hist(
                 np.asarray(value),
@@ -64,7 +65,7 @@ def plot_features(
                 density=True,
                 histtype="step",
                 linewidth=2 if is_teacher else 1.5,
-                color="black" if is_teacher else f"C{number}",
+                color="black" if is_teacher else f"C{students.index(name)}",
                 linestyle="--" if is_teacher else "-",
                 label=f"{name} (mean {np.mean(value):.2f})",
             )

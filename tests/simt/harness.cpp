@@ -5,12 +5,12 @@
 // address sanitizer sees each read and write outside it, and the alignment sanitizer each vector
 // access that the launcher should not have chosen.
 #define DNKD_WITH_CUDA
-#include "common/scale.cu"
-#include "ops/cuda/nd_loss.cu"
-
 #include <iostream>
 #include <map>
 #include <string>
+
+#include "common/scale.cu"
+#include "ops/cuda/nd_loss.cu"
 
 namespace {
 
@@ -94,7 +94,8 @@ void nd_loss() {
   Array student(features, size, shift), teacher(features, size, shift), norms(p.rows, scalar, 0);
   Array directions(span(p.classes, p.columns, p.directions_stride),
                    p.directions_are_float ? 4 : size, shift);
-  Array target(p.rows, p.target_is_int32 ? 4 : 8, 0), weight(1, scalar, 0), upstream(p.rows, scalar, 0);
+  Array target(p.rows, p.target_is_int32 ? 4 : 8, 0), weight(1, scalar, 0),
+      upstream(p.rows, scalar, 0);
   Array loss(is_none ? p.rows : 1, scalar, 0), gradient(p.rows * p.columns, size, 0),
       coefficients(2 * p.rows, scalar, 0);
 

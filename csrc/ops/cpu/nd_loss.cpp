@@ -1,9 +1,9 @@
 #include "ops/nd_loss.h"
 
+#include <c10/util/SmallVector.h>
+
 #include "common/isa.h"
 #include "common/parallel.h"
-
-#include <c10/util/SmallVector.h>
 
 #define DNKD_ROWS_FILE "ops/cpu/nd_loss_rows.inc"
 #include "common/for_each_isa.h"
@@ -74,9 +74,8 @@ void nd_loss_forward_cpu(const NdLossParams& p) {
 }
 
 void nd_loss_backward_cpu(const NdLossBackwardParams& p) {
-  parallel_rows(p.rows, p.columns, [&](int64_t begin, int64_t end) {
-    DNKD_CALL_ISA(nd_backward, p, begin, end);
-  });
+  parallel_rows(p.rows, p.columns,
+                [&](int64_t begin, int64_t end) { DNKD_CALL_ISA(nd_backward, p, begin, end); });
 }
 
 }  // namespace dnkd

@@ -1,6 +1,5 @@
-#include "ops/nd_loss.h"
-
 #include "common/device.cuh"
+#include "ops/nd_loss.h"
 
 namespace dnkd {
 namespace {
@@ -39,7 +38,9 @@ DNKD_INLINE int64_t label_of(const void* target, bool is_int32, int64_t row) {
 }
 
 // Counts the rows that are not ignored, and clears the ticket.
-__global__ void __launch_bounds__(kBlock) nd_loss_count_kernel(const __grid_constant__ NdLossParams p, const __grid_constant__ Scratch scratch) {
+__global__ void __launch_bounds__(kBlock)
+    nd_loss_count_kernel(const __grid_constant__ NdLossParams p,
+                         const __grid_constant__ Scratch scratch) {
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *scratch.ticket = 0;
   }
@@ -106,7 +107,8 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
 
 template <typename S, typename M, int kVec, int kThreads>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
-    nd_loss_forward_kernel(const __grid_constant__ NdLossParams p, const __grid_constant__ Scratch scratch) {
+    nd_loss_forward_kernel(const __grid_constant__ NdLossParams p,
+                           const __grid_constant__ Scratch scratch) {
   using A = typename Accumulate<S>::type;
   constexpr int kKeep = kKept<S>;
   constexpr int kRowsPerBlock = kBlock / kThreads;
@@ -150,9 +152,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     Pack<M, kVec> kept_direction[kKeep];
     NdRowTerms<A> terms = {0, 0, 0};
     if (is_read) {
-      const S* teacher =
-          p.teacher == nullptr ? nullptr
-                               : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
+      const S* teacher = p.teacher == nullptr
+                             ? nullptr
+                             : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
       A sums[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
       const auto add = [&](S s, M c) {
         const A wide_s = widen(s);
@@ -216,8 +218,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
         }
       }
       row_sum<kThreads>(sums, row_buffers, turn);
-      const A teacher_norm =
-          teacher != nullptr ? square_root(sums[3]) : teacher_norms != nullptr ? teacher_norms[row] : A(0);
+      const A teacher_norm = teacher != nullptr         ? square_root(sums[3])
+                             : teacher_norms != nullptr ? teacher_norms[row]
+                                                        : A(0);
       terms = nd_row_terms<A>(sums[0], sums[1], sums[2], teacher_norm, static_cast<A>(p.eps));
     } else if (!is_ignored) {
       const A nan = __builtin_nanf("");
@@ -405,11 +408,13 @@ int nd_loss_forward_cuda(const NdLossParams& p, void* scratch_bytes, void* strea
   if (p.reduction != Reduction::kNone) {
     if (p.reduction == Reduction::kMean && p.target != nullptr) {
       const int64_t wanted = (p.rows + 4 * kBlock - 1) / (4 * kBlock);
-      scratch.count_blocks = static_cast<int>(wanted < 1 ? 1 : wanted < kCountBlocks ? wanted : kCountBlocks);
+      scratch.count_blocks = static_cast<int>(wanted < 1              ? 1
+                                              : wanted < kCountBlocks ? wanted
+                                                                      : kCountBlocks);
     }
-    const int error = launch(nd_loss_count_kernel,
-                             scratch.count_blocks > 0 ? scratch.count_blocks : 1, kBlock, stream,
-                             p, scratch);
+    const int error =
+        launch(nd_loss_count_kernel, scratch.count_blocks > 0 ? scratch.count_blocks : 1, kBlock,
+               stream, p, scratch);
     if (error != 0) {
       return error;
     }

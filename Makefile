@@ -1,0 +1,77 @@
+# make demo | test | bench | lint | kernels-report | gpu-check | clean
+#
+# Everything runs in a virtual environment of its own (VENV), made on first use. PYTHON=... uses an
+# existing interpreter instead and installs nothing into it: the library is built in place, and the
+# packages of the extras must be there (gpu-check on a machine without a network).
+#
+#   TORCH   what pip installs as torch, and beside it   (TORCH="torch==2.13.0")
+#   ARGS    further arguments for the command            (make test ARGS="-k parity")
+#   OUT     where demo and gpu-check write               (out/demo, out/gpu)
+
+VENV   ?= .venv
+TORCH  ?= torch
+SYSTEM_PYTHON ?= python3
+ARGS   ?=
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+ifeq ($(PYTHON),)
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.built
+else
+PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
+READY := inplace
+endif
+
+.PHONY: demo test bench lint format kernels-report gpu-check inplace clean
+
+demo: $(READY)
+	$(PY) -m dnkd_ext demo --out $(or $(OUT),out/demo) --overwrite $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest tests $(ARGS)
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks --benchmark-only -q --csv benchmarks/results/nd_loss.csv $(ARGS)
+
+# Formatting and static checks; needs no torch.
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort | xargs $(VENV)/bin/clang-format -i
+
+# Registers, spills and vector loads of the CUDA kernels; needs nvcc, no GPU.
+kernels-report: $(READY)
+	$(PY) -m benchmarks.kernels_report $(ARGS)
+
+# Build, tests, compute-sanitizer and benchmarks on this machine's GPU.
+gpu-check: $(if $(PYTHON),,$(READY))
+	$(PY) -m benchmarks.gpu_check --out $(or $(OUT),out/gpu) $(if $(STAGE),--stage $(STAGE)) $(ARGS)
+
+$(VENV)/bin/python:
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip "setuptools>=77" wheel
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q "ruff==0.17.*" "clang-format==23.*"
+	touch $@
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q ninja $(TORCH)
+	touch $@
+
+$(VENV)/.built: $(SOURCES) $(VENV)/.torch
+	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[dev]" -v 2>&1 \
+	  | tee $(VENV)/build.log | grep --line-buffered -E "dnkd_ext:|[Ee]rror|ERROR" || true
+	$(VENV)/bin/python -c "import dnkd_ext"
+	touch $@
+
+inplace:
+	$(PYTHON) setup.py -q build_ext --inplace
+
+clean:
+	rm -rf $(VENV) build out *.egg-info dnkd_ext/_C*.so dnkd_ext/_build.json

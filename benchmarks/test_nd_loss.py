@@ -1,0 +1,33 @@
+"""pytest-benchmark entry points: ours at every size, with the ladder of peers beside it.
+
+``pytest benchmarks --benchmark-only`` times ours with pytest-benchmark, whose
+``--benchmark-compare`` finds regressions, and all peers in turn, from which the closing table is
+made.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.cases import cpu_cases, cuda_cases
+
+
+def pytest_generate_tests(metafunc):
+    device = metafunc.config.getoption("device")
+    cases = cpu_cases() if device == "cpu" else cuda_cases()
+    metafunc.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def test_nd_loss(case, benchmark, ladder):
+    if case.device == "cuda":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("torch.cuda.is_available() is False")
+    medians = ladder(case, warm=False)
+    if case.device == "cpu" and case.bytes > 16 << 20:
+        ladder(case, warm=True)
+    benchmark.extra_info.update(case=case.name, bytes=case.bytes, ladder_us=medians)
+    run = case.peers(only={"ours"})["ours"]
+    rounds = max(3, min(50, int(5e5 / medians["ours"])))
+    benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=1)
+    assert medians["ours"] > 0
