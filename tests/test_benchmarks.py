@@ -1,0 +1,90 @@
+"""The benchmark harness: peers are checked, timed in turn, and their results kept."""
+
+from __future__ import annotations
+
+import csv
+import time
+
+import pytest
+import torch
+
+from benchmarks import peers, results
+from benchmarks.cases import NdCase
+from benchmarks.harness import measure, warm_allocator
+
+SMALL = NdCase(32, 16, 5)
+right = peers.eager
+
+
+def test_all_peers_compute_the_loss():
+    """The loop and the vectorised form equal the reference, loss and gradient."""
+    assert set(SMALL.peers(only={"ours", "loop", "eager", "reference"})) == {
+        "ours",
+        "loop",
+        "eager",
+        "reference",
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda s, t, c, teacher: right(s, t, c, teacher) * 1.01,
+        lambda s, t, c, teacher: right(s.detach(), t, c, teacher) + 0 * s.sum(),
+        lambda s, t, c, teacher: right(s, t.flip(0), c, teacher),
+    ],
+    ids=["another value", "no gradient", "other targets"],
+)
+def test_a_wrong_peer_is_refused(wrong, monkeypatch):
+    monkeypatch.setattr(peers, "eager", wrong)
+    with pytest.raises(ValueError, match=r"eager (computes|gives a gradient)"):
+        SMALL.peers(only={"eager"})
+
+
+def test_measures_in_turn():
+    """Medians tell a slow peer from a fast one, and every peer gets its blocks."""
+    order = []
+
+    def peer(name, seconds):
+        def run():
+            order.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    timings = measure({"fast": peer("fast", 1e-3), "slow": peer("slow", 2e-2)}, "cpu", seconds=0.2)
+    assert 0.5e-3 < timings["fast"].median < timings["slow"].median
+    assert timings["slow"].median >= 2e-2
+    assert all(t.low <= t.median <= t.high and t.blocks >= 3 for t in timings.values())
+    first_slow, last_fast = order.index("slow"), len(order) - 1 - order[::-1].index("fast")
+    assert first_slow < last_fast
+
+
+def test_warm_allocator_is_undone():
+    with warm_allocator() as is_warm, warm_allocator(False) as is_not:
+        assert is_not is False
+        torch.empty(1 << 24)
+    assert is_warm in (True, False)  # False where the C library is not glibc
+    assert torch.empty(1 << 24).shape == (1 << 24,)
+
+
+def test_rows_are_appended_and_tabulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    rows = results.measure_case(SMALL, warm=False, seconds=0.02)
+    assert {row["peer"] for row in rows} >= {"copy", "ours", "noise", "loop", "eager"}
+    path = tmp_path / "results" / "nd_loss.csv"
+    for _ in range(2):
+        results.append(rows, path)
+    with path.open() as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == 2 * len(rows)  # one header
+    assert [float(r["median_us"]) for r in read[: len(rows)]] == [r["median_us"] for r in rows]
+    by_peer = {row["peer"]: row["median_us"] for row in rows}
+    text = results.table(rows)
+    assert f"{by_peer['eager'] / by_peer['ours']:.1f}x" in text
+
+
+def test_bytes_of_a_case():
+    """Both features, the gradient, and the class means that occur: once each."""
+    assert SMALL.bytes == (32 + 32 + 32 + 5) * 16 * 4
+    assert NdCase(4, 8, 100, torch.bfloat16).bytes == (4 + 4 + 4 + 4) * 8 * 2
