@@ -206,9 +206,14 @@ def build_arguments() -> dict:
             with_cuda = any(
                 ("DNKD_WITH_CUDA", None) in ext.define_macros for ext in self.extensions
             )
-            record = {"torch": torch.__version__, "cuda": torch.version.cuda if with_cuda else None}
-            folder = ROOT if self.inplace else Path(self.build_lib)
-            path = folder / "dnkd_ext" / "_build.json"
+            folder = (ROOT if self.inplace else Path(self.build_lib)) / "dnkd_ext"
+            library = folder / Path(self.get_ext_filename("dnkd_ext._C")).name
+            record = {
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda if with_cuda else None,
+                "library_bytes": library.stat().st_size,
+            }
+            path = folder / "_build.json"
             path.write_text(json.dumps(record, indent=1) + "\n")
             say(f"wrote {path}")
 

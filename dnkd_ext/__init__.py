@@ -2,8 +2,10 @@
 
 __version__ = "0.1.0"
 
+from dnkd_ext._extension import build_info  # first: its warning points at the importer
+
+# isort: split
 from dnkd_ext import reference
-from dnkd_ext._extension import build_info
 from dnkd_ext.adapters import extract_features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.losses import NDLoss, nd_loss

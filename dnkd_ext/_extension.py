@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import json
 import os
 import warnings
@@ -20,12 +21,30 @@ _load_error: str | None = None
 _has_cuda = False
 
 
+FOLDER = Path(__file__).parent
+
+
 def _build_record() -> dict[str, Any]:
     """What the build wrote about itself; empty where nothing was built."""
     try:
-        return json.loads((Path(__file__).parent / "_build.json").read_text())
+        record = json.loads((FOLDER / "_build.json").read_text())
     except (OSError, ValueError):
         return {}
+    if not isinstance(record, dict) or not isinstance(record.get("torch"), str):
+        return {}
+    return record
+
+
+def _damage(record: dict[str, Any]) -> str | None:
+    """Why the library must not even be tried: a truncated one kills the process when loaded."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        library = FOLDER / f"_C{suffix}"
+        if library.is_file():
+            size, built = library.stat().st_size, record.get("library_bytes")
+            if built is not None and size != built:
+                return f"{library.name} has {size} bytes, but the build wrote {built}"
+            return None
+    return None
 
 
 def _minor(version: str) -> str:
@@ -43,11 +62,15 @@ def _load() -> None:
             "is installed"
         )
         return
+    damage = _damage(record)
+    if damage is not None:
+        _load_error = f"the library built for torch {built_for} is damaged: {damage}"
+        return
     try:
         _library = importlib.import_module("dnkd_ext._C")
     except ImportError as error:
         if built_for is None:
-            _load_error = f"no compiled library beside {Path(__file__).parent} ({error})"
+            _load_error = f"no compiled library beside {FOLDER} ({error})"
         else:
             _load_error = (
                 f"the library built for torch {built_for} does not load with torch "

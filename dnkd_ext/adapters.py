@@ -38,7 +38,10 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Run a classifier once and return what its last linear layer read, and the logits.
 
-    Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own.
+    Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own,
+    in DataParallel or DistributedDataParallel or not. It listens with a hook, which a model that
+    ``torch.compile`` has already compiled does not call: compile the function that calls this one
+    instead.
 
     Args:
         model: the classifier; called as ``model(images)``, so wrappers keep working.
@@ -50,30 +53,48 @@ def extract_features(
         ``(features, logits)``: ``(N, D)`` and ``(N, C)``, both part of the autograd graph.
 
     Raises:
+        TypeError: ``classifier`` is neither a name nor a module.
         ValueError: the layer cannot be found, or did not produce the model's output.
     """
     if classifier is None:
         classifier = find_classifier(model)
     elif isinstance(classifier, str):
         try:
+            if not classifier:
+                raise AttributeError("the name is empty")
             classifier = model.get_submodule(classifier)
         except AttributeError as error:
             raise ValueError(f"classifier {classifier!r} is not in the model: {error}") from error
+    elif not isinstance(classifier, nn.Module):
+        raise TypeError(
+            f"classifier must be a name or an nn.Module, got {type(classifier).__name__}"
+        )
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.append((inputs[0], output))
+    def remember(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        seen.append((args[0] if args else next(iter(kwargs.values())), output))
 
-    handle = classifier.register_forward_hook(remember)
+    handle = classifier.register_forward_hook(remember, with_kwargs=True)
     try:
         logits = model(images)
     finally:
         handle.remove()
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"the model returned {type(logits).__name__}, expected a tensor of logits")
-    if len(seen) != 1 or seen[0][1] is not logits:
+    if len(seen) != 1 or not _is_same(seen[0][1], logits):
         raise ValueError(
             f"{type(classifier).__name__} ran {len(seen)} times and did not produce the model's "
-            "output; pass the last linear layer as classifier="
+            "output; pass the last linear layer as classifier= (a compiled model does not call "
+            "hooks: compile the function around extract_features instead)"
         )
     return seen[0][0], logits
+
+
+def _is_same(output: Tensor, logits: Tensor) -> bool:
+    """Whether the model returned this output; wrappers may hand on a view of it."""
+    return output is logits or (
+        output.shape == logits.shape
+        and output.dtype == logits.dtype
+        and output.device == logits.device
+        and output.data_ptr() == logits.data_ptr()
+    )

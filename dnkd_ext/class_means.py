@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+import operator
 import os
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,18 @@ from dnkd_ext._checks import require_floating, require_same_device, require_tens
 
 __all__ = ["ClassMeans"]
 
+LARGEST = torch.finfo(torch.float32).max
+
 FORMAT = "dnkd_ext.class_means"
 FORMAT_VERSION = "1"
+OWN_METADATA = (
+    "format",
+    "format_version",
+    "num_classes",
+    "num_features",
+    "ignore_index",
+    "sha256",
+)
 
 
 class ClassMeans:
@@ -49,19 +61,15 @@ class ClassMeans:
         ignore_index: int = -100,
         device: torch.device | str | None = None,
     ) -> None:
-        for name, value in (("num_classes", num_classes), ("num_features", num_features)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        self.num_classes = num_classes
-        self.num_features = num_features
+        self.num_classes = _positive("num_classes", num_classes)
+        self.num_features = _positive("num_features", num_features)
         self.ignore_index = ignore_index
         self.metadata: dict[str, str] = {}
         self._device = None if device is None else torch.device(device)
-        # What this process saw since the last merge. Row `num_classes` collects the rows whose
-        # target names no class, apart from the rest.
-        self._sums: Tensor | None = None
-        self._counts: Tensor | None = None
-        # What all processes saw before it: (sums, counts), without the extra row.
+        # Sums (C + 1, D) float64 and counts (C + 1,) int64: what this process saw since the last
+        # merge, and what all processes together saw before it. Row C collects the rows whose target
+        # names no class, apart from the rest.
+        self._local: tuple[Tensor, Tensor] | None = None
         self._merged: tuple[Tensor, Tensor] | None = None
         # A table of unknown counts, as the authors' files are.
         self._table: Tensor | None = None
@@ -110,33 +118,42 @@ class ClassMeans:
                 f"target[{position}] = {int(target[position])} is out of range for "
                 f"{self.num_classes} classes"
             )
-        sums, counts = self._local(features.device)
+        sums, counts = self._local_sums(features.device)
         # Ignored and nameless rows go to the spare row; the count tells the latter alone.
         row = torch.where(counted & ~bad, target, self.num_classes)
         sums.index_add_(0, row, features.to(torch.float64))
         counts.index_add_(0, row, torch.where(counted, 1, 0))
 
-    def _local(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._sums is None or self._counts is None:
-            self._device = self._device or device
-            self._sums = torch.zeros(
-                self.num_classes + 1, self.num_features, dtype=torch.float64, device=self._device
+    def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Not inference tensors, which could never be updated outside torch.inference_mode().
+        with torch.inference_mode(False):
+            return (
+                torch.zeros(
+                    self.num_classes + 1, self.num_features, dtype=torch.float64, device=device
+                ),
+                torch.zeros(self.num_classes + 1, dtype=torch.int64, device=device),
             )
-            self._counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=self._device)
-        if self._sums.device != device:
+
+    def _local_sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._local is None:
+            self._local = self._zeros(self._device or device)
+            if self._merged is not None:
+                sums, counts = self._merged
+                self._merged = sums.to(self._local[0].device), counts.to(self._local[0].device)
+        if self._local[0].device != device:
             raise RuntimeError(
-                f"features is on {device} but these class means are kept on {self._sums.device}"
+                f"features is on {device} but these class means are kept on {self._local[0].device}"
             )
-        return self._sums, self._counts
+        return self._local
 
     def _totals(self) -> tuple[Tensor, Tensor]:
-        """Sums (C, D) and counts (C,) of everything, merged parts included."""
-        device = self._device or torch.device("cpu")
-        sums, counts = self._local(device)
-        sums, counts = sums[:-1], counts[:-1]
-        if self._merged is not None:
-            sums, counts = sums + self._merged[0], counts + self._merged[1]
-        return sums, counts
+        """Sums and counts of everything, merged parts included; may share memory with them."""
+        parts = [part for part in (self._local, self._merged) if part is not None]
+        if not parts:
+            return self._zeros(self._device or torch.device("cpu"))
+        if len(parts) == 1:
+            return parts[0]
+        return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
     def all_reduce(self, group: Any = None) -> ClassMeans:
         """Merge over the processes of ``torch.distributed``.
@@ -150,20 +167,30 @@ class ClassMeans:
         """
         if self._table is not None:
             raise ValueError("a table loaded without sample counts cannot be merged")
-        device = self._device or torch.device("cpu")
-        sums, counts = (t.clone() for t in self._local(device))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._local is not None:
+            sums, counts = (t.clone() for t in self._local)
+        else:  # this rank saw nothing; NCCL still wants its zeros on a GPU
+            device = self._device
+            if device is None and self._merged is not None:
+                device = self._merged[0].device
+            if distributed and torch.distributed.get_backend(group) == "nccl":
+                device = torch.device("cuda", torch.cuda.current_device())
+            sums, counts = self._zeros(device or torch.device("cpu"))
+        if distributed:
             torch.distributed.all_reduce(sums, group=group)
             torch.distributed.all_reduce(counts, group=group)
+        if self._merged is not None:
+            sums = sums + self._merged[0].to(sums.device)
+            counts = counts + self._merged[1].to(counts.device)
         result = ClassMeans(
-            self.num_classes, self.num_features, ignore_index=self.ignore_index, device=device
+            self.num_classes,
+            self.num_features,
+            ignore_index=self.ignore_index,
+            device=self._device,
         )
         result.metadata = dict(self.metadata)
-        previous = self._merged or (torch.zeros_like(sums[:-1]), torch.zeros_like(counts[:-1]))
-        result._merged = (sums[:-1] + previous[0], counts[:-1] + previous[1])
-        result._sums = torch.zeros_like(sums)
-        result._counts = torch.zeros_like(counts)
-        result._sums[-1], result._counts[-1] = sums[-1], counts[-1]
+        result._merged = (sums, counts)
         return result
 
     # -- results -------------------------------------------------------------------------------
@@ -172,13 +199,13 @@ class ClassMeans:
         """The mean feature of every class, ``(C, D)`` float32; zeros where there are no samples."""
         if self._table is not None:
             return self._table.clone()
-        sums, counts = self._totals()
+        sums, counts = (total[:-1] for total in self._totals())
         return (sums / counts.clamp_min(1).unsqueeze(-1)).to(torch.float32)
 
     @property
     def counts(self) -> Tensor | None:
         """Samples of every class, ``(C,)`` int64; None where a loaded table does not tell."""
-        return None if self._table is not None else self._totals()[1].clone()
+        return None if self._table is not None else self._totals()[1][:-1].clone()
 
     @property
     def missing(self) -> list[int]:
@@ -186,13 +213,17 @@ class ClassMeans:
 
         Reading it on a GPU synchronises.
         """
-        empty = (self._table == 0).all(dim=1) if self._table is not None else self._totals()[1] == 0
+        empty = (
+            (self._table == 0).all(dim=1)
+            if self._table is not None
+            else self._totals()[1][:-1] == 0
+        )
         return empty.nonzero().flatten().tolist()
 
     @property
     def out_of_range(self) -> int:
         """Rows left out because their target named no class (CUDA; the CPU raises instead)."""
-        return 0 if self._counts is None else int(self._counts[-1])
+        return 0 if self._table is not None else int(self._totals()[1][-1])
 
     def __repr__(self) -> str:
         return f"ClassMeans(num_classes={self.num_classes}, num_features={self.num_features})"
@@ -215,7 +246,7 @@ class ClassMeans:
 
         Args:
             model: any classifier; :func:`dnkd_ext.extract_features` tells how its features are
-                found. Its training mode is restored afterwards.
+                found. The training mode of each of its modules is restored afterwards.
             loader: yields ``(images, target)``; for the paper's method the training set without
                 augmentation.
             num_classes: ``C``; by default the width of the model's logits.
@@ -233,7 +264,7 @@ class ClassMeans:
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         means: ClassMeans | None = None
-        was_training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
             with torch.inference_mode():
@@ -242,12 +273,21 @@ class ClassMeans:
                         model, images.to(device, non_blocking=True), classifier=classifier
                     )
                     if means is None:
-                        means = cls(num_classes or logits.shape[-1], features.shape[-1])
+                        classes = logits.shape[-1] if num_classes is None else num_classes
+                        means = cls(classes, features.shape[-1])
                     means.update(features, target.to(device, non_blocking=True))
         finally:
-            model.train(was_training)
+            for module, mode in modes.items():
+                module.training = mode
         if means is None:
             raise ValueError("loader yielded no batch; class means need at least one sample")
+        if means.out_of_range:
+            warnings.warn(
+                f"{means.out_of_range} samples have a target outside the {means.num_classes} "
+                "classes and are not part of the class means",
+                UserWarning,
+                stacklevel=2,
+            )
         means.metadata = {"teacher": type(model).__name__, **(metadata or {})}
         return means
 
@@ -260,21 +300,27 @@ class ClassMeans:
 
         Raises:
             OSError: the folder does not exist or cannot be written.
+            ValueError: :attr:`metadata` uses a name that the file format does.
         """
         from safetensors.torch import save as to_bytes
 
         tensors = {"class_means": self.compute().cpu().contiguous()}
         if self._table is None:
-            sums, counts = self._totals()
+            sums, counts = (total[:-1] for total in self._totals())
             tensors["sums"] = sums.cpu().contiguous()
             tensors["counts"] = counts.cpu().contiguous()
-        metadata = {
-            **{key: str(value) for key, value in self.metadata.items()},
+        own = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "num_classes": str(self.num_classes),
             "num_features": str(self.num_features),
+            "ignore_index": str(self.ignore_index),
+            "sha256": _digest(tensors),
         }
+        taken = sorted(set(own) & set(self.metadata))
+        if taken:
+            raise ValueError(f"metadata must not use the names {taken}; the file format does")
+        metadata = {**{key: str(value) for key, value in self.metadata.items()}, **own}
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -293,6 +339,9 @@ class ClassMeans:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassMeans:
         """Read a file written by :meth:`save`; its means, counts and metadata are those saved.
+
+        What the file holds counts as merged: where several ranks continue from it, each must load
+        the same file, and :meth:`all_reduce` then adds only what they saw since.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -322,10 +371,13 @@ class ClassMeans:
         table = tensors.get("class_means")
         if table is None or table.dim() != 2 or table.dtype != torch.float32 or 0 in table.shape:
             raise ValueError(f"{path}: 'class_means' is not a (C, D) float32 table")
-        result = cls(*table.shape)
-        for key in ("format", "format_version", "num_classes", "num_features"):
-            metadata.pop(key, None)
-        result.metadata = metadata
+        checksum, ignored = metadata.get("sha256"), metadata.get("ignore_index", "-100")
+        if checksum is not None and checksum != _digest(tensors):
+            raise ValueError(f"{path} is damaged: its contents do not match their checksum")
+        if not ignored.removeprefix("-").isdecimal():
+            raise ValueError(f"{path}: ignore_index {ignored!r} is no integer")
+        result = cls(*table.shape, ignore_index=int(ignored))
+        result.metadata = {k: v for k, v in metadata.items() if k not in OWN_METADATA}
         if "counts" not in tensors and "sums" not in tensors:
             result._table = table
             return result
@@ -334,7 +386,11 @@ class ClassMeans:
             raise ValueError(f"{path}: 'sums' is not a {list(table.shape)} float64 table")
         if counts is None or counts.shape != table.shape[:1] or counts.dtype != torch.int64:
             raise ValueError(f"{path}: 'counts' is not a ({table.shape[0]},) int64 vector")
-        result._merged = (sums, counts)
+        # With an empty row for targets without a class.
+        result._merged = (
+            torch.cat([sums, sums.new_zeros(1, sums.shape[1])]),
+            torch.cat([counts, counts.new_zeros(1)]),
+        )
         return result
 
     @classmethod
@@ -351,8 +407,10 @@ class ClassMeans:
         if not path.is_file():
             raise FileNotFoundError(f"no class-means file at {path}")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        except _RepeatedKeyError as error:
+            raise ValueError(f"{path} holds the key {error} twice") from error
+        except (ValueError, RecursionError) as error:  # not text, not JSON, or absurdly deep
             raise ValueError(f"{path} is not a whole JSON file: {error}") from error
         if not isinstance(content, dict) or not content:
             raise ValueError(
@@ -378,9 +436,44 @@ class ClassMeans:
             for value in row:
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise ValueError(f"{path}: class {key!r} holds {value!r}, which is no number")
-                if not math.isfinite(value):
-                    raise ValueError(f"{path}: class {key!r} holds {value!r}, which is not finite")
+                if not abs(value) <= LARGEST:  # NaN is not
+                    raise ValueError(
+                        f"{path}: class {key!r} holds {str(value)[:24]}, which is not finite in "
+                        "float32"
+                    )
         result = cls(len(content), width)
         result._table = torch.tensor([content[key] for key in expected], dtype=torch.float32)
         result.metadata = {"source": path.name}
         return result
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return result
+
+
+def _positive(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return number
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

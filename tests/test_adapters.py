@@ -317,3 +317,12 @@ def test_model_that_returns_no_tensor(kind, images):
     with pytest.raises(ValueError, match=f"the model returned {kind.__name__}, expected a tensor"):
         extract_features(model, images)
     assert hooks(model) == []
+
+
+@pytest.mark.parametrize(
+    ("classifier", "error"), [("", ValueError), (3, TypeError), ("no.such", ValueError)]
+)
+def test_bad_classifier_argument(classifier, error):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    with pytest.raises(error, match="classifier"):
+        extract_features(model, torch.zeros(2, 4), classifier=classifier)

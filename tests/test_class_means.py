@@ -930,3 +930,33 @@ class TestFromModel:
         means = ClassMeans.from_model(convnet(), images_and_labels(generator), progress=True)
         assert sum(means.counts.tolist()) == 10
         assert capfd.readouterr() == ("", "")
+
+
+class TestFileIntegrity:
+    def test_flipped_bit(self, tmp_path, generator):
+        """A changed value is noticed, not only a changed structure."""
+        means = ClassMeans(3, 4)
+        means.update(torch.randn(9, 4, generator=generator), torch.arange(9) % 3)
+        path = tmp_path / "means.safetensors"
+        means.save(path)
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"means\.safetensors is damaged: .* checksum"):
+            ClassMeans.load(path)
+
+    def test_reserved_metadata(self, tmp_path):
+        means = ClassMeans(3, 4)
+        means.metadata = {"format": "mine"}
+        with pytest.raises(ValueError, match=r"metadata must not use the names \['format'\]"):
+            means.save(tmp_path / "means.safetensors")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_repeated_json_key(self, tmp_path):
+        path = tmp_path / "center.json"
+        path.write_text('{"0": [1, 2], "0": [3, 4]}')
+        with pytest.raises(ValueError, match=r"center\.json holds the key 0 twice"):
+            ClassMeans.from_json(path)
+
+    def test_numpy_integers(self):
+        assert ClassMeans(np.int64(3), np.int32(4)).num_features == 4

@@ -498,7 +498,7 @@ def _class_means_table(class_means: Tensor | ClassMeans) -> Tensor:
                 f"classes ({shown}); their rows are zero and samples of these classes get no "
                 "gradient from the ND loss",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return class_means.compute()
     require_floating(class_means, "class_means")
