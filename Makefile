@@ -65,9 +65,10 @@ $(VENV)/.torch: | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.built: $(SOURCES) $(VENV)/.torch
-	$(VENV)/bin/python -m pip install -q --no-build-isolation -e ".[dev]" -v 2>&1 \
-	  | tee $(VENV)/build.log | grep --line-buffered -E "dnkd_ext:|[Ee]rror|ERROR" || true
-	$(VENV)/bin/python -c "import dnkd_ext"
+	@echo "building dnkd_ext, log in $(VENV)/build.log"
+	@$(VENV)/bin/python -m pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 \
+	  || { tail -n 60 $(VENV)/build.log; exit 1; }
+	@grep "dnkd_ext:" $(VENV)/build.log
 	touch $@
 
 inplace:

@@ -204,6 +204,19 @@ def test_nothing_counted(implementation, rows, reduction, device):
     assert student.grad.tolist() == [[0.0] * 8] * rows
 
 
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_no_rows_of_odd_strides(implementation, device):
+    """A tensor without rows calls itself contiguous whatever its strides."""
+    student = torch.empty(0, 8, device=device)[:, ::2].requires_grad_()
+    target = torch.empty(0, dtype=torch.long, device=device)
+    loss = getattr(ND_LOSS, implementation)(
+        student, target, torch.ones(3, 4, device=device), teacher_features=student.detach()
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.shape == (0, 4)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 def test_bad_target_on_cuda(implementation, generator, monkeypatch):
