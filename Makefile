@@ -12,13 +12,14 @@ VENV   ?= .venv
 TORCH  ?= torch
 SYSTEM_PYTHON ?= python3
 ARGS   ?=
+TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 ifeq ($(PYTHON),)
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.built
 else
-PY    := PYTHONPATH=$(CURDIR) $(PYTHON)
+PY    := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 READY := inplace
 endif
 
@@ -60,11 +61,13 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q "ruff==0.17.*" "clang-format==23.*"
 	touch $@
 
-$(VENV)/.torch: | $(VENV)/bin/python
+# One stamp per wish, so that another TORCH is installed and built against.
+$(TORCH_STAMP): | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -q ninja $(TORCH)
+	rm -f $(VENV)/.torch-*
 	touch $@
 
-$(VENV)/.built: $(SOURCES) $(VENV)/.torch
+$(VENV)/.built: $(SOURCES) $(TORCH_STAMP)
 	@echo "building dnkd_ext, log in $(VENV)/build.log"
 	@$(VENV)/bin/python -m pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 \
 	  || { tail -n 60 $(VENV)/build.log; exit 1; }

@@ -48,10 +48,13 @@ def import_torch():
         raise SystemExit(
             "dnkd_ext: setup.py cannot import torch, against which the extension is compiled.\n"
             "Install torch 2.11 or newer first, then build in the same environment:\n"
-            "    pip install torch setuptools wheel\n"
+            '    pip install torch "setuptools>=77" wheel\n'
             "    pip install --no-build-isolation .\n"
             "(without --no-build-isolation, pip builds in an empty environment that has no torch)"
         ) from error
+    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if release < (2, 11):
+        raise SystemExit(f"dnkd_ext: torch 2.11 or newer is needed, found {torch.__version__}")
     return torch
 
 
@@ -192,11 +195,14 @@ def build_arguments() -> dict:
         f"in {Path(torch.__file__).parent}"
     )
     name = compiler()
+    if name is None and os.environ.get("DNKD_CUDA") == "1":
+        raise SystemExit("dnkd_ext: DNKD_CUDA=1, but no C++ compiler was found (CXX, c++, g++)")
     if name is None:
         say("compiler: none found (CXX, c++, g++, clang++); installing as pure Python")
         return {}
     version = (output_of(*name.split(), "--version").splitlines() or ["does not run"])[0]
     say(f"compiler: {name}, {version}")
+    os.environ["CXX"] = name  # torch would call c++ whether it exists or not
 
     class Build(cpp_extension.BuildExtension):
         """Also writes what it built against, for the message when the library does not load."""
@@ -224,6 +230,8 @@ def build_arguments() -> dict:
 
 
 # Metadata alone can be asked for without torch; a build cannot.
-METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "--version", "--name", "clean"}
+METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean"}
 if __name__ == "__main__":
-    setup(**({} if METADATA_COMMANDS & set(sys.argv[1:]) else build_arguments()))
+    asked = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    only_metadata = bool(asked) and set(asked) <= METADATA_COMMANDS
+    setup(**({} if only_metadata else build_arguments()))

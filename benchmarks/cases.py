@@ -44,6 +44,7 @@ class NdCase:
         The loop over samples takes part up to 256 rows; beyond it would take minutes. ``noise`` is
         ours once more.
         """
+        torch._dynamo.reset()  # or the sizes before this one use up the recompilations
         functions = {
             "ours": _ours,
             "loop": peers.authors_loop,

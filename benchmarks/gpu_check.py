@@ -113,7 +113,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     summary = [
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"driver architectures {torch.cuda.get_arch_list()}"
+        f"built for {os.environ['TORCH_CUDA_ARCH_LIST']}"
     ]
     failed = False
     for stage in stages:

@@ -140,14 +140,17 @@ def main() -> int:
     if disassembler is None:
         raise SystemExit("kernels_report needs cuobjdump (of the CUDA toolkit or of triton)")
     listed = arguments.arch or build.cuda_architectures(home)
-    architectures = re.findall(r"(\d+)\.(\d+)", listed)
-    failures = 0
+    architectures = re.findall(r"(\d+)\.(\d+[a-z]?)", listed)
+    if not architectures:
+        raise SystemExit(f"no architecture in {listed!r}; write them as 8.0;9.0")
+    failures = promises = 0
     for major, minor in architectures:
         architecture = major + minor
         print(f"sm_{architecture}{'':58}registers  stack  spilled  128-bit loads  stores")
         for source in sorted(ROOT.glob("csrc/**/*.cu")):
             for kernel in report(source, architecture, home, disassembler):
                 failures += bool(kernel.complaint)
+                promises += kernel.promises_vectors
                 print(
                     f"  {kernel.name:62}{kernel.registers:>9}{kernel.stack:>7}{kernel.spilled:>9}"
                     f"{kernel.loads:>15}{kernel.stores:>8}  {kernel.complaint}"
@@ -157,6 +160,8 @@ def main() -> int:
         if failures
         else "no kernel spills, and every vector kernel has 128-bit accesses"
     )
+    if not promises:
+        raise SystemExit("no kernel was recognised as reading vectors; is c++filt installed?")
     return 1 if failures else 0
 
 

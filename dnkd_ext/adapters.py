@@ -39,7 +39,7 @@ def extract_features(
     """Run a classifier once and return what its last linear layer read, and the logits.
 
     Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own,
-    in DataParallel or DistributedDataParallel or not. It listens with a hook, which a model that
+    in DistributedDataParallel or not. It listens with a hook, which a model that
     ``torch.compile`` has already compiled does not call: compile the function that calls this one
     instead.
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import operator
 import os
-import tempfile
+import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -322,18 +322,17 @@ class ClassMeans:
             raise ValueError(f"metadata must not use the names {taken}; the file format does")
         metadata = {**{key: str(value) for key, value in self.metadata.items()}, **own}
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+        # Permissions as any new file's; O_EXCL, so that it is nobody else's.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(to_bytes(tensors, metadata=metadata))
                 file.flush()
                 os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # mkstemp keeps others out
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     @classmethod

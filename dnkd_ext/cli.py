@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = {"info": _info, "demo": _demo}[arguments.command]
     try:
         return command(arguments)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"dnkd {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

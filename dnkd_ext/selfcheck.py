@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from dnkd_ext import _extension
+from dnkd_ext._checks import LOSS_DTYPES
 from dnkd_ext.losses import LOSSES
 
 __all__ = ["self_check"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def self_check() -> bool:
@@ -28,7 +27,7 @@ def self_check() -> bool:
     passed = True
     for name, loss in LOSSES.items():
         for device in devices:
-            for dtype in DTYPES:
+            for dtype in LOSS_DTYPES:
                 if not _extension.has_kernel_for(torch.empty(0, device=device)):
                     print(f"skip {name} {device}: built without CUDA kernels")
                     break
@@ -49,20 +48,21 @@ def self_check() -> bool:
 
 
 def _error(loss, args, kwargs, dtype, device) -> float:
-    def convert(value, to):
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(device, to if value.is_floating_point() else value.dtype)
-
     def evaluate(function, to):
-        values = [convert(convert(v, dtype), to) for v in args]
-        options = {k: convert(convert(v, dtype), to) for k, v in kwargs.items()}
+        def prepare(value):
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                return value.to(device) if isinstance(value, torch.Tensor) else value
+            seen = value.to(dtype) if value.dtype == torch.float64 else value
+            return seen.to(device, to or seen.dtype)
+
+        values = [prepare(value) for value in args]
         values[0].requires_grad_()
-        result = function(*values, **options)
-        (gradient,) = torch.autograd.grad(result, values[0])
+        result = function(*values, **{key: prepare(value) for key, value in kwargs.items()})
+        # An upstream gradient that is not 1, so that it has to be multiplied in.
+        (gradient,) = torch.autograd.grad(3 * result.sum(), values[0])
         return result.detach().double(), gradient.double()
 
-    fused, reference = evaluate(loss.fused, dtype), evaluate(loss.reference, torch.float64)
+    fused, reference = evaluate(loss.fused, None), evaluate(loss.reference, torch.float64)
     differences = [
         ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(fused, reference, strict=True)
     ]

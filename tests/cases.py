@@ -48,8 +48,6 @@ class LossCase:
     oracle: Callable[..., tuple[list[float | None], np.ndarray, np.ndarray]]
     # name -> build(generator, rows, width, classes)
     variants: dict[str, Callable[[torch.Generator, int, int, int], Arguments]]
-    # Names of arguments (position or keyword) that stay as they are when dtypes change.
-    keep_dtype: frozenset[str]
     # golden vectors: arrays of a file -> [(arguments, loss, gradient)]
     golden: Callable[[dict[str, np.ndarray]], Iterator[tuple[Arguments, float, np.ndarray]]]
     bad_inputs: tuple[BadInput, ...] = field(default=())
@@ -421,7 +419,6 @@ ND_LOSS = LossCase(
         "weight_tensor": _nd_weighted,
         "degenerate": _nd_degenerate,
     },
-    keep_dtype=frozenset(),
     golden=_nd_golden,
     bad_inputs=ND_BAD_INPUTS,
     operator=_nd_operator,

@@ -1,5 +1,6 @@
 #include "common/autograd.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
@@ -31,9 +32,11 @@ at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack argu
 // (gradient, upstream []): gradient *= upstream
 static void scale_cpu(at::Tensor& gradient, const at::Tensor& upstream) { gradient.mul_(upstream); }
 
-at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream) {
-  if (torch::autograd::get_current_graph_task_keep_graph() ||
-      at::areAnyTensorSubclassLike({gradient, upstream})) {
+bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is_shared) {
+  if (is_shared || torch::autograd::get_current_graph_task_keep_graph() || upstream.is_neg() ||
+      upstream._is_zerotensor() || at::areAnyTensorSubclassLike({gradient, upstream})) {
     return at::mul(gradient, upstream);
   }
   if (upstream.is_cpu()) {
@@ -56,6 +59,8 @@ at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream) {
 static void scale_cuda(at::Tensor& gradient, const at::Tensor& upstream) {
   const c10::cuda::CUDAGuard device(gradient.device());
   TORCH_CHECK(gradient.is_contiguous(), "gradient must be contiguous");
+  TORCH_CHECK(upstream.dim() == 0, "upstream must be a 0-dim tensor");
+  check_same_device(upstream, "upstream", gradient, "gradient");
   TORCH_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()),
               "upstream must be ", accumulate_type(gradient.scalar_type()), ", got ",
               upstream.scalar_type());

@@ -17,8 +17,11 @@ at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack argu
 // Chain rule for a gradient that the forward pass formed for upstream = 1. The usual upstream is 1
 // and then costs nothing: no pass over the gradient, and on a GPU no synchronisation, because the
 // kernel that would scale it looks at the value on the device. `gradient` is modified in place and
-// returned only where nobody can see it again; with retain_graph, and while a graph is traced, the
-// product is a new tensor.
-at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream);
+// returned only where nobody can see it again; with retain_graph, while a graph is traced, and
+// where `is_shared` tells that saved-tensor hooks may have kept it, the product is a new tensor.
+at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is_shared);
+
+// Whether hooks see the tensors that are saved for backward at present.
+bool has_saved_tensor_hooks();
 
 }  // namespace dnkd

@@ -8,13 +8,13 @@ constexpr int kThreads = 256;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(T* gradient, const typename Accumulate<T>::type* upstream, int64_t count) {
+    scale_kernel(T* gradient, const typename Accumulate<T>::type* upstream, int64_t count,
+                 int64_t vectors) {
   const auto up = *upstream;
   if (up == 1) {
     return;
   }
   constexpr int kVec = kVectorWidth<T>;
-  const int64_t vectors = count / kVec;  // the buffer is this library's own: its start is aligned
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t v = first; v < vectors; v += step) {
@@ -37,7 +37,8 @@ int scale(int64_t count, void* gradient, const void* upstream, void* stream) {
   const int64_t resident = resident_blocks<kKernel>(kThreads);
   return launch(kKernel, needed < resident ? needed : resident, kThreads, stream,
                 static_cast<T*>(gradient),
-                static_cast<const typename Accumulate<T>::type*>(upstream), count);
+                static_cast<const typename Accumulate<T>::type*>(upstream), count,
+                rows_are_aligned<T>(gradient, 0, kVectorWidth<T>) ? count / kVectorWidth<T> : 0);
 }
 
 }  // namespace

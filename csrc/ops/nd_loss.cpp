@@ -1,5 +1,7 @@
 #include "ops/nd_loss.h"
 
+#include <ATen/Context.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -50,6 +52,7 @@ void check_arguments(const Tensor& student, const Tensor& target, const Tensor& 
   TORCH_CHECK_VALUE(student.dim() >= 1, "student_features must be (..., D), got a 0-dim tensor");
   TORCH_CHECK_VALUE(class_means.dim() == 2, "class_means must be (C, D), got shape ",
                     shape_of(class_means));
+  TORCH_CHECK_VALUE(class_means.sym_size(0) > 0, "class_means must have at least one class");
   TORCH_CHECK_VALUE(class_means.sym_size(1) == student.sym_size(-1), "class_means is ",
                     class_means.sym_size(1), " wide but student_features is ", student.sym_size(-1),
                     " wide; project the student's features to the width of the class means");
@@ -128,6 +131,28 @@ Tensor cast(const Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
 }
 
+// The norms of features in another dtype or width than the student's, without a copy of them: cast
+// whole, they would take N x D more memory.
+Tensor norms_of(const Tensor& features, at::ScalarType accumulate) {
+  const auto widest = features.scalar_type() == at::kDouble ? at::kDouble : accumulate;
+  const auto norms = [&](const Tensor& rows) {
+    return at::linalg_vector_norm(rows, 2, {-1}, false, widest);
+  };
+  const bool is_traced = at::isTensorSubclassLike(features);  // the compiler fuses the cast
+  const int64_t block = features.is_cpu() ? int64_t{1} << 18 : int64_t{1} << 24;
+  if (is_traced || features.scalar_type() == widest || features.numel() <= block) {
+    return flat(cast(norms(features), accumulate));
+  }
+  const Tensor rows = as_rows(features);
+  const int64_t step = std::max<int64_t>(1, block / rows.size(1));
+  Tensor result = at::empty({rows.size(0)}, features.options().dtype(accumulate));
+  for (int64_t begin = 0; begin < rows.size(0); begin += step) {
+    const int64_t count = std::min(step, rows.size(0) - begin);
+    result.narrow(0, begin, count).copy_(norms(rows.narrow(0, begin, count)));
+  }
+  return result;
+}
+
 Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& class_means,
                  const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
                  const OptionalTensor& weight) {
@@ -140,6 +165,7 @@ Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& clas
   TORCH_CHECK_VALUE(student.sym_size(-1) > 0, "student_features must have at least one feature");
   result.student = as_rows(student);
   if (at::isFloatingType(target.scalar_type())) {
+    const at::NoTF32Guard exact;
     // The direction of a mixture of classes: normalise(sum_k p_k c_k), one per row.
     result.directions = cast(as_rows(target), accumulate).matmul(cast(class_means, accumulate));
   } else {
@@ -153,10 +179,7 @@ Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& clas
         teacher_features->sym_size(-1) == student.sym_size(-1)) {
       result.teacher = as_rows(*teacher_features);
     } else {
-      // Only the norm matters; taking it here needs no copy in the student's type.
-      const auto widest = teacher_features->scalar_type() == at::kDouble ? at::kDouble : accumulate;
-      result.teacher_norms =
-          flat(cast(at::linalg_vector_norm(*teacher_features, 2, {-1}, false, widest), accumulate));
+      result.teacher_norms = norms_of(*teacher_features, accumulate);
     }
   }
   if (teacher_norms.has_value()) {
@@ -231,6 +254,11 @@ NdLossParams forward_params(const Tensor& student, const OptionalTensor& target,
 void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
                             const Tensor& directions, const OptionalTensor& teacher,
                             const OptionalTensor& per_row) {
+  const auto is_here = [&](const OptionalTensor& t) {
+    return !t.has_value() || t->device() == student.device();
+  };
+  TORCH_CHECK(is_here(target) && is_here(directions) && is_here(teacher) && is_here(per_row),
+              "all tensors must be on ", student.device());
   const auto is_matrix = [&](const Tensor& t) {
     // Strides mean nothing where there is one column or no row.
     return t.dim() == 2 && t.size(1) == student.size(1) &&
@@ -270,8 +298,9 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
                                            double eps, bool needs_gradient) {
   check_kernel_arguments(student, target, directions, teacher, teacher_norms);
   const auto accumulate = accumulate_type(student.scalar_type());
-  TORCH_CHECK(!weight.has_value() || (weight->dim() == 0 && weight->scalar_type() == accumulate),
-              "weight must be a 0-dim tensor of the accumulate type");
+  TORCH_CHECK(!weight.has_value() || (weight->dim() == 0 && weight->scalar_type() == accumulate &&
+                                      weight->device() == student.device()),
+              "weight must be a 0-dim tensor of the accumulate type on ", student.device());
   const Reduction reduction = to_reduction(reduction_name);
   NdLossParams p = forward_params(student, target, directions, teacher, teacher_norms, weight,
                                   loss_weight, ignore_index, reduction, eps);
@@ -312,7 +341,8 @@ Tensor nd_loss_backward(const Tensor& upstream, const Tensor& student, const Opt
   check_kernel_arguments(student, target, directions, std::nullopt, coefficients);
   TORCH_CHECK(coefficients.dim() == 2 && coefficients.size(1) == 2, "coefficients must be (N, 2)");
   TORCH_CHECK(
-      upstream.scalar_type() == accumulate_type(student.scalar_type()) &&
+      upstream.device() == student.device() &&
+          upstream.scalar_type() == accumulate_type(student.scalar_type()) &&
           (upstream.dim() == 0 || (upstream.dim() == 1 && upstream.size(0) == student.size(0))),
       "upstream must be (N,) or 0-dim, of the accumulate type");
   Tensor gradient = empty_gradient({student.size(0), student.size(1)}, student.options());
@@ -322,6 +352,7 @@ Tensor nd_loss_backward(const Tensor& upstream, const Tensor& student, const Opt
   p.target_is_int32 = target.has_value() && target->scalar_type() == at::kInt;
   p.rows = student.size(0);
   p.columns = student.size(1);
+  p.classes = directions.size(0);
   p.upstream = upstream.const_data_ptr();
   p.upstream_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
   p.student = student.const_data_ptr();
@@ -374,6 +405,12 @@ Tensor shaped_loss(const Tensor& loss, const Tensor& student) {
   return loss.dim() == 1 && student.dim() != 2 ? loss.reshape_symint(row_shape(student)) : loss;
 }
 
+// Tells whether the teacher was overwritten; inference tensors keep no count.
+int64_t teacher_version(const Arguments& a) {
+  const Tensor teacher = a.teacher_features.value_or(a.teacher_norms.value_or(Tensor()));
+  return !teacher.defined() || teacher.is_inference() ? 0 : teacher._version();
+}
+
 class NdLoss : public torch::autograd::Function<NdLoss> {
  public:
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
@@ -382,14 +419,24 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
     const Prepared in = prepare(a->student, a->target, a->class_means, a->teacher_features,
                                 a->teacher_norms, a->weight);
     auto [loss, saved] = call_forward(in, *a, /*needs_gradient=*/true);
+    const bool keeps_mixtures =
+        !in.target.has_value() &&
+        keeps_coefficients(student.scalar_type(), to_reduction(a->reduction));
     // The features are saved even where the gradient is already formed: changing them in place
     // before backward is then an error, as for PyTorch's own losses.
-    ctx->save_for_backward({student, a->target, a->class_means,
-                            a->teacher_features.value_or(Tensor()),
-                            a->teacher_norms.value_or(Tensor()), a->weight.value_or(Tensor()),
-                            saved, in.target.has_value() ? Tensor() : in.directions});
-    ctx->saved_data["options"] = c10::ivalue::Tuple::create(a->loss_weight, a->ignore_index,
-                                                            std::string(a->reduction), a->eps);
+    ctx->save_for_backward({student, a->target, a->class_means, a->weight.value_or(Tensor()), saved,
+                            keeps_mixtures ? in.directions : Tensor()});
+    // The teacher is only needed for second derivatives. It may be an inference tensor, and may be
+    // overwritten before backward.
+    if (a->teacher_features.has_value()) {
+      ctx->saved_data["teacher_features"] = *a->teacher_features;
+    }
+    if (a->teacher_norms.has_value()) {
+      ctx->saved_data["teacher_norms"] = *a->teacher_norms;
+    }
+    ctx->saved_data["options"] =
+        c10::ivalue::Tuple::create({a->loss_weight, a->ignore_index, std::string(a->reduction),
+                                    a->eps, teacher_version(*a), has_saved_tensor_hooks()});
     return shaped_loss(loss, student);
   }
 
@@ -397,23 +444,32 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
                                                  torch::autograd::variable_list upstreams) {
     const auto variables = ctx->get_saved_variables();
     const Tensor &student = variables[0], &target = variables[1], &class_means = variables[2],
-                 &saved = variables[6], &mixtures = variables[7];
+                 &saved = variables[4], &mixtures = variables[5];
     const Tensor& upstream = upstreams[0];
-    const auto optional = [&](size_t i) {
-      return variables[i].defined() ? OptionalTensor(variables[i]) : std::nullopt;
-    };
-    const auto& options = ctx->saved_data["options"].toTupleRef().elements();
+    const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     if (at::GradMode::is_enabled()) {
+      const auto kept = [&](const char* name) {
+        const auto found = ctx->saved_data.find(name);
+        return found == ctx->saved_data.end() ? OptionalTensor()
+                                              : OptionalTensor(found->second.toTensor());
+      };
+      const OptionalTensor features = kept("teacher_features"), norms = kept("teacher_norms");
+      const OptionalTensor weight =
+          variables[3].defined() ? OptionalTensor(variables[3]) : std::nullopt;
+      const Arguments a{student, target, class_means, features, norms, weight, 0, 0, "", 0};
+      TORCH_CHECK(teacher_version(a) == options[4].toInt(),
+                  "the teacher's features or norms were modified by an inplace operation between "
+                  "the loss and its second derivative");
       const Tensor gradient =
           differentiable_gradient("dnkd_ext::_nd_loss_reference",
-                                  {student, target, class_means, optional(3), optional(4),
-                                   optional(5), options[0], options[1], options[2], options[3]},
+                                  {student, target, class_means, features, norms, weight,
+                                   options[0], options[1], options[2], options[3]},
                                   student, upstream);
       return {gradient, Tensor()};
     }
     const Reduction reduction = to_reduction(options[2].toStringRef());
     if (!keeps_coefficients(student.scalar_type(), reduction)) {
-      const Tensor gradient = chain(saved, upstream);
+      const Tensor gradient = chain(saved, upstream, options[5].toBool());
       return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
     }
     OptionalTensor labels;
@@ -440,6 +496,15 @@ Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tenso
   check_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
   const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
                     weight,  loss_weight, ignore_index, reduction,        eps};
+  if (student._fw_grad(/*level=*/0).defined()) {  // forward-mode differentiation
+    torch::jit::Stack arguments{
+        student, target,      class_means,  teacher_features,       teacher_norms,
+        weight,  loss_weight, ignore_index, std::string(reduction), eps};
+    c10::Dispatcher::singleton()
+        .findSchemaOrThrow("dnkd_ext::_nd_loss_reference", "")
+        .callBoxed(arguments);
+    return arguments.at(0).toTensor();
+  }
   if (at::GradMode::is_enabled() && student.requires_grad()) {
     return NdLoss::apply(student, &a);
   }

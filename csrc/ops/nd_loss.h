@@ -49,8 +49,9 @@ struct NdLossBackwardParams {
   bool directions_are_float;
   bool target_is_int32;
 
-  int64_t rows;
-  int64_t columns;
+  int64_t rows;     // N
+  int64_t columns;  // D
+  int64_t classes;  // rows of `directions`
 
   const void* upstream;      // accumulate type: [N], or [] with upstream_stride 0
   int64_t upstream_stride;   // elements

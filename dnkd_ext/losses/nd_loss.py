@@ -148,6 +148,8 @@ def _check(
         raise ValueError("student_features must be (..., D), got a 0-dim tensor")
     if class_means.dim() != 2:
         raise ValueError(f"class_means must be (C, D), got shape {list(class_means.shape)}")
+    if class_means.shape[0] == 0:
+        raise ValueError("class_means must have at least one class")
     if class_means.shape[1] != student_features.shape[-1]:
         raise ValueError(
             f"class_means is {class_means.shape[1]} wide but student_features is "
@@ -197,22 +199,23 @@ def _check(
                 f"got shape {list(teacher_norms.shape)}"
             )
     if isinstance(loss_weight, Tensor):
-        require_floating(loss_weight, "loss_weight")
+        _check_weight(loss_weight)
         require_same_device(loss_weight, "loss_weight", student_features, "student_features")
-        if loss_weight.dim() != 0:
-            raise ValueError(
-                "loss_weight must be a float or a 0-dim tensor, got shape "
-                f"{list(loss_weight.shape)}"
-            )
-        if loss_weight.requires_grad:
-            raise ValueError(
-                "loss_weight must not require a gradient; multiply the loss by it instead"
-            )
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if student_features.shape[-1] == 0:
         raise ValueError("student_features must have at least one feature")
     require_reduction(reduction)
+
+
+def _check_weight(loss_weight: Tensor) -> None:
+    require_floating(loss_weight, "loss_weight")
+    if loss_weight.dim() != 0:
+        raise ValueError(
+            f"loss_weight must be a float or a 0-dim tensor, got shape {list(loss_weight.shape)}"
+        )
+    if loss_weight.requires_grad:
+        raise ValueError("loss_weight must not require a gradient; multiply the loss by it instead")
 
 
 def nd_loss_reference(
@@ -254,11 +257,7 @@ def nd_loss_reference(
             counted = target != ignore_index
             named = (target >= 0) & (target < means.shape[0])
             check_target(target, counted & ~named, means.shape[0], "rows of class_means")
-            direction = (
-                means[torch.where(named, target, 0).long()]
-                if len(means)
-                else (means.new_full(student_features.shape, math.nan))
-            )
+            direction = means[torch.where(named, target, 0).long()]
         if teacher_features is not None:
             # Formed as the student's below, so that equal features have equal norms.
             teacher = teacher_features.detach().to(dtype)
@@ -391,18 +390,23 @@ if _extension.is_loaded():
 
 
 def nd_loss_examples(generator: torch.Generator):
-    """Float64 arguments for every kernel: a warp and a block per row, odd widths, targets."""
-    for width in (3, 33, 64, 1100):
+    """Arguments that reach every kernel: a warp and a block per row, with and without vectors.
+
+    float64 tensors are to be brought to the dtype under test, float32 ones stay.
+    """
+    for width in (3, 64, 1100, 1104, 2304):
         student, teacher, means = (
             torch.randn(rows, width, generator=generator, dtype=torch.float64)
-            for rows in (40, 40, 10)
+            for rows in (20, 20, 10)
         )
-        target = torch.randint(10, (40,), generator=generator)
+        target = torch.randint(10, (20,), generator=generator)
         # Clearly longer or shorter than the student, so that rounding does not decide which.
-        teacher *= torch.where(torch.arange(40) % 2 == 0, 2.0, 0.5)[:, None] * (
+        teacher *= torch.where(torch.arange(20) % 2 == 0, 2.0, 0.5)[:, None] * (
             student.norm(dim=1, keepdim=True) / teacher.norm(dim=1, keepdim=True)
         )
-        yield [student, target, means], {"teacher_features": teacher}
+        for table in (means, means.float()):
+            yield [student, target, table], {"teacher_features": teacher}
+            yield [student, target, table], {"teacher_features": teacher, "reduction": "none"}
         yield [student, target.int(), means], {"teacher_norms": teacher.norm(dim=1)}
         yield [student, target, means], {"ignore_index": 3, "reduction": "sum"}
         yield [student, torch.nn.functional.one_hot(target, 10) * 0.9 + 0.01, means], {}
@@ -452,7 +456,8 @@ class NDLoss(nn.Module):
         self.reduction = reduction
         self.eps = eps
         if isinstance(loss_weight, Tensor):
-            self.register_buffer("loss_weight", loss_weight.detach().clone())
+            _check_weight(loss_weight)
+            self.register_buffer("loss_weight", loss_weight.clone())
         else:
             self.loss_weight = float(loss_weight)
 
@@ -500,8 +505,9 @@ def _class_means_table(class_means: Tensor | ClassMeans) -> Tensor:
                 UserWarning,
                 stacklevel=3,
             )
-        return class_means.compute()
+        class_means = class_means.compute()
     require_floating(class_means, "class_means")
     if class_means.dim() != 2:
         raise ValueError(f"class_means must be (C, D), got shape {list(class_means.shape)}")
-    return class_means.detach().clone()
+    with torch.inference_mode(False):  # a buffer that training can save for backward
+        return class_means.detach().clone()

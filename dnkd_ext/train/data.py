@@ -218,7 +218,7 @@ def _open(path: Path):
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
 
 

@@ -81,6 +81,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         load_digits() if config.data is None else load_image_folder(config.data, limit=config.limit)
     )
     out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)  # it stands for a complete folder
     data = data.to(config.device)
     started = time.perf_counter()
     print(

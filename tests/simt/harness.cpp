@@ -130,6 +130,7 @@ void nd_loss() {
     b.target_is_int32 = p.target_is_int32;
     b.rows = p.rows;
     b.columns = p.columns;
+    b.classes = p.classes;
     b.upstream = upstream.read();
     b.upstream_stride = is_none ? 1 : 0;
     b.student = p.student;

@@ -226,11 +226,12 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const A nan = __builtin_nanf("");
       terms = {nan, nan, nan};
     }
-    const A alpha = terms.alpha * static_cast<A>(scale);
-    const A beta = terms.beta * static_cast<A>(scale);
+    // Not 0 * scale, which is NaN for an infinite weight.
+    const A alpha = is_ignored ? A(0) : terms.alpha * static_cast<A>(scale);
+    const A beta = is_ignored ? A(0) : terms.beta * static_cast<A>(scale);
     if (lane == 0) {
       if (p.reduction == Reduction::kNone) {
-        static_cast<A*>(p.loss)[row] = terms.loss * static_cast<A>(scale);
+        static_cast<A*>(p.loss)[row] = is_ignored ? A(0) : terms.loss * static_cast<A>(scale);
       } else {
         block_loss += static_cast<double>(terms.loss);
       }
@@ -295,8 +296,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     // name no class.
     if (alpha != 0 || beta != 0) {
       const A up = static_cast<const A*>(p.upstream)[row * p.upstream_stride];
-      if (alpha == alpha) {
-        direction += label_of(p.target, p.target_is_int32, row) * p.directions_stride;
+      const int64_t label = label_of(p.target, p.target_is_int32, row);
+      if (label < 0 || label >= p.classes) {
+        alpha = __builtin_nanf("");
+      } else if (alpha == alpha) {
+        direction += label * p.directions_stride;
 #pragma unroll
         for (int k = 0; k < kKeep; ++k) {
           const int v = lane + k * kThreads;

@@ -161,6 +161,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   const int warp = self / simt::kWarp;
   std::memcpy(&simt::lanes[self], &value, sizeof(T));
   simt::wait(simt::warp_barriers[warp]);
+  if (simt::warp_barriers[warp].members != simt::kWarp) {
+    simt::fail("a shuffle of all lanes after some have left");
+  }
   T other;
   std::memcpy(&other, &simt::lanes[self ^ lane_mask], sizeof(T));
   simt::wait(simt::warp_barriers[warp]);
