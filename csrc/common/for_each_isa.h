@@ -59,11 +59,11 @@ namespace dnkd::avx512 {
 
 #endif  // DNKD_HAVE_X86_ISAS
 
-// Calls NAMESPACE::function(...) of the active instruction set.
+// Calls NAMESPACE::function(...) of an instruction set.
 #ifdef DNKD_HAVE_X86_ISAS
-#define DNKD_CALL_ISA(function, ...)                    \
+#define DNKD_CALL_ISA(isa, function, ...)               \
   [&] {                                                 \
-    switch (::dnkd::active_isa()) {                     \
+    switch (isa) {                                      \
       case ::dnkd::Isa::kAvx512:                        \
         return ::dnkd::avx512::function(__VA_ARGS__);   \
       case ::dnkd::Isa::kAvx2:                          \
@@ -73,5 +73,5 @@ namespace dnkd::avx512 {
     }                                                   \
   }()
 #else
-#define DNKD_CALL_ISA(function, ...) ::dnkd::baseline::function(__VA_ARGS__)
+#define DNKD_CALL_ISA(isa, function, ...) ::dnkd::baseline::function(__VA_ARGS__)
 #endif

@@ -57,4 +57,13 @@ Isa active_isa() {
   return isa;
 }
 
+Isa active_isa(bool gains_from_avx512) {
+  static const bool is_forced = [] {
+    const char* wanted = std::getenv("DNKD_CPU_ISA");
+    return wanted != nullptr && *wanted != '\0';
+  }();
+  const Isa isa = active_isa();
+  return isa == Isa::kAvx512 && !gains_from_avx512 && !is_forced ? Isa::kAvx2 : isa;
+}
+
 }  // namespace dnkd

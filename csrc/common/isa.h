@@ -17,4 +17,8 @@ const std::vector<Isa>& available_isas();
 // that does not exist or that this CPU cannot run.
 Isa active_isa();
 
+// active_isa(), but AVX2 instead of an AVX-512 that DNKD_CPU_ISA did not ask for, where a kernel
+// measured no gain from it.
+Isa active_isa(bool gains_from_avx512);
+
 }  // namespace dnkd

@@ -16,6 +16,14 @@ int64_t target_at(const NdLossParams& p, int64_t row) {
                            : static_cast<const int64_t*>(p.target)[row];
 }
 
+// Time of one thread with AVX2 over that with AVX-512, 256 rows, on an AMD EPYC (Zen 4):
+//   float32           0.7 at 64 columns, 0.95 to 1.02 from 512 to 2048
+//   bfloat16, float16 0.75 to 0.96 at 64 columns, 1.02 to 1.5 from 512 to 2048
+Isa isa_for(Dtype dtype, int64_t columns) {
+  const bool is_half = dtype == Dtype::kFloat16 || dtype == Dtype::kBFloat16;
+  return active_isa(/*gains_from_avx512=*/is_half && columns >= 256);
+}
+
 int64_t counted_rows(const NdLossParams& p) {
   if (p.target == nullptr) {
     return p.rows;
@@ -44,8 +52,9 @@ void forward(const NdLossParams& p) {
     own_rows.resize_for_overwrite(p.rows);
     row_loss = own_rows.data();
   }
+  const Isa isa = isa_for(p.dtype, p.columns);
   parallel_rows(p.rows, p.columns, [&](int64_t begin, int64_t end) {
-    DNKD_CALL_ISA(nd_forward, p, scale, row_loss, begin, end);
+    DNKD_CALL_ISA(isa, nd_forward, p, scale, row_loss, begin, end);
   });
   if (p.reduction != Reduction::kNone) {
     // In row order whatever the number of threads: the same sum at every run.
@@ -74,8 +83,10 @@ void nd_loss_forward_cpu(const NdLossParams& p) {
 }
 
 void nd_loss_backward_cpu(const NdLossBackwardParams& p) {
-  parallel_rows(p.rows, p.columns,
-                [&](int64_t begin, int64_t end) { DNKD_CALL_ISA(nd_backward, p, begin, end); });
+  const Isa isa = isa_for(p.dtype, p.columns);
+  parallel_rows(p.rows, p.columns, [&](int64_t begin, int64_t end) {
+    DNKD_CALL_ISA(isa, nd_backward, p, begin, end);
+  });
 }
 
 }  // namespace dnkd
