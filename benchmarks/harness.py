@@ -64,7 +64,7 @@ def measure(
     Args:
         peers: what to time, by name.
         device: "cpu" or a CUDA device.
-        seconds: about how long each peer is timed; at least three blocks.
+        seconds: about how long each peer is timed; at least seven blocks.
         calls: calls per block; fewer where one takes longer than ``seconds`` / 5 / calls.
     """
     blocks: dict[str, list[float]] = {name: [] for name in peers}
@@ -82,7 +82,7 @@ def measure(
         run()  # compiles, allocates
         single = min(block(run, 1) for _ in range(2))
         count = max(1, min(calls, int(seconds / 5 / single)))
-        plan[name] = count, max(3, math.ceil(seconds / (count * single)))
+        plan[name] = count, max(7, math.ceil(seconds / (count * single)))
     rounds = min(200, max(times for _, times in plan.values()))
     for turn in range(rounds):
         for name, run in peers.items():
