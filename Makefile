@@ -71,7 +71,7 @@ $(VENV)/.built: $(SOURCES) $(TORCH_STAMP)
 	@echo "building dnkd_ext, log in $(VENV)/build.log"
 	@$(VENV)/bin/python -m pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 \
 	  || { tail -n 60 $(VENV)/build.log; exit 1; }
-	@grep "dnkd_ext:" $(VENV)/build.log
+	@grep -E "^ *dnkd_ext: " $(VENV)/build.log | awk '!seen[$$0]++'
 	touch $@
 
 inplace:

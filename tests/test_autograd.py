@@ -306,6 +306,7 @@ def test_no_synchronisation(case, dtype, generator):
         (3 * case.fused(*args, **kwargs)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert args[0].grad.isfinite().all()
 
 
 @pytest.mark.cuda
