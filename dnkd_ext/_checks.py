@@ -42,6 +42,24 @@ def require_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
+def require_weight(weight: object, name: str, other: Tensor, other_name: str) -> None:
+    """An error unless the value is a float or a 0-dim tensor beside `other` without gradient."""
+    if not isinstance(weight, Tensor):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, torch.SymFloat)):
+            raise TypeError(
+                f"{name} must be a float or a 0-dim tensor, got {type(weight).__name__}"
+            )
+        return
+    require_floating(weight, name)
+    require_same_device(weight, name, other, other_name)
+    if weight.dim() != 0:
+        raise ValueError(
+            f"{name} must be a float or a 0-dim tensor, got shape {list(weight.shape)}"
+        )
+    if weight.requires_grad:
+        raise ValueError(f"{name} must not require a gradient; multiply the loss by it instead")
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

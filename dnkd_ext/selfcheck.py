@@ -58,6 +58,7 @@ def _error(loss, args, kwargs, dtype, device) -> float:
         values = [prepare(value) for value in args]
         values[0].requires_grad_()
         result = function(*values, **{key: prepare(value) for key, value in kwargs.items()})
+        result = result if isinstance(result, torch.Tensor) else result[0]
         # An upstream gradient that is not 1, so that it has to be multiplied in.
         (gradient,) = torch.autograd.grad(3 * result.sum(), values[0])
         return result.detach().double(), gradient.double()

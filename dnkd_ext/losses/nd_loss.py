@@ -21,6 +21,7 @@ from dnkd_ext._checks import (
     require_reduction,
     require_same_device,
     require_tensor,
+    require_weight,
 )
 
 if TYPE_CHECKING:
@@ -198,24 +199,12 @@ def _check(
                 f"teacher_norms must have the leading shape of student_features {shape}, "
                 f"got shape {list(teacher_norms.shape)}"
             )
-    if isinstance(loss_weight, Tensor):
-        _check_weight(loss_weight)
-        require_same_device(loss_weight, "loss_weight", student_features, "student_features")
+    require_weight(loss_weight, "loss_weight", student_features, "student_features")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if student_features.shape[-1] == 0:
         raise ValueError("student_features must have at least one feature")
     require_reduction(reduction)
-
-
-def _check_weight(loss_weight: Tensor) -> None:
-    require_floating(loss_weight, "loss_weight")
-    if loss_weight.dim() != 0:
-        raise ValueError(
-            f"loss_weight must be a float or a 0-dim tensor, got shape {list(loss_weight.shape)}"
-        )
-    if loss_weight.requires_grad:
-        raise ValueError("loss_weight must not require a gradient; multiply the loss by it instead")
 
 
 def nd_loss_reference(
@@ -456,7 +445,7 @@ class NDLoss(nn.Module):
         self.reduction = reduction
         self.eps = eps
         if isinstance(loss_weight, Tensor):
-            _check_weight(loss_weight)
+            require_weight(loss_weight, "loss_weight", loss_weight, "itself")
             self.register_buffer("loss_weight", loss_weight.clone())
         else:
             self.loss_weight = float(loss_weight)

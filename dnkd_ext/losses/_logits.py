@@ -1,0 +1,421 @@
+"""What the losses on logits share: one operator, its checks, its reference and its fake kernels.
+
+``kd_loss``, ``ce_kd_loss`` (kd_loss.py), ``dkd_loss`` and ``ce_dkd_loss`` (dkd_loss.py) are four
+settings of it: a cross entropy or none, beside a divergence that is decoupled or not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dnkd_ext import _extension
+from dnkd_ext._checks import (
+    accumulate_dtype,
+    check_target,
+    require_floating,
+    require_reduction,
+    require_same_device,
+    require_tensor,
+    require_weight,
+)
+
+__all__ = ["Kind", "LogitTerms", "logit_loss", "logit_loss_reference"]
+
+Kind = Literal["kd", "ce_kd", "dkd", "ce_dkd"]
+# Added to a row's standard deviation by logit standardization, as in its authors' code.
+STANDARD_EPS = 1e-7
+# Values of a row that a float16 gradient, or one per row, is formed from in the backward pass.
+COEFFICIENTS = 10
+
+
+class LogitTerms(NamedTuple):
+    """A weighted loss and its terms.
+
+    Attributes:
+        loss: ``loss_weight * (ce_weight * ce + kd_weight * kd)``, differentiable.
+        ce: the cross entropy without its weight, for logging; needs no gradient.
+        kd: the distillation term without its weight, for logging; needs no gradient.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+def _product(*weights: float | Tensor) -> tuple[Tensor | None, float]:
+    """The product of weights as a 0-dim tensor (None without any) and a float."""
+    tensor, scale = None, 1.0
+    for weight in weights:
+        if isinstance(weight, Tensor):
+            tensor = weight if tensor is None else tensor * weight
+        else:
+            scale = scale * weight
+    return tensor, scale
+
+
+def logit_loss(
+    kind: Kind,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    *,
+    temperature: float,
+    ce_weight: float | Tensor = 1.0,
+    kd_weight: float | Tensor = 1.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    loss_weight: float | Tensor = 1.0,
+    logit_standardization: bool = False,
+) -> LogitTerms:
+    """The fused loss, or the reference where no kernel takes these tensors."""
+    if not isinstance(student_logits, Tensor) or not _extension.has_kernel_for(student_logits):
+        return logit_loss_reference(
+            kind,
+            student_logits,
+            teacher_logits,
+            target,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            alpha=alpha,
+            beta=beta,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            loss_weight=loss_weight,
+            logit_standardization=logit_standardization,
+        )
+    if isinstance(ce_weight, Tensor) or isinstance(loss_weight, Tensor):
+        for weight, name in ((ce_weight, "ce_weight"), (loss_weight, "loss_weight")):
+            require_weight(weight, name, student_logits, "student_logits")
+    ce_scale, ce_factor = _product(ce_weight, loss_weight)
+    kd_scale, kd_factor = _product(kd_weight, loss_weight)
+    return LogitTerms(
+        *_operator(
+            student_logits,
+            teacher_logits,
+            target,
+            ce_scale,
+            kd_scale,
+            kind,
+            temperature,
+            ce_factor,
+            kd_factor,
+            alpha,
+            beta,
+            label_smoothing,
+            ignore_index,
+            reduction,
+            logit_standardization,
+        )
+    )
+
+
+def _check(
+    kind: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    label_smoothing: float,
+    reduction: str,
+) -> None:
+    require_floating(student_logits, "student_logits")
+    require_floating(teacher_logits, "teacher_logits")
+    if student_logits.dim() < 1:
+        raise ValueError("student_logits must be (..., C), got a 0-dim tensor")
+    classes, rows = student_logits.shape[-1], student_logits.shape[:-1]
+    shape = list(student_logits.shape)
+    wanted = 2 if "dkd" in kind else 1
+    if classes < wanted:
+        raise ValueError(
+            f"student_logits must have at least {wanted} class{'es' * (wanted > 1)}, got {classes}"
+        )
+    require_same_device(teacher_logits, "teacher_logits", student_logits, "student_logits")
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits must have the shape of student_logits {shape}, "
+            f"got shape {list(teacher_logits.shape)}"
+        )
+    if kind != "kd":
+        require_tensor(target, "target")
+        assert target is not None
+        require_same_device(target, "target", student_logits, "student_logits")
+        if target.dtype.is_floating_point:
+            require_floating(target, "target")
+            if target.shape != student_logits.shape:
+                raise ValueError(
+                    f"target of class probabilities must have the shape of student_logits {shape}, "
+                    f"got shape {list(target.shape)}"
+                )
+        else:
+            if target.dtype not in (torch.int64, torch.int32):
+                raise TypeError(
+                    "target must hold int64 or int32 class indices or floating class "
+                    f"probabilities, got {target.dtype}"
+                )
+            if target.shape != rows:
+                raise ValueError(
+                    "target of class indices must have the leading shape of student_logits "
+                    f"{shape}, got shape {list(target.shape)}"
+                )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and greater than 0, got {temperature}")
+    for value, name in ((alpha, "alpha"), (beta, "beta")):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    require_reduction(reduction)
+
+
+# -- reference ------------------------------------------------------------------------------------
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    """Each row minus its mean, over its standard deviation."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    variance = (centred * centred).sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
+    # The square root has no derivative at 0, and there none is wanted.
+    is_flat = variance == 0
+    deviation = torch.where(is_flat, 0, torch.where(is_flat, 1, variance).sqrt())
+    return centred / (deviation + STANDARD_EPS)
+
+
+def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) per row; where q is 0 it counts nothing."""
+    q = log_q.exp()
+    return torch.where(q == 0, 0, q * (log_q - log_p)).sum(-1)
+
+
+def _decoupled(u: Tensor, v: Tensor, is_label: Tensor, alpha: float, beta: float) -> Tensor:
+    """alpha * TCKD + beta * NCKD per row, the label's logit excluded from the second exactly."""
+    log_rest, is_named = [], is_label.any(-1)
+    odds = []  # log odds of the label against all other classes
+    for logits in (u, v):
+        others = logits.masked_fill(is_label, -math.inf)
+        total = others.logsumexp(-1)
+        log_rest.append(others - total.unsqueeze(-1))
+        odds.append(torch.where(is_label, logits, 0).sum(-1) - total)
+    student, teacher = odds
+    tckd = 0.0
+    for sign in (1, -1):  # the label, and everything else
+        q = torch.sigmoid(sign * teacher)
+        log_ratio = F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student)
+        tckd = tckd + torch.where(q == 0, 0, q * log_ratio)
+    nckd = _divergence(log_rest[1], torch.where(is_label, 0, log_rest[0]))
+    # A label that names no class: NaN, and so the gradient.
+    return alpha * tckd + beta * nckd + torch.where(is_named, 0, math.nan) * u.sum(-1)
+
+
+def logit_loss_reference(
+    kind: Kind,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None,
+    *,
+    temperature: float,
+    ce_weight: float | Tensor = 1.0,
+    kd_weight: float | Tensor = 1.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    loss_weight: float | Tensor = 1.0,
+    logit_standardization: bool = False,
+) -> LogitTerms:
+    """The same in differentiable PyTorch operations, for every device."""
+    _check(
+        kind, student_logits, teacher_logits, target, temperature, alpha, beta, label_smoothing,
+        reduction,
+    )  # fmt: skip
+    weights = {"ce_weight": ce_weight, "kd_weight": kd_weight, "loss_weight": loss_weight}
+    for name, weight in weights.items():
+        require_weight(weight, name, student_logits, "student_logits")
+    dtype, classes = accumulate_dtype(student_logits.dtype), student_logits.shape[-1]
+    rows = student_logits.shape[:-1]
+    with torch.autocast(student_logits.device.type, enabled=False):
+        student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
+        counted = torch.ones(rows, dtype=torch.bool, device=student.device)
+        labels = None
+        if target is not None and kind != "kd":
+            if target.dtype.is_floating_point:
+                target = target.detach().to(dtype)
+                labels = target.argmax(-1)
+            else:
+                counted = target != ignore_index
+                is_named = (target >= 0) & (target < classes)
+                check_target(target, counted & ~is_named, classes, "classes")
+                labels = torch.where(counted, target, 0).long()
+        in_both = student
+        if labels is not None:
+            # Whatever an ignored row holds is replaced before anything is computed from it.
+            in_both = torch.where(counted[..., None], student, 0)
+        is_decoupled = kind in ("dkd", "ce_dkd")
+        if is_decoupled:
+            student, teacher = in_both, torch.where(counted[..., None], teacher, 0)
+        u, v = student, teacher
+        if logit_standardization:
+            u, v = _standardized(u), _standardized(v)
+        u, v = u / temperature, v / temperature
+        if is_decoupled:
+            assert labels is not None
+            is_label = torch.arange(classes, device=u.device) == labels[..., None]
+            kd = temperature**2 * _decoupled(u, v, is_label, alpha, beta)
+            kd = torch.where(counted, kd, 0)
+        else:
+            kd = temperature**2 * _divergence(v.log_softmax(-1), u.log_softmax(-1))
+        ce = torch.zeros_like(kd)
+        if kind in ("ce_kd", "ce_dkd"):
+            assert target is not None
+            log_p = in_both.log_softmax(-1)
+            if target.dtype.is_floating_point:
+                smooth = (1 - label_smoothing) * target + label_smoothing / classes
+                ce = -(smooth * log_p).sum(-1)
+            else:
+                is_label = torch.arange(classes, device=u.device) == labels[..., None]
+                ce = -torch.where(is_label, log_p, 0).sum(-1) * (1 - label_smoothing)
+                if label_smoothing:
+                    ce = ce - label_smoothing * log_p.mean(-1)
+                # A label that names no class: NaN, and so the gradient.
+                ce = ce + torch.where(is_label.any(-1), 0, math.nan) * in_both.sum(-1)
+                ce = torch.where(counted, ce, 0)
+        if reduction != "none":
+            ce, kd = ce.sum(), kd.sum()
+        if reduction == "mean":
+            ones = counted.sum().clamp_min(1)
+            ce = ce / ones
+            kd = kd / (ones if is_decoupled else max(rows.numel(), 1))
+        loss = loss_weight * (ce_weight * ce + kd_weight * kd)
+        return LogitTerms(loss.to(dtype), ce.detach(), kd.detach())
+
+
+# -- what torch has to know about the operators ---------------------------------------------------
+
+
+def _reference_operator(
+    student_logits,
+    teacher_logits,
+    target,
+    ce_scale,
+    kd_scale,
+    kind,
+    temperature,
+    ce_weight,
+    kd_weight,
+    alpha,
+    beta,
+    label_smoothing,
+    ignore_index,
+    reduction,
+    logit_standardization,
+):
+    return logit_loss_reference(
+        kind,
+        student_logits,
+        teacher_logits,
+        target,
+        temperature=temperature,
+        ce_weight=ce_weight if ce_scale is None else ce_weight * ce_scale,
+        kd_weight=kd_weight if kd_scale is None else kd_weight * kd_scale,
+        alpha=alpha,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        logit_standardization=logit_standardization,
+    ).loss
+
+
+def _fake(
+    student_logits,
+    teacher_logits,
+    target,
+    ce_scale,
+    kd_scale,
+    kind,
+    temperature,
+    ce_weight,
+    kd_weight,
+    alpha,
+    beta,
+    label_smoothing,
+    ignore_index,
+    reduction,
+    logit_standardization,
+):
+    _check(
+        kind, student_logits, teacher_logits, target, temperature, alpha, beta, label_smoothing,
+        reduction,
+    )  # fmt: skip
+    for weight, name in ((ce_scale, "ce_weight"), (kd_scale, "kd_weight")):
+        if weight is not None:
+            require_weight(weight, name, student_logits, "student_logits")
+    shape = student_logits.shape[:-1] if reduction == "none" else ()
+    dtype = accumulate_dtype(student_logits.dtype)
+    return tuple(student_logits.new_empty(shape, dtype=dtype) for _ in range(3))
+
+
+def _fake_forward(
+    student_logits,
+    teacher_logits,
+    labels,
+    probabilities,
+    ce_scale,
+    kd_scale,
+    kind,
+    temperature,
+    ce_weight,
+    kd_weight,
+    alpha,
+    beta,
+    label_smoothing,
+    ignore_index,
+    reduction,
+    logit_standardization,
+    needs_gradient,
+):
+    rows, columns = student_logits.shape
+    dtype = accumulate_dtype(student_logits.dtype)
+    shape = (rows,) if reduction == "none" else ()
+    terms = tuple(student_logits.new_empty(shape, dtype=dtype) for _ in range(3))
+    if not needs_gradient:
+        return *terms, student_logits.new_empty((0,), dtype=dtype)
+    if student_logits.dtype == torch.float16 or reduction == "none":
+        return *terms, student_logits.new_empty((rows, COEFFICIENTS), dtype=dtype)
+    return *terms, student_logits.new_empty((rows, columns))
+
+
+def _fake_backward(
+    upstream,
+    student_logits,
+    teacher_logits,
+    labels,
+    probabilities,
+    coefficients,
+    kind,
+    temperature,
+    label_smoothing,
+    logit_standardization,
+):
+    return student_logits.new_empty(student_logits.shape)
+
+
+if _extension.is_loaded():
+    _operator: Any = torch.ops.dnkd_ext.logit_loss.default
+    _library = torch.library.Library("dnkd_ext", "FRAGMENT")
+    _library.impl("_logit_loss_reference", _reference_operator, "CompositeImplicitAutograd")
+    torch.library.register_fake("dnkd_ext::logit_loss", _fake, lib=_library)
+    torch.library.register_fake("dnkd_ext::_logit_loss_forward", _fake_forward, lib=_library)
+    torch.library.register_fake("dnkd_ext::_logit_loss_backward", _fake_backward, lib=_library)
