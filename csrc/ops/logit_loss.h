@@ -22,7 +22,7 @@
 namespace dnkd {
 
 // Scalars per row that a gradient is formed from; the order of LogitRow in logit_loss_terms.inc.
-constexpr int kLogitCoefficients = 10;
+constexpr int kLogitCoefficients = 11;
 
 // "Accumulate type" below: float for half, bfloat16 and float students, double for double.
 struct LogitLossParams {

@@ -30,7 +30,7 @@ Kind = Literal["kd", "ce_kd", "dkd", "ce_dkd"]
 # Added to a row's standard deviation by logit standardization, as in its authors' code.
 STANDARD_EPS = 1e-7
 # Values of a row that a float16 gradient, or one per row, is formed from in the backward pass.
-COEFFICIENTS = 10
+COEFFICIENTS = 11
 
 
 class LogitTerms(NamedTuple):
