@@ -564,9 +564,11 @@ def _case(
     variants = _variants(has_ce, decoupled)
 
     def underflowing(g: torch.Generator) -> Arguments:
-        # 1024 x 1000 under a weight as small as a mean over 65536 rows: elements of about 1e-8.
+        # 1024 x 1000 under a weight as small as a mean over 64 or, for the label's large element
+        # of the cross entropy, 4096 times as many rows makes it: elements of about 1e-8.
         args, kwargs = variants["plain"](g, 1024, 1000, 0)
-        return [args[0] / 3, args[1] / 3, *args[2:]], {**kwargs, "loss_weight": 1 / 64}
+        weight = 2.0**-12 if has_ce else 2.0**-6
+        return [args[0] / 3, args[1] / 3, *args[2:]], {**kwargs, "loss_weight": weight}
 
     return LossCase(
         name=name,
