@@ -22,27 +22,16 @@
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/tensors.h"
 
 namespace dnkd {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---------------------------------------------------------------------------------------------
 // Arguments: checked, then brought to the few types the kernels know.
 // ---------------------------------------------------------------------------------------------
-
-std::string shape_of(const Tensor& tensor) { return c10::str(tensor.sym_sizes()); }
-
-// The shape of the student without its last dimension.
-c10::SymIntArrayRef row_shape(const Tensor& student) {
-  return student.sym_sizes().slice(0, student.dim() - 1);
-}
-
-bool is_row_shape(const Tensor& tensor, const Tensor& student) {
-  return tensor.sym_sizes() == row_shape(student);
-}
 
 void check_arguments(const Tensor& student, const Tensor& target, const Tensor& class_means,
                      const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
@@ -117,20 +106,6 @@ struct Prepared {
   OptionalTensor weight;         // [] accumulate type
 };
 
-// (..., D) as (N, D) whose features lie side by side; a view wherever one exists.
-Tensor as_rows(const Tensor& tensor) {
-  const Tensor rows = tensor.dim() == 2 ? tensor : tensor.reshape_symint({-1, tensor.sym_size(-1)});
-  return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
-}
-
-Tensor flat(const Tensor& tensor) {
-  return tensor.dim() == 1 ? tensor.contiguous() : tensor.reshape({-1});
-}
-
-Tensor cast(const Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
-
 // The norms of features in another dtype or width than the student's, without a copy of them: cast
 // whole, they would take N x D more memory.
 Tensor norms_of(const Tensor& features, at::ScalarType accumulate) {
@@ -200,10 +175,6 @@ bool keeps_coefficients(at::ScalarType type, Reduction reduction) {
 // ---------------------------------------------------------------------------------------------
 // The operators without autograd.
 // ---------------------------------------------------------------------------------------------
-
-const void* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
-}
 
 // On the CPU always; elsewhere where asked for, because it synchronises.
 void check_target(const NdLossParams& p, const Tensor& target) {
@@ -405,10 +376,10 @@ Tensor shaped_loss(const Tensor& loss, const Tensor& student) {
   return loss.dim() == 1 && student.dim() != 2 ? loss.reshape_symint(row_shape(student)) : loss;
 }
 
-// Tells whether the teacher was overwritten; inference tensors keep no count.
+// Tells whether the teacher was overwritten.
 int64_t teacher_version(const Arguments& a) {
   const Tensor teacher = a.teacher_features.value_or(a.teacher_norms.value_or(Tensor()));
-  return !teacher.defined() || teacher.is_inference() ? 0 : teacher._version();
+  return version_of(teacher);
 }
 
 class NdLoss : public torch::autograd::Function<NdLoss> {
