@@ -25,7 +25,7 @@ STAGES = (
 
 
 def stage_truth(student, teacher):
-    """Loss and gradient of a stage: cells pooled one by one, l x l of them while that is less than the height."""
+    """Loss and gradient of a stage: its error, and that of l x l cells for l below its height."""
     difference = student - teacher
     samples, channels, height, width = difference.shape
     levels = [None, *(cells for cells in (4, 2, 1) if cells < height)]
