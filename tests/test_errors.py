@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 import dnkd_ext
-from tests.cases import CASES, convert
+from tests.cases import CASES, ND_LOSS, convert, replaced, tensors_of
 
 ALL = [
     pytest.param(case, bad, id=f"{case.name}-{bad.name}")
@@ -19,9 +21,7 @@ ALL = [
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_bad_input(one, bad, implementation, needs_gradient, generator):
-    args, kwargs = convert(
-        one.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
-    )
+    args, kwargs = convert(one.variants[one.main](generator, 6, 8, 5), torch.float32, "cpu")
     args[0] = args[0].detach().requires_grad_(needs_gradient)
     getattr(one, implementation)(*args, **kwargs)  # good before it is spoilt
     bad.change(args, kwargs)
@@ -29,36 +29,37 @@ def test_bad_input(one, bad, implementation, needs_gradient, generator):
         getattr(one, implementation)(*args, **kwargs)
 
 
+def misplaced(case, arguments, device):
+    """Arguments of which one tensor is elsewhere, and what the error must begin with."""
+    names = list(inspect.signature(case.reference).parameters)
+    for where, tensor in tensors_of(arguments).items():
+        if where != 0:
+            name = names[where] if isinstance(where, int) else where
+            message = f"{name} is on {device} but {names[0]} is on "
+            yield replaced(arguments, {where: tensor.to(device)}), message
+
+
 @pytest.mark.cuda
 def test_devices_differ(case, generator):
-    args, kwargs = convert(
-        case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cuda"
-    )
-    for spoil in (1, 2, "teacher_features"):
-        bad_args, bad_kwargs = list(args), dict(kwargs)
-        holder = bad_args if isinstance(spoil, int) else bad_kwargs
-        holder[spoil] = holder[spoil].cpu()
+    arguments = convert(case.variants[case.main](generator, 6, 8, 5), torch.float32, "cuda")
+    for (args, kwargs), message in misplaced(case, arguments, "cpu"):
         for function in (case.fused, case.reference):
-            with pytest.raises(RuntimeError, match="must be on the same device"):
-                function(*bad_args, **bad_kwargs)
+            with pytest.raises(RuntimeError, match=f"{message}cuda:0; they must be on the same"):
+                function(*args, **kwargs)
 
 
 def test_devices_differ_without_a_gpu(case, generator):
-    args, kwargs = convert(
-        case.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
-    )
-    args[2] = args[2].to("meta")
-    for function in (case.fused, case.reference):
-        with pytest.raises(
-            RuntimeError, match="class_means is on meta but student_features is on cpu"
-        ):
-            function(*args, **kwargs)
+    arguments = convert(case.variants[case.main](generator, 6, 8, 5), torch.float32, "cpu")
+    for (args, kwargs), message in misplaced(case, arguments, "meta"):
+        for function in (case.fused, case.reference):
+            with pytest.raises(RuntimeError, match=f"{message}cpu; they must be on the same"):
+                function(*args, **kwargs)
 
 
 class TestModule:
     def test_equals_functional(self, generator):
         args, kwargs = convert(
-            CASES[0].variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
+            ND_LOSS.variants["teacher_features"](generator, 6, 8, 5), torch.float32, "cpu"
         )
         options = {"ignore_index": 3, "reduction": "sum", "loss_weight": 0.5, "eps": 1e-6}
         criterion = dnkd_ext.NDLoss(args[2], **options)

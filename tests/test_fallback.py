@@ -16,14 +16,19 @@ import pytest
 import torch
 
 import dnkd_ext
-from tests.cases import ND_LOSS, convert, truth
+from tests.cases import CASES, DTYPES, convert, truth
 
 PACKAGE = Path(dnkd_ext.__file__).parent
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 INSTALLED = dnkd_ext.build_info()
 TORCH = str(torch.__version__)
 MAJOR, MINOR = TORCH.split(".")[:2]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+# The operators that the library brings, its own and those behind them.
+OPERATORS = [
+    name
+    for operator in dict.fromkeys(case.operator for case in CASES)
+    for name in (operator, f"_{operator}_forward", f"_{operator}_reference")
+]
 needs_library = pytest.mark.skipif(
     not INSTALLED["loaded"], reason=f"compiled library not loaded: {INSTALLED['load_error']}"
 )
@@ -43,8 +48,9 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import dnkd_ext
     losses, gradients = [], []
-    for args, kwargs in torch.load("arguments.pt"):
-        loss = dnkd_ext.nd_loss(*args, **kwargs)
+    for name, args, kwargs in torch.load("arguments.pt"):
+        result = getattr(dnkd_ext, name)(*args, **kwargs)
+        loss = result if isinstance(result, torch.Tensor) else result.loss
         losses.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, args[0])[0])
     torch.save((losses, gradients), "results.pt")
@@ -55,11 +61,7 @@ print(json.dumps({
     "library": library and library.__file__,
     "warnings": [[w.category.__name__, str(w.message), w.filename] for w in caught],
     "info": before,
-    "operators": [
-        name
-        for name in ("nd_loss", "_nd_loss_forward", "_nd_loss_reference")
-        if hasattr(torch.ops.dnkd_ext, name)
-    ],
+    "operators": [name for name in OPERATORS if hasattr(torch.ops.dnkd_ext, name)],
 }))
 """
 
@@ -73,11 +75,15 @@ class Copy:
         ignored = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json")
         shutil.copytree(PACKAGE, self.package, ignore=ignored)
         self.arguments = [
-            convert(ND_LOSS.variants[variant](generator, 7, 37, 5), dtype, "cpu")
-            for variant in ("teacher_features", "ignored", "probabilities", "degenerate")
+            (case, *convert(case.variants[variant](generator, 7, 37, 5), dtype, "cpu"))
+            for case in CASES
+            for variant in case.smooth
             for dtype in DTYPES
         ]
-        torch.save(self.arguments, folder / "arguments.pt")
+        torch.save(
+            [(case.name, *arguments) for case, *arguments in self.arguments],
+            folder / "arguments.pt",
+        )
 
     def add_library(self) -> Path:
         """Brings the library and the record of its build; returns the library."""
@@ -103,7 +109,7 @@ class Copy:
 
     def report(self, **variables: str) -> dict:
         """What an import says, after checking that it was one of this copy."""
-        done = self.python(REPORT, **variables)
+        done = self.python(f"OPERATORS = {OPERATORS}\n" + REPORT, **variables)
         assert done.returncode == 0, (done.returncode, done.stderr)
         report = json.loads(done.stdout)
         assert report["file"] == str(self.package / "__init__.py")
@@ -112,10 +118,11 @@ class Copy:
     def assert_results(self) -> None:
         """Losses and gradients of the last report against the definition, row by row."""
         losses, gradients = torch.load(self.folder / "results.pt")
-        assert len(losses) == len(gradients) == len(self.arguments) == 16
-        for arguments, loss, gradient in zip(self.arguments, losses, gradients, strict=True):
+        assert len(losses) == len(gradients) == len(self.arguments) > 4 * len(CASES)
+        for given, loss, gradient in zip(self.arguments, losses, gradients, strict=True):
+            case, *arguments = given
             dtype = arguments[0][0].dtype
-            expected = truth(ND_LOSS, arguments, "mean")
+            expected = truth(case, tuple(arguments), "mean")
             exact = 1e-12 if dtype == torch.float64 else 1e-5
             assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert gradient.dtype == dtype
@@ -291,7 +298,7 @@ def test_with_library(copy):
     report = copy.report(DNKD_REQUIRE_EXT="1")
     assert report["warnings"] == []
     assert report["library"] == str(library)
-    assert report["operators"] == ["nd_loss", "_nd_loss_forward", "_nd_loss_reference"]
+    assert report["operators"] == OPERATORS
     info = report["info"]
     assert info["loaded"] is True
     assert info["load_error"] is None

@@ -6,64 +6,51 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from tests.cases import convert
+from tests.cases import CASES, convert, finite, replaced, tensors_of
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
+
+
+def main_arguments(case, generator, rows=7, width=24, device="cpu"):
+    return convert(case.variants[case.main](generator, rows, width, 5), torch.float32, device)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_opcheck(case, dtype, reduction, needs_gradient, device, generator):
-    for variant in ("direction_only", "teacher_features", "teacher_norms", "probabilities"):
-        args, kwargs = convert(case.variants[variant](generator, 6, 16, 5), dtype, device)
+    operator = getattr(torch.ops.dnkd_ext, case.operator).default
+    for variant in case.smooth:
+        args, kwargs = finite(convert(case.variants[variant](generator, 6, 16, 5), dtype, device))
         args[0] = args[0].detach().requires_grad_(needs_gradient)
-        opcheck(*case.operator(*args, **kwargs, reduction=reduction))
+        opcheck(operator, case.operator_arguments(*args, **kwargs, reduction=reduction))
 
 
-def test_opcheck_of_inner_operators(device, generator):
-    student = torch.randn(6, 16, device=device)
-    target = torch.arange(6, device=device)
-    means = torch.randn(6, 16, device=device)
-    ops = torch.ops.dnkd_ext
-    for needs_gradient in (False, True):
-        for reduction in ("mean", "none"):
-            arguments = (
-                student,
-                target,
-                means,
-                student * 2,
-                None,
-                None,
-                2.0,
-                -100,
-                reduction,
-                1e-12,
-            )
-            opcheck(ops._nd_loss_forward.default, (*arguments, needs_gradient))
-    coefficients = torch.randn(6, 2, device=device)
-    opcheck(
-        ops._nd_loss_backward.default,
-        (torch.ones(6, device=device), student, target, means, coefficients),
-    )
-    opcheck(ops._scale_.default, (student.clone(), torch.tensor(2.0, device=device)))
+def test_opcheck_of_inner_operators(case, device, generator):
+    for name, arguments in case.inner_operators(generator, device):
+        opcheck(getattr(torch.ops.dnkd_ext, name).default, arguments)
+
+
+def test_opcheck_of_scale(device):
+    gradient = torch.randn(6, 16, device=device)
+    opcheck(torch.ops.dnkd_ext._scale_.default, (gradient, torch.tensor(2.0, device=device)))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "variant", ["teacher_features", "probabilities", "ignored", "weight_tensor"]
+    ("one", "variant"), [(case, name) for case in CASES for name in case.compiled], ids=str
 )
-def test_compile(case, variant, dtype, reduction, device, generator):
+def test_compile(one, variant, dtype, reduction, device, generator):
     """fullgraph and dynamic: other batch sizes without a graph break, equal to eager."""
     torch._dynamo.reset()
 
     def step(student, args, kwargs):
-        return case.fused(student.sin(), *args[1:], **kwargs, reduction=reduction) * 2
+        return one.fused(student.sin(), *args[1:], **kwargs, reduction=reduction) * 2
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for rows in (7, 12, 20):
-        args, kwargs = convert(case.variants[variant](generator, rows, 24, 5), dtype, device)
+        args, kwargs = convert(one.variants[variant](generator, rows, 24, 5), dtype, device)
         results = []
         for function in (step, compiled):
             loss = function(args[0], args, kwargs)
@@ -75,9 +62,7 @@ def test_compile(case, variant, dtype, reduction, device, generator):
 
 def test_compile_without_gradient(case, device, generator):
     torch._dynamo.reset()
-    args, kwargs = convert(
-        case.variants["teacher_features"](generator, 7, 24, 5), torch.float32, device
-    )
+    args, kwargs = main_arguments(case, generator, device=device)
     compiled = torch.compile(lambda: case.fused(*args, **kwargs), fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(), case.fused(*args, **kwargs))
@@ -87,9 +72,7 @@ def test_compile_without_gradient(case, device, generator):
 
 def test_a_weight_tensor_does_not_recompile(case, device, generator):
     torch._dynamo.reset()
-    args, kwargs = convert(
-        case.variants["teacher_features"](generator, 7, 24, 5), torch.float32, device
-    )
+    args, kwargs = main_arguments(case, generator, device=device)
     compiled = torch.compile(case.fused, fullgraph=True)
     plain = case.fused(*args, **kwargs)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -100,51 +83,64 @@ def test_a_weight_tensor_does_not_recompile(case, device, generator):
             )
 
 
-@pytest.mark.parametrize("variant", ["teacher_features", "probabilities"])
-def test_export(case, variant, generator):
+def test_export(case, generator):
     """The exported program holds the operator and takes other batch sizes."""
-    args, kwargs = convert(case.variants[variant](generator, 7, 24, 5), torch.float32, "cpu")
-    tensors = [args[0].detach(), *args[1:], kwargs["teacher_features"]]
+    for variant in (case.main, *({"probabilities"} & set(case.variants))):
 
-    class Criterion(torch.nn.Module):
-        def forward(self, student, target, class_means, teacher):
-            return case.fused(student, target, class_means, teacher_features=teacher)
+        def build(rows, variant=variant):
+            arguments = case.variants[variant](generator, rows, 24, 5)
+            args, kwargs = convert(arguments, torch.float32, "cpu")
+            return replaced((args, kwargs), {0: args[0].detach()})
 
-    rows = torch.export.Dim("rows", min=2)
-    program = torch.export.export(
-        Criterion(), tuple(tensors), dynamic_shapes=({0: rows}, {0: rows}, None, {0: rows})
-    )
-    targets = {str(node.target) for node in program.graph.nodes}
-    assert any(name.startswith("dnkd_ext.") for name in targets), targets
-    other, options = convert(case.variants[variant](generator, 11, 24, 5), torch.float32, "cpu")
-    torch.testing.assert_close(
-        program.module()(*other, options["teacher_features"]),
-        case.fused(*other, **options),
-    )
+        first = build(7)
+        places = tuple(tensors_of(first))
+
+        class Criterion(torch.nn.Module):
+            def forward(self, *tensors, places=places, first=first):
+                args, kwargs = replaced(first, dict(zip(places, tensors, strict=True)))
+                return case.fused(*args, **kwargs)
+
+        rows = torch.export.Dim("rows", min=2)
+        shapes = tuple({0: rows} if where in case.per_row else None for where in places)
+        program = torch.export.export(
+            Criterion(), tuple(tensors_of(first).values()), dynamic_shapes={"tensors": shapes}
+        )
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert any(name.startswith("dnkd_ext.") for name in targets), targets
+        other = build(11)
+        torch.testing.assert_close(
+            program.module()(*tensors_of(other).values()), case.fused(*other[0], **other[1])
+        )
 
 
 def test_fake_tensors_check_arguments(case, generator):
-    """Shape errors surface while tracing, in the words of the eager ones."""
+    """Wrong arguments surface while tracing, in the words of the eager ones."""
     from torch._subclasses import FakeTensorMode
 
-    args, _ = convert(case.variants["teacher_features"](generator, 7, 24, 5), torch.float32, "cpu")
     with FakeTensorMode() as mode:
-        student, target, means = (mode.from_tensor(t) for t in args)
-        assert case.fused(student, target, means).shape == ()
-        with pytest.raises(ValueError, match="23 wide but student_features is 24 wide"):
-            case.fused(student, target, means[:, :-1])
+
+        def fakes():
+            given = convert(case.variants[case.main](generator, 6, 8, 5), torch.float32, "cpu")
+            return replaced(given, {w: mode.from_tensor(t) for w, t in tensors_of(given).items()})
+
+        args, kwargs = fakes()
+        assert case.fused(*args, **kwargs).shape == ()
+        assert case.fused(*args, **kwargs, reduction="none").shape == (6,)
+        for bad in case.bad_inputs:
+            if bad.is_traceable:
+                args, kwargs = fakes()
+                bad.change(args, kwargs)
+                with pytest.raises(bad.error, match=bad.match):
+                    case.fused(*args, **kwargs)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_module_in_a_compiled_training_step(backend, device, generator):
-    """A whole step - model, loss through the module, backward - trains as the eager one."""
-    import dnkd_ext
-
+def test_compiled_training_step(case, backend, device, generator):
+    """A whole step - model, loss, backward - trains as the eager one."""
     torch._dynamo.reset()
-    means = torch.randn(5, 16, generator=generator).to(device)
-    images, teacher = (torch.randn(8, 12 + 4 * i, generator=generator).to(device) for i in (0, 1))
-    target = torch.arange(8, device=device) % 5
-    criterion = dnkd_ext.NDLoss(means, loss_weight=2.0).to(device)
+    args, kwargs = main_arguments(case, generator, 8, 16, device)
+    images = torch.randn(8, 12, generator=generator).to(device)
+    weight = torch.tensor(0.5, device=device)
 
     def train(compile_it):
         torch.manual_seed(0)
@@ -153,15 +149,15 @@ def test_module_in_a_compiled_training_step(backend, device, generator):
         )
         model = model.to(device)
 
-        def loss_of(x, t):
-            return criterion(model(x), target, teacher_features=t)
+        def loss_of(x):
+            return case.fused(model(x), *args[1:], **kwargs, loss_weight=weight)
 
         run = torch.compile(loss_of, backend=backend, fullgraph=True) if compile_it else loss_of
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
         for _ in range(4):
             optimizer.zero_grad()
-            loss = run(images, teacher)
+            loss = run(images)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -170,3 +166,18 @@ def test_module_in_a_compiled_training_step(backend, device, generator):
     eager, compiled = train(False), train(True)
     assert eager[-1] < eager[0]
     assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+def test_module_compiles(device, generator):
+    import dnkd_ext
+
+    torch._dynamo.reset()
+    criterion = dnkd_ext.NDLoss(torch.randn(5, 16, generator=generator), loss_weight=2.0)
+    criterion = criterion.to(device)
+    student, teacher = (torch.randn(8, 16, generator=generator).to(device) for _ in range(2))
+    target = torch.arange(8, device=device) % 5
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(student, target, teacher_features=teacher),
+        criterion(student, target, teacher_features=teacher),
+    )

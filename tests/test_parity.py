@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.cases import DTYPES, ND_LOSS, WIDTHS, convert, truth
+from tests.cases import (
+    CASES,
+    DTYPES,
+    KD_LOSS,
+    ND_LOSS,
+    convert,
+    replaced,
+    rows_of,
+    tensors_of,
+    truth,
+)
 
 # Largest error of a float32 or float64 result relative to the largest element.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -26,39 +38,38 @@ def evaluate(function, arguments, reduction):
     return loss.detach(), args[0].grad
 
 
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_equals_loop(case, implementation, reduction, dtype, width, device, generator):
-    for name, build in case.variants.items():
+def test_equals_loop(case, reduction, dtype, device, generator):
+    for width, (name, build) in itertools.product(case.widths, case.variants.items()):
         arguments = convert(build(generator, 19, width, 11), dtype, device)
         expected = truth(case, arguments, reduction)
-        loss, gradient = evaluate(getattr(case, implementation), arguments, reduction)
-        assert expected.loss_error(loss) <= TOLERANCE[dtype], name
-        assert expected.gradient_error(gradient) <= TOLERANCE[dtype], name
+        for implementation in ("fused", "reference"):
+            loss, gradient = evaluate(getattr(case, implementation), arguments, reduction)
+            where = (implementation, name, width)
+            assert expected.loss_error(loss) <= TOLERANCE[dtype], where
+            assert expected.gradient_error(gradient) <= TOLERANCE[dtype], where
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_half_precision(case, reduction, dtype, width, device, generator):
+def test_half_precision(case, reduction, dtype, device, generator):
     """Against float64 arithmetic on the same half-precision inputs.
 
     The tolerance is that of the format: the gradient is rounded once, and the loss is float32. The
     same-dtype reference, which upcasts to float32, must not be better by more than that rounding.
     """
     epsilon = torch.finfo(dtype).eps
-    for name, build in case.variants.items():
+    for width, (name, build) in itertools.product(case.widths, case.variants.items()):
         arguments = convert(build(generator, 19, width, 11), dtype, device)
         expected = truth(case, arguments, reduction)
         fused = evaluate(case.fused, arguments, reduction)
         reference = evaluate(case.reference, arguments, reduction)
-        assert expected.loss_error(fused[0]) <= 1e-5, name
+        assert expected.loss_error(fused[0]) <= 1e-5, (name, width)
         errors = [expected.gradient_error(gradient) for _, gradient in (fused, reference)]
         # Half a unit in the last place of the largest element, and float32 noise.
-        assert errors[0] <= 0.5 * epsilon + 1e-5, (name, errors)
-        assert errors[0] <= errors[1] + 0.25 * epsilon, (name, errors)
+        assert errors[0] <= 0.5 * epsilon + 1e-5, (name, width, errors)
+        assert errors[0] <= errors[1] + 0.25 * epsilon, (name, width, errors)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
@@ -76,16 +87,10 @@ def test_golden(case, implementation, dtype, tolerance, golden, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_golden_half(case, dtype, golden, device):
     """On the golden inputs rounded to half, no worse than PyTorch operations in that dtype."""
-
-    def same_dtype(student, target, class_means, teacher_features):
-        unit = torch.nn.functional.normalize(class_means[target], dim=-1)
-        norm = torch.maximum(student.norm(dim=-1), teacher_features.norm(dim=-1))
-        return (1 - (student * unit).sum(-1) / norm).mean()
-
-    for arguments, _, _ in ND_LOSS.golden(golden):
+    for arguments, _, _ in case.golden(golden):
         args, kwargs = convert(arguments, dtype, device)
-        expected = truth(ND_LOSS, (args, kwargs), "mean")
-        naive = same_dtype(*args, kwargs["teacher_features"])
+        expected = truth(case, (args, kwargs), "mean")
+        naive = case.same_dtype(*args, **kwargs)
         naive.backward()
         naive_gradient = args[0].grad
         loss, gradient = evaluate(case.fused, (args, kwargs), "mean")
@@ -101,40 +106,40 @@ def test_golden_half(case, dtype, golden, device):
 def test_any_shape_stride_and_dtype(case, data):
     """Leading shapes, row strides, dtype mixtures and targets drawn by hypothesis."""
     shape = data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=3), label="leading shape")
-    width = data.draw(st.integers(1, 70), label="width")
+    width = data.draw(st.integers(min(case.widths), 70), label="width")
     classes = data.draw(st.integers(1, 6), label="classes")
-    dtype, means_dtype, teacher_dtype = (
-        data.draw(st.sampled_from(DTYPES), label=label) for label in ("dtype", "means", "teacher")
-    )
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     layout = data.draw(st.sampled_from(["dense", "row stride", "column stride", "transposed"]))
     reduction = data.draw(st.sampled_from(["mean", "sum", "none"]))
     variant = data.draw(st.sampled_from(sorted(case.variants)))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     rows = int(np.prod(shape))
-    args, kwargs = convert(case.variants[variant](g, rows, width, classes), dtype, "cpu")
+    arguments = convert(case.variants[variant](g, rows, width, classes), dtype, "cpu")
 
     def lay_out(x):
-        """(rows, width) in the drawn memory layout and leading shape."""
+        """(rows, ...) in the drawn memory layout and leading shape."""
         x = x.detach()
+        if x.dim() == 1:
+            return x.reshape(shape)
+        columns = x.shape[1]
         if layout == "row stride":
-            wide = x.new_full((rows, width + 3), float("nan"))
-            wide[:, 1 : width + 1] = x
-            x = wide[:, 1 : width + 1]
+            wide = x.new_full((rows, columns + 3), float("nan"))
+            wide[:, 1 : columns + 1] = x
+            x = wide[:, 1 : columns + 1]
         elif layout == "column stride":
-            wide = x.new_full((rows, 2 * width), float("nan"))
+            wide = x.new_full((rows, 2 * columns), float("nan"))
             wide[:, ::2] = x
             x = wide[:, ::2]
         elif layout == "transposed":
             x = x.t().contiguous().t()
-        return x.reshape(*shape, width) if len(shape) != 1 else x
+        return x.reshape(*shape, columns) if len(shape) != 1 else x
 
-    args[0] = lay_out(args[0]).requires_grad_()
-    args[1] = args[1].reshape((*shape, *args[1].shape[1:]))
-    args[2] = args[2].to(means_dtype)
-    if "teacher_features" in kwargs:
-        kwargs["teacher_features"] = lay_out(kwargs["teacher_features"]).to(teacher_dtype)
-    if "teacher_norms" in kwargs:
-        kwargs["teacher_norms"] = kwargs["teacher_norms"].reshape(shape).to(teacher_dtype)
+    changes = {where: lay_out(x) for where, x in rows_of(case, arguments).items()}
+    for where, x in tensors_of(replaced(arguments, changes)).items():
+        if where != 0 and x.is_floating_point() and x.dim() > 0:
+            changes[where] = x.to(data.draw(st.sampled_from(DTYPES), label=f"dtype of {where}"))
+    changes[0].requires_grad_()
+    args, kwargs = replaced(arguments, changes)
     expected = truth(case, (args, kwargs), reduction)
     result = case.fused(*args, **kwargs, reduction=reduction)
     (gradient,) = torch.autograd.grad(result.sum(), args[0])
@@ -142,6 +147,81 @@ def test_any_shape_stride_and_dtype(case, data):
     unit = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0
     assert expected.loss_error(result) <= tolerance
     assert expected.gradient_error(gradient) <= tolerance + unit
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("columns", [5, 64, 1100])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_faults_are_not_hidden(case, implementation, columns, dtype, device, generator):
+    """A faulty row's loss is NaN, and so the mean; other rows keep their gradient."""
+    function = getattr(case, implementation)
+    for name, (where, value) in case.faults.items():
+        arguments = convert(case.variants[case.main](generator, 6, columns, 6), dtype, device)
+        args, kwargs = arguments
+        if case.target is not None:
+            # Each of its own class, and the fault elsewhere than in the column of the class.
+            args[case.target] = torch.tensor([0, 1, 3, 2, 4, 4], device=device)
+        row = 2 if where in case.per_row else 3
+        with torch.no_grad():
+            tensors_of(arguments)[where][row, 2] = value
+        loss = function(*args, **kwargs, reduction="none")
+        assert loss.isnan().tolist() == [False, False, True, False, False, False], name
+        mean = function(*args, **kwargs)
+        assert mean.isnan()
+        mean.backward()
+        is_nan = args[0].grad.isnan().any(1).tolist()
+        assert is_nan == [False, False, True, False, False, False], name
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_counted(case, implementation, reduction, device, generator):
+    """An empty or fully ignored batch gives 0 and a zero gradient."""
+    for rows in (0, 4) if case.drops_ignored else (0,):
+        args, kwargs = convert(
+            case.variants[case.main](generator, rows, 8, 3), torch.float32, device
+        )
+        if rows:
+            args[case.target].fill_(-100)
+        with torch.no_grad():
+            args[0].fill_(float("nan"))
+        loss = getattr(case, implementation)(*args, **kwargs, reduction=reduction)
+        assert loss.tolist() == ([0.0] * rows if reduction == "none" else 0.0)
+        loss.sum().backward()
+        assert args[0].grad.tolist() == [[0.0] * 8] * rows
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_no_rows_of_odd_strides(case, implementation, device, generator):
+    """A tensor without rows calls itself contiguous whatever its strides."""
+    arguments = convert(case.variants[case.main](generator, 0, 4, 3), torch.float32, device)
+    odd = torch.empty(0, 8, device=device)[:, ::2]
+    args, kwargs = replaced(arguments, {0: odd.requires_grad_(), case.teacher: odd.detach()})
+    loss = getattr(case, implementation)(*args, **kwargs)
+    loss.backward()
+    assert loss.item() == 0
+    assert args[0].grad.shape == (0, 4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("one", [case for case in CASES if case.target is not None], ids=repr)
+def test_bad_target_on_cuda(one, implementation, generator, monkeypatch):
+    """No out-of-bounds read: the row becomes NaN; asked for, an IndexError."""
+    function = getattr(one, implementation)
+    args, kwargs = convert(one.variants[one.main](generator, 8, 64, 5), torch.float32, "cuda")
+    args[one.target][:] = 0
+    args[one.target][3], args[one.target][5] = 64, 10**12
+    loss = function(*args, **kwargs, reduction="none")
+    assert loss.isnan().nonzero().flatten().tolist() == [3, 5]
+    function(*args, **kwargs).backward()
+    assert args[0].grad.isnan().all(1).nonzero().flatten().tolist() == [3, 5]
+    monkeypatch.setenv("DNKD_CHECK_TARGET", "1")
+    with pytest.raises(IndexError, match=r"target\[3\] = 64 is out of range"):
+        function(*args, **kwargs)
+    monkeypatch.delenv("DNKD_CHECK_TARGET")
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(IndexError, match="out of range"):
+        function(*args, **kwargs)
 
 
 def test_tie_belongs_to_the_student(device):
@@ -158,97 +238,23 @@ def test_tie_belongs_to_the_student(device):
     )
 
 
-FAULTS = {
-    "nan in student": (0, float("nan")),
-    "inf in student": (0, float("inf")),
-    "nan in class mean": (2, float("nan")),
-    "inf in class mean": (2, float("-inf")),
-    "nan in teacher": ("teacher_features", float("nan")),
-    "inf in teacher": ("teacher_features", float("inf")),
-}
-
-
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("width", [5, 64, 1100])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_faults_are_not_hidden(implementation, fault, width, dtype, device, generator):
-    """A faulty row's loss is NaN, and so the mean; other rows keep their gradient."""
-    where, value = FAULTS[fault]
-    args, kwargs = convert(
-        ND_LOSS.variants["teacher_features"](generator, 6, width, 6), dtype, device
-    )
-    args[1] = torch.arange(6, device=device)
-    with torch.no_grad():
-        (args[where] if isinstance(where, int) else kwargs[where])[2, width // 2] = value
-    loss = getattr(ND_LOSS, implementation)(*args, **kwargs, reduction="none")
-    assert loss.isnan().tolist() == [False, False, True, False, False, False]
-    mean = getattr(ND_LOSS, implementation)(*args, **kwargs)
-    assert mean.isnan()
-    mean.backward()
-    assert args[0].grad.isnan().any(1).tolist() == [False, False, True, False, False, False]
-
-
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
-@pytest.mark.parametrize("rows", [0, 4])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_counted(implementation, rows, reduction, device):
-    """An empty or fully ignored batch gives 0 and a zero gradient."""
-    student = torch.full((rows, 8), float("nan"), device=device, requires_grad=True)
-    target = torch.full((rows,), -100, device=device)
-    loss = getattr(ND_LOSS, implementation)(
-        student, target, torch.ones(3, 8, device=device), reduction=reduction
-    )
-    assert loss.tolist() == ([0.0] * rows if reduction == "none" else 0.0)
-    loss.sum().backward()
-    assert student.grad.tolist() == [[0.0] * 8] * rows
-
-
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
-def test_no_rows_of_odd_strides(implementation, device):
-    """A tensor without rows calls itself contiguous whatever its strides."""
-    student = torch.empty(0, 8, device=device)[:, ::2].requires_grad_()
-    target = torch.empty(0, dtype=torch.long, device=device)
-    loss = getattr(ND_LOSS, implementation)(
-        student, target, torch.ones(3, 4, device=device), teacher_features=student.detach()
-    )
-    loss.backward()
-    assert loss.item() == 0
-    assert student.grad.shape == (0, 4)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
-def test_bad_target_on_cuda(implementation, generator, monkeypatch):
-    """No out-of-bounds read: the row becomes NaN; asked for, an IndexError."""
-    args, kwargs = convert(
-        ND_LOSS.variants["teacher_features"](generator, 8, 64, 5), torch.float32, "cuda"
-    )
-    args[1][3], args[1][5] = 5, 10**12
-    loss = getattr(ND_LOSS, implementation)(*args, **kwargs, reduction="none")
-    assert loss.isnan().nonzero().flatten().tolist() == [3, 5]
-    getattr(ND_LOSS, implementation)(*args, **kwargs).backward()
-    assert args[0].grad.isnan().all(1).nonzero().flatten().tolist() == [3, 5]
-    monkeypatch.setenv("DNKD_CHECK_TARGET", "1")
-    with pytest.raises(IndexError, match=r"target\[3\] = 5 is out of range"):
-        getattr(ND_LOSS, implementation)(*args, **kwargs)
-    monkeypatch.delenv("DNKD_CHECK_TARGET")
-    with torch.autograd.set_detect_anomaly(True), pytest.raises(IndexError, match="out of range"):
-        getattr(ND_LOSS, implementation)(*args, **kwargs)
-
-
 @pytest.mark.slow
-def test_more_than_two_to_the_31_elements():
-    """Element offsets beyond 32 bits; a few rows are compared with the reference."""
+@pytest.mark.parametrize("one", [ND_LOSS, KD_LOSS], ids=repr)
+def test_more_than_two_to_the_31_elements(one, needs_extension):
+    """Element offsets beyond 32 bits; a few rows are compared with the reference.
+
+    Of the compiled kernels: the reference takes several copies of the features in float32.
+    """
     rows, width = 2**17 + 5, 2**14
     assert rows * width > 2**31
     base = torch.randn(64, width).to(torch.bfloat16)
     student = base.repeat(rows // 64 + 1, 1)[:rows].requires_grad_()
-    target = torch.arange(rows) % 7
-    means = torch.randn(7, width)
-    loss = ND_LOSS.fused(student, target, means, reduction="sum")
-    loss.backward()
+    others = [torch.randn(1, width).expand(rows, width)]  # a teacher that is one row in memory
+    if one is ND_LOSS:
+        others = [torch.arange(rows) % 7, torch.randn(7, width)]
+    one.fused(student, *others, reduction="sum").backward()
     last = slice(rows - 3, rows)
     few = student.detach()[last].clone().requires_grad_()
-    ND_LOSS.reference(few, target[last], means, reduction="sum").backward()
+    others[0] = others[0][last]
+    one.reference(few, *others, reduction="sum").backward()
     torch.testing.assert_close(student.grad[last], few.grad, rtol=1e-2, atol=1e-6)

@@ -199,12 +199,22 @@ def _divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(q == 0, 0, q * (log_q - log_p)).sum(-1)
 
 
+def _nan_unless(is_named: Tensor, logits: Tensor) -> Tensor:
+    """Per row 0, or where a label names no class NaN, and so the gradient."""
+    # A product with the logits of the other rows would be NaN where one of them is infinite.
+    unnamed = torch.where(is_named.unsqueeze(-1), 0, logits)
+    return (unnamed * torch.where(is_named, 0, math.nan).unsqueeze(-1)).sum(-1)
+
+
 def _decoupled(u: Tensor, v: Tensor, is_label: Tensor, alpha: float, beta: float) -> Tensor:
     """alpha * TCKD + beta * NCKD per row, the label's logit excluded from the second exactly."""
     log_rest, is_named = [], is_label.any(-1)
     odds = []  # log odds of the label against all other classes
     for logits in (u, v):
         others = logits.masked_fill(is_label, -math.inf)
+        # Relative to the largest, of which a sum of large logits would keep few digits.
+        shift = others.detach().amax(-1, keepdim=True)
+        logits, others = logits - shift, others - shift
         total = others.logsumexp(-1)
         log_rest.append(others - total.unsqueeze(-1))
         odds.append(torch.where(is_label, logits, 0).sum(-1) - total)
@@ -215,8 +225,7 @@ def _decoupled(u: Tensor, v: Tensor, is_label: Tensor, alpha: float, beta: float
         log_ratio = F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student)
         tckd = tckd + torch.where(q == 0, 0, q * log_ratio)
     nckd = _divergence(log_rest[1], torch.where(is_label, 0, log_rest[0]))
-    # A label that names no class: NaN, and so the gradient.
-    return alpha * tckd + beta * nckd + torch.where(is_named, 0, math.nan) * u.sum(-1)
+    return alpha * tckd + beta * nckd + _nan_unless(is_named, u)
 
 
 def logit_loss_reference(
@@ -289,8 +298,7 @@ def logit_loss_reference(
                 ce = -torch.where(is_label, log_p, 0).sum(-1) * (1 - label_smoothing)
                 if label_smoothing:
                     ce = ce - label_smoothing * log_p.mean(-1)
-                # A label that names no class: NaN, and so the gradient.
-                ce = ce + torch.where(is_label.any(-1), 0, math.nan) * in_both.sum(-1)
+                ce = ce + _nan_unless(is_label.any(-1), in_both)
                 ce = torch.where(counted, ce, 0)
         if reduction != "none":
             ce, kd = ce.sum(), kd.sum()
