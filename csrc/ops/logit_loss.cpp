@@ -394,6 +394,8 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     torch::autograd::variable_list terms = {shaped(loss, student), shaped(ce, student),
                                             shaped(kd, student)};
     ctx->mark_non_differentiable({terms[1], terms[2]});
+    // Of the terms no gradient ever comes; without this the engine would make zeros for them.
+    ctx->set_materialize_grads(false);
     return terms;
   }
 
@@ -407,6 +409,9 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     const OptionalTensor target = given(1), ce_scale = given(2), kd_scale = given(3);
     const Tensor teacher = ctx->saved_data["teacher"].toTensor();
     const Tensor& upstream = upstreams[0];
+    if (!upstream.defined()) {
+      return {Tensor(), Tensor()};
+    }
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     const auto check_teacher = [&] {
       TORCH_CHECK(version_of(teacher) == options[10].toInt(),

@@ -395,6 +395,7 @@ def _fake_forward(
     logit_standardization,
     needs_gradient,
 ):
+    require_reduction(reduction)
     rows, columns = student_logits.shape
     dtype = accumulate_dtype(student_logits.dtype)
     shape = (rows,) if reduction == "none" else ()
@@ -415,7 +416,6 @@ def _fake_backward(
     coefficients,
     kind,
     temperature,
-    label_smoothing,
     logit_standardization,
 ):
     return student_logits.new_empty(student_logits.shape)

@@ -355,6 +355,7 @@ def _fake_forward(
     eps,
     needs_gradient,
 ):
+    require_reduction(reduction)
     rows, columns = student_features.shape
     dtype = accumulate_dtype(student_features.dtype)
     loss = student_features.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
