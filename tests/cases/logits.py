@@ -607,16 +607,14 @@ def _case(
     )
 
 
-KD_LOSS = _case("kd", _kd_same_dtype, ("plain", "standardized"), ("plain", "standardized"))
+KD_LOSS = _case("kd", _kd_same_dtype, ("plain", "standardized"), ("plain",))
 CE_KD_LOSS = _case(
     "ce_kd",
     _ce_kd_same_dtype,
     ("plain", "ignored", "probabilities"),
     ("probabilities", "weight_tensors"),
 )
-DKD_LOSS = _case(
-    "dkd", _dkd_same_dtype, ("plain", "ignored", "standardized"), ("ignored", "standardized")
-)
+DKD_LOSS = _case("dkd", _dkd_same_dtype, ("plain", "ignored", "standardized"), ("ignored",))
 CE_DKD_LOSS = _case(
     "ce_dkd",
     _ce_dkd_same_dtype,
