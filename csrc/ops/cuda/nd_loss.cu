@@ -1,4 +1,5 @@
 #include "common/device.cuh"
+#include "ops/cuda/nd_rows.cuh"
 #include "ops/nd_loss.h"
 
 namespace dnkd {
@@ -6,15 +7,6 @@ namespace {
 
 #include "ops/nd_loss_terms.inc"
 
-// A row is read by a warp while it fits in the warp's registers, otherwise by a block.
-constexpr int kBlock = 128;
-// 16-byte vectors of a row that each thread keeps in registers between forming the sums and
-// writing the gradient (2048 elements of a row per block, 1024 of float64); what is beyond is read
-// again.
-template <typename S>
-constexpr int kKept = sizeof(S) == 4 ? 4 : 2;
-// Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
-constexpr int kMinBlocks = 4;
 constexpr int kCountBlocks = 64;
 
 // Device scratch of the forward pass.
@@ -27,15 +19,6 @@ struct Scratch {
 
 constexpr int64_t kCountsOffset = 16;
 constexpr int64_t kPartialOffset = kCountsOffset + kCountBlocks * sizeof(unsigned long long);
-
-// The label of a row: `row` itself without a target.
-DNKD_INLINE int64_t label_of(const void* target, bool is_int32, int64_t row) {
-  if (target == nullptr) {
-    return row;
-  }
-  return is_int32 ? static_cast<const int32_t*>(target)[row]
-                  : static_cast<const int64_t*>(target)[row];
-}
 
 // Counts the rows that are not ignored, and clears the ticket.
 __global__ void __launch_bounds__(kBlock)
@@ -116,7 +99,6 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   __shared__ bool is_last;
   const int lane = threadIdx.x % kThreads;
   const int columns = static_cast<int>(p.columns);
-  const int vectors = columns / kVec;
   const A* teacher_norms = static_cast<const A*>(p.teacher_norms);
 
   double scale = p.loss_weight;
@@ -156,67 +138,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
                              ? nullptr
                              : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
       A sums[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
-      const auto add = [&](S s, M c) {
-        const A wide_s = widen(s);
-        const A wide_c = widen(c);
-        sums[0] += wide_s * wide_c;
-        sums[1] += wide_s * wide_s;
-        sums[2] += wide_c * wide_c;
-      };
-      const auto add_teacher = [&](S t) {
-        const A wide = widen(t);
-        sums[3] += wide * wide;
-      };
-      // All loads of the kept part are under way before the first is used.
-      Pack<S, kVec> kept_teacher[kKeep];
-#pragma unroll
-      for (int k = 0; k < kKeep; ++k) {
-        const int v = lane + k * kThreads;
-        if (v < vectors) {
-          kept_student[k] = load_pack<S, kVec>(student + static_cast<int64_t>(v) * kVec);
-          kept_direction[k] = load_pack<M, kVec>(direction + static_cast<int64_t>(v) * kVec);
-          if (teacher != nullptr) {
-            kept_teacher[k] = load_pack<S, kVec>(teacher + static_cast<int64_t>(v) * kVec);
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kKeep; ++k) {
-        if (lane + k * kThreads < vectors) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            add(kept_student[k].elements[i], kept_direction[k].elements[i]);
-          }
-          if (teacher != nullptr) {
-#pragma unroll
-            for (int i = 0; i < kVec; ++i) {
-              add_teacher(kept_teacher[k].elements[i]);
-            }
-          }
-        }
-      }
-      for (int v = lane + kKeep * kThreads; v < vectors; v += kThreads) {
-        const auto s = load_pack<S, kVec>(student + static_cast<int64_t>(v) * kVec);
-        const auto c = load_pack<M, kVec>(direction + static_cast<int64_t>(v) * kVec);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          add(s.elements[i], c.elements[i]);
-        }
-        if (teacher != nullptr) {
-          const auto t = load_pack<S, kVec>(teacher + static_cast<int64_t>(v) * kVec);
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            add_teacher(t.elements[i]);
-          }
-        }
-      }
-      const int j = vectors * kVec + lane;
-      if (j < columns) {
-        add(student[j], direction[j]);
-        if (teacher != nullptr) {
-          add_teacher(teacher[j]);
-        }
-      }
+      nd_row_sums<S, M, kVec, kThreads>(student, direction, teacher, columns, lane, sums,
+                                        kept_student, kept_direction);
       row_sum<kThreads>(sums, row_buffers, turn);
       const A teacher_norm = teacher != nullptr         ? square_root(sums[3])
                              : teacher_norms != nullptr ? teacher_norms[row]
@@ -321,22 +244,6 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 
 // -- launchers -----------------------------------------------------------------------------------
 
-// A warp reads rows that its registers hold, a block longer ones.
-template <typename S>
-bool takes_a_block(int64_t columns, int vector) {
-  return columns > static_cast<int64_t>(kWarpSize) * kKept<S> * vector;
-}
-
-// One block per `rows_per_block` rows, but no more than the device holds at once: each takes an
-// equal share, and there is no second wave.
-template <auto kKernel>
-int64_t blocks_for(int64_t rows, int rows_per_block) {
-  const int64_t needed = (rows + rows_per_block - 1) / rows_per_block;
-  const int64_t resident = resident_blocks<kKernel>(kBlock);
-  const int64_t blocks = needed < resident ? needed : resident;
-  return blocks < 1 ? 1 : blocks;
-}
-
 template <typename S, typename M, int kVec>
 int forward_with(const NdLossParams& p, const Scratch& scratch, void* stream) {
   if (takes_a_block<S>(p.columns, kVec)) {
@@ -379,22 +286,6 @@ int backward(const NdLossBackwardParams& p, void* stream) {
   return aligned ? backward_with<S, M, kVec>(p, stream) : backward_with<S, M, 1>(p, stream);
 }
 
-// Calls function.template operator()<student type, direction type>().
-template <typename Params, typename Function>
-int dispatch(const Params& p, const Function& function) {
-  switch (p.dtype) {
-    case Dtype::kFloat16:
-      return p.directions_are_float ? function(Half{}, float{}) : function(Half{}, Half{});
-    case Dtype::kBFloat16:
-      return p.directions_are_float ? function(BFloat16{}, float{})
-                                    : function(BFloat16{}, BFloat16{});
-    case Dtype::kFloat64:
-      return p.directions_are_float ? function(double{}, float{}) : function(double{}, double{});
-    default:
-      return function(float{}, float{});
-  }
-}
-
 }  // namespace
 
 int64_t nd_loss_scratch_bytes_cuda(const NdLossParams& p) {
@@ -425,7 +316,7 @@ int nd_loss_forward_cuda(const NdLossParams& p, void* scratch_bytes, void* strea
   } else if (p.rows == 0) {
     return 0;
   }
-  return dispatch(p, [&](auto student, auto direction) {
+  return nd_dispatch(p, [&](auto student, auto direction) {
     return forward<decltype(student), decltype(direction)>(p, scratch, stream);
   });
 }
@@ -434,7 +325,7 @@ int nd_loss_backward_cuda(const NdLossBackwardParams& p, void* stream) {
   if (p.rows == 0) {
     return 0;
   }
-  return dispatch(p, [&](auto student, auto direction) {
+  return nd_dispatch(p, [&](auto student, auto direction) {
     return backward<decltype(student), decltype(direction)>(p, stream);
   });
 }
