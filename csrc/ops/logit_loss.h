@@ -1,7 +1,7 @@
 // Cross entropy and distillation by logits: what their kernels take, free of torch.
 //
-// With z, t the student's and the teacher's logits of a row, u = s z and v = s' t (s = 1 / T, or with
-// standardization 1 / (T (sd + 1e-7)); constants drop out), p = softmax(u), q = softmax(v):
+// With z, t the student's and the teacher's logits of a row, u = s z and v = s' t (s = 1 / T, or
+// with standardization 1 / (T (sd + 1e-7)); constants drop out), p = softmax(u), q = softmax(v):
 //
 //   kd   = T^2 KL(q || p)                                     d kd / dz = T^2 s (p - q)
 //   dkd  = T^2 (alpha TCKD + beta NCKD)                        with d = u_y - lse_{k != y} u:
@@ -22,15 +22,15 @@
 namespace dnkd {
 
 // Scalars per row that a gradient is formed from; the order of LogitRow in logit_loss_terms.inc.
-constexpr int kLogitCoefficients = 10;
+constexpr int kLogitCoefficients = 11;
 
 // "Accumulate type" below: float for half, bfloat16 and float students, double for double.
 struct LogitLossParams {
-  Dtype dtype;            // of student and gradient
-  bool teacher_is_wide;   // teacher is of the accumulate type; otherwise of `dtype`
-  bool label_is_int32;    // label is int32; otherwise int64
-  bool has_ce;            // with the cross entropy; needs label or probabilities
-  bool decoupled;         // DKD instead of KD; needs label
+  Dtype dtype;           // of student and gradient
+  bool teacher_is_wide;  // teacher is of the accumulate type; otherwise of `dtype`
+  bool label_is_int32;   // label is int32; otherwise int64
+  bool has_ce;           // with the cross entropy; needs label or probabilities
+  bool decoupled;        // DKD instead of KD; needs label
   bool standardize;
 
   int64_t rows;     // N

@@ -8,27 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <string>
 
 #include "common/checks.h"
 
 namespace dnkd {
 
 using at::Tensor;
-
-c10::SymIntArrayRef row_shape(const Tensor& student) {
-  return student.sym_sizes().slice(0, student.dim() - 1);
-}
-
-namespace {
-
-std::string shape_of(const Tensor& tensor) { return c10::str(tensor.sym_sizes()); }
-
-bool is_row_shape(const Tensor& tensor, const Tensor& student) {
-  return tensor.sym_sizes() == row_shape(student);
-}
-
-}  // namespace
 
 void check_nd_arguments(const Tensor& student, const Tensor& target, const Tensor& class_means,
                         const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
@@ -93,24 +78,7 @@ void check_nd_arguments(const Tensor& student, const Tensor& target, const Tenso
                     eps);
 }
 
-Tensor as_rows(const Tensor& tensor) {
-  const Tensor rows = tensor.dim() == 2 ? tensor : tensor.reshape_symint({-1, tensor.sym_size(-1)});
-  return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
-}
-
 namespace {
-
-Tensor flat(const Tensor& tensor) {
-  return tensor.dim() == 1 ? tensor.contiguous() : tensor.reshape({-1});
-}
-
-Tensor cast(const Tensor& tensor, at::ScalarType type) {
-  return tensor.scalar_type() == type ? tensor : tensor.to(type);
-}
-
-const void* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
-}
 
 // The norms of features in another dtype or width than the student's, without a copy of them: cast
 // whole, they would take N x D more memory.

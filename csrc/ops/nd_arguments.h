@@ -4,13 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
+#include "common/tensors.h"
 #include "ops/nd_loss.h"
 
 namespace dnkd {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // What the kernels take: rows of stride-1 features, (N, D) and (N,).
 struct NdArguments {
@@ -39,11 +36,5 @@ NdInputs nd_inputs(const at::Tensor& student, const OptionalTensor& target,
 // IndexError for a target that names no class: on the CPU always, elsewhere where asked for,
 // because it synchronises.
 void check_nd_target(const NdInputs& inputs, const at::Tensor& target);
-
-// (..., D) as (N, D) whose features lie side by side; a view wherever one exists.
-at::Tensor as_rows(const at::Tensor& tensor);
-
-// The shape of the student without its last dimension.
-c10::SymIntArrayRef row_shape(const at::Tensor& student);
 
 }  // namespace dnkd

@@ -17,6 +17,7 @@
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/tensors.h"
 #include "ops/nd_arguments.h"
 
 namespace dnkd {
@@ -90,7 +91,7 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
   NdLossParams p{nd_inputs(student, target, directions, teacher, teacher_norms, ignore_index, eps)};
   p.reduction = reduction;
   p.loss_weight = loss_weight;
-  p.weight = weight.has_value() ? weight->const_data_ptr() : nullptr;
+  p.weight = data_or_null(weight);
   if (p.target != nullptr) {
     check_nd_target(p, *target);
   }
@@ -144,7 +145,7 @@ Tensor nd_loss_backward(const Tensor& upstream, const Tensor& student, const Opt
   p.upstream_stride = upstream.dim() == 0 ? 0 : upstream.stride(0);
   p.student = student.const_data_ptr();
   p.directions = directions.const_data_ptr();
-  p.target = target.has_value() ? target->const_data_ptr() : nullptr;
+  p.target = data_or_null(target);
   p.coefficients = coefficients.const_data_ptr();
   p.student_stride = student.stride(0);
   p.directions_stride = directions.stride(0);
@@ -192,10 +193,10 @@ Tensor shaped_loss(const Tensor& loss, const Tensor& student) {
   return loss.dim() == 1 && student.dim() != 2 ? loss.reshape_symint(row_shape(student)) : loss;
 }
 
-// Tells whether the teacher was overwritten; inference tensors keep no count.
+// Tells whether the teacher was overwritten.
 int64_t teacher_version(const Arguments& a) {
   const Tensor teacher = a.teacher_features.value_or(a.teacher_norms.value_or(Tensor()));
-  return !teacher.defined() || teacher.is_inference() ? 0 : teacher._version();
+  return version_of(teacher);
 }
 
 class NdLoss : public torch::autograd::Function<NdLoss> {

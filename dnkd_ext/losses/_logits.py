@@ -30,7 +30,7 @@ Kind = Literal["kd", "ce_kd", "dkd", "ce_dkd"]
 # Added to a row's standard deviation by logit standardization, as in its authors' code.
 STANDARD_EPS = 1e-7
 # Values of a row that a float16 gradient, or one per row, is formed from in the backward pass.
-COEFFICIENTS = 10
+COEFFICIENTS = 11
 
 
 class LogitTerms(NamedTuple):
@@ -139,7 +139,8 @@ def _check(
     wanted = 2 if "dkd" in kind else 1
     if classes < wanted:
         raise ValueError(
-            f"student_logits must have at least {wanted} class{'es' * (wanted > 1)}, got {classes}"
+            f"student_logits must have at least {wanted} class{'es' if wanted > 1 else ''}, "
+            f"got {classes}"
         )
     require_same_device(teacher_logits, "teacher_logits", student_logits, "student_logits")
     if teacher_logits.shape != student_logits.shape:
