@@ -85,7 +85,7 @@ class _PlusPlus(nn.Module):
         self.register_buffer("class_means", class_means)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-        if not (math.isfinite(eps) and eps >= 0):
+        if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {eps}")
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
@@ -537,7 +537,7 @@ def _cross_entropy(
         total = F.cross_entropy(
             rows,
             target,
-            ignore_index=ignore_index,
+            ignore_index=-100 if is_soft else ignore_index,  # it refuses others beside these
             reduction="sum",
             label_smoothing=label_smoothing,
         )

@@ -200,7 +200,7 @@ def check_nd_arguments(
                 f"got shape {list(teacher_norms.shape)}"
             )
     require_weight(loss_weight, "loss_weight", student_features, "student_features")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if student_features.shape[-1] == 0:
         raise ValueError("student_features must have at least one feature")
@@ -463,7 +463,7 @@ class NDLoss(nn.Module):
         super().__init__()
         self.register_buffer("class_means", class_means_table(class_means, stacklevel=3))
         require_reduction(reduction)
-        if not (math.isfinite(eps) and eps >= 0):
+        if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {eps}")
         self.ignore_index = ignore_index
         self.reduction = reduction
