@@ -32,7 +32,7 @@ test: $(READY)
 	$(PY) -m pytest tests $(ARGS)
 
 bench: $(READY)
-	$(PY) -m pytest benchmarks --benchmark-only -q --csv benchmarks/results/nd_loss.csv $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-only -q --csv benchmarks/results/losses.csv $(ARGS)
 
 # Formatting and static checks; needs no torch.
 lint: $(VENV)/.lint

@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if rows:
         first = rows[0]
-        terminalreporter.section("ND loss against its peers")
+        terminalreporter.section("losses against their peers")
         terminalreporter.write_line(
             f"{first['hardware']}; torch {first['torch']}; dnkd_ext {first['version']} at "
             f"{first['commit']}, {first['kernels']} kernels"

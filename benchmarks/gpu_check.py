@@ -55,7 +55,7 @@ def commands(stage: str, out: Path) -> list[list[str]]:
     return [
         [
             python, "-m", "pytest", "benchmarks", "--benchmark-only", "-q",
-            "-p", "no:cacheprovider", "--device", "cuda", "--csv", str(out / "nd_loss.csv"),
+            "-p", "no:cacheprovider", "--device", "cuda", "--csv", str(out / "losses.csv"),
         ]
     ]  # fmt: skip
 

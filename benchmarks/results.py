@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import dnkd_ext
-from benchmarks.cases import NdCase
+from benchmarks.cases import Case
 from benchmarks.harness import copy_of, measure, warm_allocator
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,7 +49,7 @@ def commit() -> str:
     return (revision or "unknown") + ("+" if changed else "")
 
 
-def measure_case(case: NdCase, *, warm: bool, seconds: float = 1.0) -> list[dict[str, object]]:
+def measure_case(case: Case, *, warm: bool, seconds: float = 1.0) -> list[dict[str, object]]:
     """One row per peer, and one for the copy, all from the same run."""
     info = dnkd_ext.build_info()
     with warm_allocator(warm) as is_warm:
@@ -120,7 +120,7 @@ def table(rows: list[dict[str, object]]) -> str:
             f"{us['noise'] / us['ours']:>6.2f}"
         )
     lines.append(
-        "copy: as many bytes as ours must move (both features, the gradient, each class mean "
-        "once), half read and half written, in the same run. again: ours timed a second time."
+        "copy: as many bytes as ours must move (features or logits of both, the gradient, each "
+        "class mean once), half read and half written, in the same run. again: ours once more."
     )
     return "\n".join(lines)

@@ -9,34 +9,38 @@ import pytest
 import torch
 
 from benchmarks import peers, results
-from benchmarks.cases import NdCase
+from benchmarks.cases import KdPlusPlusCase, LogitCase, NdCase
 from benchmarks.harness import measure, warm_allocator
 
 SMALL = NdCase(32, 16, 5)
-right = peers.eager
+right = peers.nd
+CASES = [
+    SMALL,
+    LogitCase(32, 0, 10),
+    LogitCase(32, 0, 10, loss="ce_dkd_loss"),
+    KdPlusPlusCase(32, 16, 10),
+]
 
 
-def test_all_peers_compute_the_loss():
-    """The loop and the vectorised form equal the reference, loss and gradient."""
-    assert set(SMALL.peers(only={"ours", "loop", "eager", "reference"})) == {
-        "ours",
-        "loop",
-        "eager",
-        "reference",
-    }
+@pytest.mark.parametrize("size", CASES, ids=lambda size: size.name)
+def test_all_peers_compute_the_loss(size):
+    """The other forms equal the reference, loss and gradient."""
+    wanted = {"ours", "loop", "eager", "reference", "noise"} & {*size.functions(), "noise"}
+    assert {"ours", "eager", "reference"} < wanted
+    assert set(size.peers(only=wanted)) == wanted
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda s, t, c, teacher: right(s, t, c, teacher) * 1.01,
-        lambda s, t, c, teacher: right(s.detach(), t, c, teacher) + 0 * s.sum(),
-        lambda s, t, c, teacher: right(s, t.flip(0), c, teacher),
+        lambda s, c, teacher, t: right(s, c, teacher, t) * 1.01,
+        lambda s, c, teacher, t: right(s.detach(), c, teacher, t) + 0 * s.sum(),
+        lambda s, c, teacher, t: right(s, c, teacher, t.flip(0)),
     ],
     ids=["another value", "no gradient", "other targets"],
 )
 def test_a_wrong_peer_is_refused(wrong, monkeypatch):
-    monkeypatch.setattr(peers, "eager", wrong)
+    monkeypatch.setattr(peers, "nd", wrong)
     with pytest.raises(ValueError, match=r"eager (computes|gives a gradient)"):
         SMALL.peers(only={"eager"})
 
@@ -74,7 +78,7 @@ def test_rows_are_appended_and_tabulated(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     rows = results.measure_case(SMALL, warm=False, seconds=0.02)
     assert {row["peer"] for row in rows} >= {"copy", "ours", "noise", "loop", "eager"}
-    path = tmp_path / "results" / "nd_loss.csv"
+    path = tmp_path / "results" / "losses.csv"
     for _ in range(2):
         results.append(rows, path)
     with path.open() as file:
@@ -90,3 +94,5 @@ def test_bytes_of_a_case():
     """Both features, the gradient, and the class means that occur: once each."""
     assert SMALL.bytes == (32 + 32 + 32 + 5) * 16 * 4
     assert NdCase(4, 8, 100, torch.bfloat16).bytes == (4 + 4 + 4 + 4) * 8 * 2
+    assert LogitCase(32, 0, 10).bytes == 3 * 32 * 10 * 4
+    assert KdPlusPlusCase(32, 16, 10).bytes == 3 * 32 * 10 * 4 + (3 * 32 + 10) * 16 * 4

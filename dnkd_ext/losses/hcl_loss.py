@@ -23,9 +23,8 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
     l x l cells for each l of 4, 2, 1 smaller than the map's height, each level used having half the
     weight of the one before; divided by the sum of the weights. The stages' losses are added.
 
-    Pooling is linear, so that the difference of the maps is formed once and pooled. There is no
-    kernel of our own behind it: convolutions around it cost orders of magnitude more. Differentiable
-    to any order.
+    Pooling is linear, so that the difference of the maps is formed once and pooled. These are
+    PyTorch operations, differentiable to any order.
 
     Args:
         student_maps: a sequence of ``(N, C, H, W)``, one per stage, float16, bfloat16, float32 or

@@ -18,13 +18,13 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("case", cases, ids=lambda case: case.name)
 
 
-def test_nd_loss(case, benchmark, ladder):
+def test_loss(case, benchmark, ladder):
     if case.device == "cuda":
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("torch.cuda.is_available() is False")
     medians = ladder(case, warm=False)
-    if case.device == "cpu" and case.bytes > 16 << 20:
+    if case.device == "cpu" and case.large:
         ladder(case, warm=True)
     benchmark.extra_info.update(case=case.name, bytes=case.bytes, ladder_us=medians)
     run = case.peers(only={"ours"})["ours"]
