@@ -1,70 +1,23 @@
-"""The CUDA kernels, run on the CPU through the shim in tests/simt, against the reference.
+"""The CUDA kernels of the ND loss, run on the CPU through the shim in tests/simt.
 
-They run under the address and undefined-behaviour sanitizers, so that an access outside an array or
-a vector access that is not aligned fails as well as a wrong number. None of this replaces a GPU.
+They are compared with the reference, under the address and undefined-behaviour sanitizers, so that
+an access outside an array or a vector access that is not aligned fails as well as a wrong number.
+None of this replaces a GPU.
 """
 
 from __future__ import annotations
-
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
 import dnkd_ext
-
-ROOT = Path(__file__).resolve().parents[1]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]  # as in common/dtype.h
-REDUCTIONS = ["none", "mean", "sum"]
+from tests.simt import programs
+from tests.simt.programs import DTYPES, REDUCTIONS, accumulate, strided
 
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++ or clang++) to build the shim with")
-    program = tmp_path_factory.mktemp("simt") / "harness"
-    subprocess.run(
-        [
-            compiler, "-std=c++20", "-O1", "-fno-strict-aliasing",
-            "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-            f"-I{ROOT}/tests/simt/include", f"-I{ROOT}/csrc",
-            str(ROOT / "tests/simt/harness.cpp"), "-o", str(program),
-        ],
-        check=True,
-    )  # fmt: skip
-
-    def run(kernel, numbers, arrays, outputs):
-        line = " ".join([kernel, *(f"{k}={float(v)!r}" for k, v in numbers.items())]) + "\n"
-        payload = b"".join(a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays)
-        done = subprocess.run([program], input=line.encode() + payload, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[:2000]
-        results, at = [], 0
-        for shape, dtype in outputs:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            data = torch.frombuffer(
-                bytearray(done.stdout[at : at + size]) or bytearray(1), dtype=torch.uint8
-            )
-            results.append(data[:size].view(dtype).reshape(shape))
-            at += size
-        assert at == len(done.stdout)
-        return results
-
-    return run
-
-
-def accumulate(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def strided(table, stride):
-    """The memory of rows `stride` elements apart: NaN between them, nothing behind the last."""
-    rows, width = table.shape
-    wide = table.new_full((rows, stride), float("nan"))
-    wide[:, :width] = table
-    return wide.flatten()[: (rows - 1) * stride + width] if rows else wide.flatten()
+    return programs.build("nd_loss", tmp_path_factory.mktemp("simt"))
 
 
 def run_nd_loss(
@@ -136,19 +89,8 @@ def run_nd_loss(
 
 
 def assert_close(result, expected, dtype):
-    loss, truth = result[0], expected[0]
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
-    torch.testing.assert_close(loss.double(), truth, rtol=tolerance, atol=tolerance, equal_nan=True)
-    if len(result) > 1:
-        unit = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
-        scale = max(expected[1].nan_to_num().abs().flatten().tolist(), default=0.0) or 1.0
-        torch.testing.assert_close(
-            result[1].double(),
-            expected[1],
-            rtol=unit,
-            atol=(tolerance + unit) * scale,
-            equal_nan=True,
-        )
+    gradient = result[1] if len(result) > 1 else None
+    programs.assert_close(result[:1], expected[:1], gradient, expected[1], dtype)
 
 
 # A warp per row: scalar; vectors that fill part of a warp; the largest a warp takes in bfloat16 and

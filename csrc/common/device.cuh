@@ -12,6 +12,10 @@
 #include "common/dtype.h"
 
 #define DNKD_INLINE __device__ __forceinline__
+// Shared memory whose size the launch gives. The test shim brings its own.
+#ifndef DNKD_DYNAMIC_SHARED
+#define DNKD_DYNAMIC_SHARED(name) extern __shared__ uint4 name[]
+#endif
 
 namespace dnkd {
 
@@ -29,6 +33,17 @@ struct Accumulate<double> {
 
 DNKD_INLINE float square_root(float value) { return sqrtf(value); }
 DNKD_INLINE double square_root(double value) { return sqrt(value); }
+// Not __expf() nor exp2f() of a product: rounding x log2(e) alone costs 2.6e-6 at x = -87, expf()
+// stays within 1.2e-7.
+DNKD_INLINE float exponential(float value) { return expf(value); }
+DNKD_INLINE double exponential(double value) { return exp(value); }
+DNKD_INLINE float logarithm(float value) { return logf(value); }
+DNKD_INLINE double logarithm(double value) { return log(value); }
+DNKD_INLINE float log_one_plus(float value) { return log1pf(value); }
+DNKD_INLINE double log_one_plus(double value) { return log1p(value); }
+// Of a NaN and a number, the number.
+DNKD_INLINE float larger(float a, float b) { return fmaxf(a, b); }
+DNKD_INLINE double larger(double a, double b) { return fmax(a, b); }
 
 // -- element types -------------------------------------------------------------------------------
 
@@ -131,35 +146,67 @@ DNKD_INLINE A warp_sum(A value) {
   return value;
 }
 
+template <typename A>
+DNKD_INLINE A warp_largest(A value) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = larger(value, __shfl_xor_sync(kFullWarp, value, offset));
+  }
+  return value;
+}
+
+// Combines what the warps of a block left: `combine` one warp's value after the other with `first`.
+// `shared` holds two buffers of at least kCount values used in turn, so that one barrier per call
+// is enough.
+template <int kThreads, int kCount, int kMost, typename A, typename Combine>
+DNKD_INLINE void combine_warps(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
+                               int& turn, A first, const Combine& combine) {
+  static_assert(kCount <= kMost, "more values than the buffers hold");
+  constexpr int kWarps = kThreads / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      shared[turn][v][threadIdx.x / kWarpSize] = values[v];
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    A result = first;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      result = combine(result, shared[turn][v][w]);
+    }
+    values[v] = result;
+  }
+  turn ^= 1;
+}
+
 // Sums kCount values over the kThreads threads that share a row: a warp, or the whole block, which
-// must then all call it. Every thread gets the sums. `shared` holds two buffers used in turn, so
-// that one barrier per call is enough.
-template <int kThreads, int kCount, typename A>
-DNKD_INLINE void row_sum(A (&values)[kCount], A (&shared)[2][kCount][kThreads / kWarpSize],
+// must then all call it. Every thread gets the sums. `shared`, `turn`: see combine_warps().
+template <int kThreads, int kCount, int kMost, typename A>
+DNKD_INLINE void row_sum(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
                          int& turn) {
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
     values[v] = warp_sum(values[v]);
   }
   if constexpr (kThreads > kWarpSize) {
-    constexpr int kWarps = kThreads / kWarpSize;
-    if (threadIdx.x % kWarpSize == 0) {
+    combine_warps<kThreads>(values, shared, turn, A(0), [](A a, A b) { return a + b; });
+  }
+}
+
+// The largest instead of the sum. A NaN may get lost.
+template <int kThreads, int kCount, int kMost, typename A>
+DNKD_INLINE void row_largest(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
+                             int& turn) {
 #pragma unroll
-      for (int v = 0; v < kCount; ++v) {
-        shared[turn][v][threadIdx.x / kWarpSize] = values[v];
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      A sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        sum += shared[turn][v][w];
-      }
-      values[v] = sum;
-    }
-    turn ^= 1;
+  for (int v = 0; v < kCount; ++v) {
+    values[v] = warp_largest(values[v]);
+  }
+  if constexpr (kThreads > kWarpSize) {
+    combine_warps<kThreads>(values, shared, turn, -A(__builtin_inff()),
+                            [](A a, A b) { return larger(a, b); });
   }
 }
 
@@ -184,14 +231,22 @@ DNKD_INLINE A block_sum(A value) {
 // -- launches ------------------------------------------------------------------------------------
 
 // Every kernel is launched here, so that the file also compiles as C++ against the test shim.
+// shared_bytes: of DNKD_DYNAMIC_SHARED, see dynamic_shared_limit().
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-           Arguments... arguments) {
+int launch_sharing(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+                   void* stream, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks), 1, 1);
   config.blockDim = dim3(static_cast<unsigned>(threads), 1, 1);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
+           Arguments... arguments) {
+  return launch_sharing(kernel, blocks, threads, 0, stream, arguments...);
 }
 
 constexpr int kMaxDevices = 64;
@@ -223,18 +278,67 @@ inline int multiprocessors() {
   });
 }
 
-// Blocks of a kernel that the current device holds at once.
+// Blocks of a kernel that the current device holds at once, each with shared_bytes of dynamic
+// shared memory. Remembered for the last number of bytes: a model has one or few widths.
 template <auto kKernel>
-int64_t resident_blocks(int threads) {
+int64_t resident_blocks(int threads, int shared_bytes = 0) {
+  static std::atomic<int64_t> known[kMaxDevices];  // (bytes + 1) * 64 + blocks
+  int device = 0;
+  const bool is_kept = cudaGetDevice(&device) == cudaSuccess && device >= 0 && device < kMaxDevices;
+  const int64_t key = (static_cast<int64_t>(shared_bytes) + 1) * 64;
+  if (is_kept) {
+    const int64_t value = known[device].load(std::memory_order_relaxed);
+    if (value / 64 * 64 == key) {
+      return multiprocessors() * (value - key);
+    }
+  }
+  int count = 0;
+  const auto error =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, shared_bytes);
+  count = error != cudaSuccess || count < 1     ? 1
+          : count < kMaxBlocksPerMultiprocessor ? count
+                                                : kMaxBlocksPerMultiprocessor;
+  if (is_kept) {
+    known[device].store(key + count, std::memory_order_relaxed);
+  }
+  return static_cast<int64_t>(multiprocessors()) * count;
+}
+
+// One block per `rows_per_block` rows, but no more than the device holds at once: each takes an
+// equal share, and there is no second wave.
+template <auto kKernel>
+int64_t blocks_for(int64_t rows, int rows_per_block, int threads, int shared_bytes = 0) {
+  const int64_t needed = (rows + rows_per_block - 1) / rows_per_block;
+  const int64_t resident = resident_blocks<kKernel>(threads, shared_bytes);
+  const int64_t blocks = needed < resident ? needed : resident;
+  return blocks < 1 ? 1 : blocks;
+}
+
+// Dynamic shared memory that a launch of the kernel may ask for, in bytes: what leaves room for two
+// blocks per multiprocessor, with kOtherShared bytes of each for what it declares and the driver
+// takes. The kernel is permitted to use it.
+constexpr int kOtherShared = 4 << 10;
+constexpr int kSharedWithoutAsking = 48 << 10;
+template <auto kKernel>
+int dynamic_shared_limit() {
   static std::atomic<int> known[kMaxDevices];
-  const int per_multiprocessor = remembered(known, [&](int) {
-    int count = 0;
-    const auto error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, 0);
-    return error != cudaSuccess || count < 1     ? 1
-           : count < kMaxBlocksPerMultiprocessor ? count
-                                                 : kMaxBlocksPerMultiprocessor;
+  return remembered(known, [](int device) {
+    int most = 0, per_multiprocessor = 0;
+    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+            cudaSuccess ||
+        cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                               device) != cudaSuccess) {
+      return kSharedWithoutAsking - kOtherShared;
+    }
+    const int half = per_multiprocessor / 2;
+    const int limit = (most < half ? most : half) - kOtherShared;
+    if (limit <= kSharedWithoutAsking) {
+      return limit;
+    }
+    const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    return error == cudaSuccess ? limit : kSharedWithoutAsking - kOtherShared;
   });
-  return static_cast<int64_t>(multiprocessors()) * per_multiprocessor;
 }
 
 }  // namespace dnkd

@@ -1,4 +1,4 @@
-#include "common/device.cuh"
+#include "common/rows.cuh"
 #include "ops/cuda/nd_rows.cuh"
 #include "ops/feature_diagnostics.h"
 
@@ -9,25 +9,17 @@ namespace {
 
 constexpr int kSums = sizeof(FeatureSums) / sizeof(double);
 
-struct Scratch {
-  unsigned* ticket;  // blocks that have finished; 0 at the start
-  double* partial;   // [blocks, kSums]
-};
-
-constexpr int64_t kPartialOffset = 16;
-
 template <typename S, typename M, int kVec, int kThreads>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
     feature_diagnostics_kernel(const __grid_constant__ FeatureDiagnosticsParams p,
-                               const __grid_constant__ Scratch scratch) {
+                               const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A row_buffers[2][4][kThreads / kWarpSize];
-  __shared__ bool is_last;
   const int lane = threadIdx.x % kThreads;
   const A* teacher_norms = static_cast<const A*>(p.teacher_norms);
 
-  double sums_of_block[kSums] = {};
+  double sums[kSums] = {};
   int turn = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
@@ -43,78 +35,47 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const S* teacher = p.teacher == nullptr
                              ? nullptr
                              : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
-      A sums[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
+      A dots[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
       Pack<S, kVec> kept_student[kKept<S>];
       Pack<M, kVec> kept_direction[kKept<S>];
       nd_row_sums<S, M, kVec, kThreads>(
           static_cast<const S*>(p.student) + row * p.student_stride,
           static_cast<const M*>(p.directions) + label * p.directions_stride, teacher,
-          static_cast<int>(p.columns), lane, sums, kept_student, kept_direction);
-      row_sum<kThreads>(sums, row_buffers, turn);
-      const A teacher_norm = teacher != nullptr         ? square_root(sums[3])
+          static_cast<int>(p.columns), lane, dots, kept_student, kept_direction);
+      row_sum<kThreads>(dots, row_buffers, turn);
+      const A teacher_norm = teacher != nullptr         ? square_root(dots[3])
                              : teacher_norms != nullptr ? teacher_norms[row]
                                                         : A(0);
-      terms = feature_terms<A>(sums[0], sums[1], sums[2], teacher_norm, static_cast<A>(p.eps));
+      terms = feature_terms<A>(dots[0], dots[1], dots[2], teacher_norm, static_cast<A>(p.eps));
     }
     if (lane == 0) {
-      sums_of_block[0] += static_cast<double>(terms.student_norm);
-      sums_of_block[1] += static_cast<double>(terms.teacher_norm);
-      sums_of_block[2] += static_cast<double>(terms.cosine);
-      sums_of_block[3] += static_cast<double>(terms.reached);
-      sums_of_block[4] += 1;
+      sums[0] += static_cast<double>(terms.student_norm);
+      sums[1] += static_cast<double>(terms.teacher_norm);
+      sums[2] += static_cast<double>(terms.cosine);
+      sums[3] += static_cast<double>(terms.reached);
+      sums[4] += 1;
     }
   }
 
-  // The block that finishes last adds the blocks' sums, in an order that does not depend on which
-  // one it is.
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    sums_of_block[k] = block_sum<kBlock>(sums_of_block[k]);
-  }
-  if (threadIdx.x == 0) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      scratch.partial[static_cast<int64_t>(blockIdx.x) * kSums + k] = sums_of_block[k];
-    }
-    __threadfence();
-    is_last = atomicAdd(scratch.ticket, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) {
-    return;
-  }
-  __threadfence();
-  double all[kSums] = {};
-  for (unsigned b = threadIdx.x; b < gridDim.x; b += kBlock) {
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      all[k] +=
-          static_cast<volatile const double*>(scratch.partial)[static_cast<int64_t>(b) * kSums + k];
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    all[k] = block_sum<kBlock>(all[k]);
-  }
-  if (threadIdx.x == 0) {
-    feature_result(FeatureSums{all[0], all[1], all[2], all[3], all[4]},
+  if (add_blocks<kBlock>(sums, scratch) && threadIdx.x == 0) {
+    feature_result(FeatureSums{sums[0], sums[1], sums[2], sums[3], sums[4]},
                    p.teacher != nullptr || p.teacher_norms != nullptr, static_cast<A*>(p.result));
   }
 }
 
 template <typename S, typename M, int kVec>
-int diagnose_with(const FeatureDiagnosticsParams& p, const Scratch& scratch, void* stream) {
+int diagnose_with(const FeatureDiagnosticsParams& p, const RowScratch& scratch, void* stream) {
   if (takes_a_block<S>(p.columns, kVec)) {
     constexpr auto kKernel = feature_diagnostics_kernel<S, M, kVec, kBlock>;
-    return launch(kKernel, blocks_for<kKernel>(p.rows, 1), kBlock, stream, p, scratch);
+    return launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p, scratch);
   }
   constexpr auto kKernel = feature_diagnostics_kernel<S, M, kVec, kWarpSize>;
-  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize), kBlock, stream, p,
+  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize, kBlock), kBlock, stream, p,
                 scratch);
 }
 
 template <typename S, typename M>
-int diagnose(const FeatureDiagnosticsParams& p, const Scratch& scratch, void* stream) {
+int diagnose(const FeatureDiagnosticsParams& p, const RowScratch& scratch, void* stream) {
   constexpr int kVec = kVectorWidth<S>;
   const bool aligned =
       rows_are_aligned<S>(p.student, p.student_stride, kVec) &&
@@ -127,19 +88,16 @@ int diagnose(const FeatureDiagnosticsParams& p, const Scratch& scratch, void* st
 }  // namespace
 
 int64_t feature_diagnostics_scratch_bytes_cuda(const FeatureDiagnosticsParams& p) {
-  const int64_t most = static_cast<int64_t>(multiprocessors()) * kMaxBlocksPerMultiprocessor;
-  const int64_t blocks = p.rows < 1 ? 1 : p.rows < most ? p.rows : most;
-  return kPartialOffset + blocks * static_cast<int64_t>(sizeof(FeatureSums));
+  return row_scratch_bytes(p.rows, kSums);
 }
 
 int feature_diagnostics_cuda(const FeatureDiagnosticsParams& p, void* scratch_bytes, void* stream) {
-  char* bytes = static_cast<char*>(scratch_bytes);
-  const Scratch scratch = {reinterpret_cast<unsigned*>(bytes),
-                           reinterpret_cast<double*>(bytes + kPartialOffset)};
-  const auto error = cudaMemsetAsync(scratch.ticket, 0, sizeof(*scratch.ticket),
-                                     static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) {
-    return static_cast<int>(error);
+  // The kernel counts for itself; what it needs is a cleared ticket, as a sum does.
+  RowScratch scratch;
+  const int error = prepare_rows(scratch, scratch_bytes, p.target, p.target_is_int32, p.rows,
+                                 p.ignore_index, Reduction::kSum, stream);
+  if (error != 0) {
+    return error;
   }
   return nd_dispatch(p, [&](auto student, auto direction) {
     return diagnose<decltype(student), decltype(direction)>(p, scratch, stream);

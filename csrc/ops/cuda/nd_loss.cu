@@ -1,4 +1,4 @@
-#include "common/device.cuh"
+#include "common/rows.cuh"
 #include "ops/cuda/nd_rows.cuh"
 #include "ops/nd_loss.h"
 
@@ -6,40 +6,6 @@ namespace dnkd {
 namespace {
 
 #include "ops/nd_loss_terms.inc"
-
-constexpr int kCountBlocks = 64;
-
-// Device scratch of the forward pass.
-struct Scratch {
-  unsigned* ticket;            // blocks that have finished
-  unsigned long long* counts;  // [count_blocks] counted rows, by the blocks of the count kernel
-  double* partial;             // [blocks] sums of row losses
-  int count_blocks;            // 0 where the number of counted rows is that of all rows
-};
-
-constexpr int64_t kCountsOffset = 16;
-constexpr int64_t kPartialOffset = kCountsOffset + kCountBlocks * sizeof(unsigned long long);
-
-// Counts the rows that are not ignored, and clears the ticket.
-__global__ void __launch_bounds__(kBlock)
-    nd_loss_count_kernel(const __grid_constant__ NdLossParams p,
-                         const __grid_constant__ Scratch scratch) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *scratch.ticket = 0;
-  }
-  if (scratch.count_blocks == 0) {
-    return;
-  }
-  unsigned long long counted = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x; i < p.rows; i += step) {
-    counted += label_of(p.target, p.target_is_int32, i) != p.ignore_index;
-  }
-  counted = block_sum<kBlock>(counted);
-  if (threadIdx.x == 0) {
-    scratch.counts[blockIdx.x] = counted;
-  }
-}
 
 // gradient row = alpha * direction + beta * student, by kThreads threads of which this is `lane`.
 // The first kKept<S> vectors come from registers.
@@ -91,12 +57,11 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
 template <typename S, typename M, int kVec, int kThreads>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
     nd_loss_forward_kernel(const __grid_constant__ NdLossParams p,
-                           const __grid_constant__ Scratch scratch) {
+                           const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;
   constexpr int kKeep = kKept<S>;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A row_buffers[2][4][kThreads / kWarpSize];
-  __shared__ bool is_last;
   const int lane = threadIdx.x % kThreads;
   const int columns = static_cast<int>(p.columns);
   const A* teacher_norms = static_cast<const A*>(p.teacher_norms);
@@ -106,17 +71,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     scale *= static_cast<double>(*static_cast<const A*>(p.weight));
   }
   if (p.reduction == Reduction::kMean) {
-    unsigned long long counted = p.rows;
-    if (scratch.count_blocks > 0) {
-      counted = 0;
-      for (int b = 0; b < scratch.count_blocks; ++b) {
-        counted += scratch.counts[b];
-      }
-    }
+    const unsigned long long counted = counted_rows(scratch, p.rows);
     scale /= counted > 0 ? static_cast<double>(counted) : 1.0;
   }
 
-  double block_loss = 0;
+  double sums[1] = {0};  // of row losses
   int turn = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
@@ -137,14 +96,14 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const S* teacher = p.teacher == nullptr
                              ? nullptr
                              : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
-      A sums[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
-      nd_row_sums<S, M, kVec, kThreads>(student, direction, teacher, columns, lane, sums,
+      A dots[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
+      nd_row_sums<S, M, kVec, kThreads>(student, direction, teacher, columns, lane, dots,
                                         kept_student, kept_direction);
-      row_sum<kThreads>(sums, row_buffers, turn);
-      const A teacher_norm = teacher != nullptr         ? square_root(sums[3])
+      row_sum<kThreads>(dots, row_buffers, turn);
+      const A teacher_norm = teacher != nullptr         ? square_root(dots[3])
                              : teacher_norms != nullptr ? teacher_norms[row]
                                                         : A(0);
-      terms = nd_row_terms<A>(sums[0], sums[1], sums[2], teacher_norm, static_cast<A>(p.eps));
+      terms = nd_row_terms<A>(dots[0], dots[1], dots[2], teacher_norm, static_cast<A>(p.eps));
     } else if (!is_ignored) {
       const A nan = __builtin_nanf("");
       terms = {nan, nan, nan};
@@ -156,7 +115,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       if (p.reduction == Reduction::kNone) {
         static_cast<A*>(p.loss)[row] = is_ignored ? A(0) : terms.loss * static_cast<A>(scale);
       } else {
-        block_loss += static_cast<double>(terms.loss);
+        sums[0] += static_cast<double>(terms.loss);
       }
       if (p.coefficients != nullptr) {
         static_cast<A*>(p.coefficients)[2 * row] = alpha;
@@ -173,26 +132,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   if (p.reduction == Reduction::kNone) {
     return;
   }
-  // The block that finishes last adds the blocks' sums, in an order that does not depend on which
-  // one it is.
-  block_loss = block_sum<kBlock>(block_loss);
-  if (threadIdx.x == 0) {
-    scratch.partial[blockIdx.x] = block_loss;
-    __threadfence();
-    is_last = atomicAdd(scratch.ticket, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!is_last) {
-    return;
-  }
-  __threadfence();
-  double sum = 0;
-  for (unsigned b = threadIdx.x; b < gridDim.x; b += kBlock) {
-    sum += static_cast<volatile const double*>(scratch.partial)[b];
-  }
-  sum = block_sum<kBlock>(sum);
-  if (threadIdx.x == 0) {
-    *static_cast<A*>(p.loss) = static_cast<A>(sum * scale);
+  if (add_blocks<kBlock>(sums, scratch) && threadIdx.x == 0) {
+    *static_cast<A*>(p.loss) = static_cast<A>(sums[0] * scale);
   }
 }
 
@@ -245,18 +186,18 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 // -- launchers -----------------------------------------------------------------------------------
 
 template <typename S, typename M, int kVec>
-int forward_with(const NdLossParams& p, const Scratch& scratch, void* stream) {
+int forward_with(const NdLossParams& p, const RowScratch& scratch, void* stream) {
   if (takes_a_block<S>(p.columns, kVec)) {
     constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kBlock>;
-    return launch(kKernel, blocks_for<kKernel>(p.rows, 1), kBlock, stream, p, scratch);
+    return launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p, scratch);
   }
   constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kWarpSize>;
-  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize), kBlock, stream, p,
+  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize, kBlock), kBlock, stream, p,
                 scratch);
 }
 
 template <typename S, typename M>
-int forward(const NdLossParams& p, const Scratch& scratch, void* stream) {
+int forward(const NdLossParams& p, const RowScratch& scratch, void* stream) {
   constexpr int kVec = kVectorWidth<S>;
   const bool aligned =
       rows_are_aligned<S>(p.student, p.student_stride, kVec) &&
@@ -271,10 +212,11 @@ template <typename S, typename M, int kVec>
 int backward_with(const NdLossBackwardParams& p, void* stream) {
   if (takes_a_block<S>(p.columns, kVec)) {
     constexpr auto kKernel = nd_loss_backward_kernel<S, M, kVec, kBlock>;
-    return launch(kKernel, blocks_for<kKernel>(p.rows, 1), kBlock, stream, p);
+    return launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p);
   }
   constexpr auto kKernel = nd_loss_backward_kernel<S, M, kVec, kWarpSize>;
-  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize), kBlock, stream, p);
+  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize, kBlock), kBlock, stream,
+                p);
 }
 
 template <typename S, typename M>
@@ -288,33 +230,17 @@ int backward(const NdLossBackwardParams& p, void* stream) {
 
 }  // namespace
 
-int64_t nd_loss_scratch_bytes_cuda(const NdLossParams& p) {
-  const int64_t most = static_cast<int64_t>(multiprocessors()) * kMaxBlocksPerMultiprocessor;
-  const int64_t blocks = p.rows < 1 ? 1 : p.rows < most ? p.rows : most;
-  return kPartialOffset + blocks * static_cast<int64_t>(sizeof(double));
-}
+int64_t nd_loss_scratch_bytes_cuda(const NdLossParams& p) { return row_scratch_bytes(p.rows, 1); }
 
 int nd_loss_forward_cuda(const NdLossParams& p, void* scratch_bytes, void* stream) {
-  char* bytes = static_cast<char*>(scratch_bytes);
-  Scratch scratch = {};
-  scratch.ticket = reinterpret_cast<unsigned*>(bytes);
-  scratch.counts = reinterpret_cast<unsigned long long*>(bytes + kCountsOffset);
-  scratch.partial = reinterpret_cast<double*>(bytes + kPartialOffset);
-  if (p.reduction != Reduction::kNone) {
-    if (p.reduction == Reduction::kMean && p.target != nullptr) {
-      const int64_t wanted = (p.rows + 4 * kBlock - 1) / (4 * kBlock);
-      scratch.count_blocks = static_cast<int>(wanted < 1              ? 1
-                                              : wanted < kCountBlocks ? wanted
-                                                                      : kCountBlocks);
-    }
-    const int error =
-        launch(nd_loss_count_kernel, scratch.count_blocks > 0 ? scratch.count_blocks : 1, kBlock,
-               stream, p, scratch);
-    if (error != 0) {
-      return error;
-    }
-  } else if (p.rows == 0) {
+  if (p.rows == 0 && p.reduction == Reduction::kNone) {
     return 0;
+  }
+  RowScratch scratch;
+  const int error = prepare_rows(scratch, scratch_bytes, p.target, p.target_is_int32, p.rows,
+                                 p.ignore_index, p.reduction, stream);
+  if (error != 0) {
+    return error;
   }
   return nd_dispatch(p, [&](auto student, auto direction) {
     return forward<decltype(student), decltype(direction)>(p, scratch, stream);

@@ -17,15 +17,6 @@ constexpr int kMinBlocks = 4;
 template <typename S>
 constexpr int kKept = sizeof(S) == 4 ? 4 : 2;
 
-// The label of a row: `row` itself without a target.
-DNKD_INLINE int64_t label_of(const void* target, bool is_int32, int64_t row) {
-  if (target == nullptr) {
-    return row;
-  }
-  return is_int32 ? static_cast<const int32_t*>(target)[row]
-                  : static_cast<const int64_t*>(target)[row];
-}
-
 // This thread's part of <s, c>, |s|^2, |c|^2 and |t|^2 (0 where `teacher` is null), and the first
 // kKept<S> vectors of student and direction. `lane` is one of kThreads.
 template <typename S, typename M, int kVec, int kThreads>
@@ -105,16 +96,6 @@ DNKD_INLINE void nd_row_sums(const S* student, const M* direction, const S* teac
 template <typename S>
 bool takes_a_block(int64_t columns, int vector) {
   return columns > static_cast<int64_t>(kWarpSize) * kKept<S> * vector;
-}
-
-// One block per `rows_per_block` rows, but no more than the device holds at once: each takes an
-// equal share, and there is no second wave.
-template <auto kKernel>
-int64_t blocks_for(int64_t rows, int rows_per_block) {
-  const int64_t needed = (rows + rows_per_block - 1) / rows_per_block;
-  const int64_t resident = resident_blocks<kKernel>(kBlock);
-  const int64_t blocks = needed < resident ? needed : resident;
-  return blocks < 1 ? 1 : blocks;
 }
 
 // Calls function.template operator()<student type, direction type>().

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -22,6 +23,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
+#define DNKD_DYNAMIC_SHARED(name) uint4* const name = simt::dynamic_shared.get()
 
 struct uint2 {
   alignas(8) unsigned x;
@@ -38,19 +40,28 @@ struct dim3 {
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace simt {
 
 inline int multiprocessors = 2;      // small, so that blocks take several rows
 inline bool reverse_blocks = false;  // the last block first
+inline int shared_per_multiprocessor = 64 << 10;
+constexpr int kReservedShared = 1 << 10;          // of each block
+constexpr int kSharedWithoutAsking = 48 << 10;    // dynamic shared memory of a block
+inline std::map<const void*, int> shared_limits;  // of kernels that may use more
 
 struct Barrier {
   int members = 0;
@@ -66,7 +77,6 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   bool done = false;
   Barrier* waits_for = nullptr;
   long generation = 0;
@@ -82,6 +92,13 @@ inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<uint64_t> lanes;
 inline std::function<void()> body;
+inline std::vector<std::unique_ptr<char[]>> stacks;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+// Of exactly the size that the launch asks for, so that the address sanitizer sees what is outside.
+inline std::unique_ptr<uint4, Free> dynamic_shared;
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "simt: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
@@ -119,9 +136,11 @@ inline void run_block(int threads) {
   for (int t = 0; t < threads; ++t) {
     ++warp_barriers[t / kWarp].members;
     Fiber& fiber = fibers[t];
-    fiber.stack = std::make_unique<char[]>(kStack);
+    if (static_cast<int>(stacks.size()) <= t) {
+      stacks.emplace_back(new char[kStack]);
+    }
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = stacks[t].get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
@@ -181,8 +200,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
+  const auto limit = simt::shared_limits.find(reinterpret_cast<const void*>(kernel));
+  const size_t bytes = config->dynamicSmemBytes;
+  if (bytes > static_cast<size_t>(limit == simt::shared_limits.end() ? simt::kSharedWithoutAsking
+                                                                     : limit->second)) {
+    return cudaErrorInvalidValue;
+  }
+  simt::dynamic_shared.reset(static_cast<uint4*>(std::malloc(bytes)));
   simt::body = [=] { kernel(arguments...); };
   for (unsigned b = 0; b < config->gridDim.x; ++b) {
+    std::memset(simt::dynamic_shared.get(), 0xff, bytes);  // NaN: a block finds nothing of use
     blockIdx = dim3(simt::reverse_blocks ? config->gridDim.x - 1 - b : b, 0, 0);
     simt::run_block(static_cast<int>(config->blockDim.x));
   }
@@ -193,12 +220,24 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = simt::multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor
+               ? simt::shared_per_multiprocessor
+               : simt::shared_per_multiprocessor - simt::kReservedShared;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > simt::shared_per_multiprocessor - simt::kReservedShared) {
+    return cudaErrorInvalidValue;
+  }
+  simt::shared_limits[kernel] = bytes;
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  *blocks = 2;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t bytes) {
+  const int fitting =
+      simt::shared_per_multiprocessor / (static_cast<int>(bytes) + simt::kReservedShared);
+  *blocks = std::min(2, fitting);
   return cudaSuccess;
 }
