@@ -14,9 +14,12 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     feature_diagnostics_kernel(const __grid_constant__ FeatureDiagnosticsParams p,
                                const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;
+  constexpr int kKeep = kKept<S>;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A row_buffers[2][4][kThreads / kWarpSize];
   const int lane = threadIdx.x % kThreads;
+  const int columns = static_cast<int>(p.columns);
+  const int vectors = columns / kVec;
   const A* teacher_norms = static_cast<const A*>(p.teacher_norms);
 
   double sums[kSums] = {};
@@ -32,16 +35,14 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     const A nan = __builtin_nanf("");
     FeatureTerms<A> terms = {nan, nan, nan, nan};
     if (label >= 0 && label < p.classes) {
+      const S* student = static_cast<const S*>(p.student) + row * p.student_stride;
+      const M* direction = static_cast<const M*>(p.directions) + label * p.directions_stride;
       const S* teacher = p.teacher == nullptr
                              ? nullptr
                              : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
-      A dots[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
-      Pack<S, kVec> kept_student[kKept<S>];
-      Pack<M, kVec> kept_direction[kKept<S>];
-      nd_row_sums<S, M, kVec, kThreads>(
-          static_cast<const S*>(p.student) + row * p.student_stride,
-          static_cast<const M*>(p.directions) + label * p.directions_stride, teacher,
-          static_cast<int>(p.columns), lane, dots, kept_student, kept_direction);
+      Pack<S, kVec> kept_student[kKeep];
+      Pack<M, kVec> kept_direction[kKeep];
+#include "ops/cuda/nd_row_sums.inc"
       row_sum<kThreads>(dots, row_buffers, turn);
       const A teacher_norm = teacher != nullptr         ? square_root(dots[3])
                              : teacher_norms != nullptr ? teacher_norms[row]

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   __shared__ A row_buffers[2][4][kThreads / kWarpSize];
   const int lane = threadIdx.x % kThreads;
   const int columns = static_cast<int>(p.columns);
+  const int vectors = columns / kVec;
   const A* teacher_norms = static_cast<const A*>(p.teacher_norms);
 
   double scale = p.loss_weight;
@@ -96,9 +97,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const S* teacher = p.teacher == nullptr
                              ? nullptr
                              : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
-      A dots[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
-      nd_row_sums<S, M, kVec, kThreads>(student, direction, teacher, columns, lane, dots,
-                                        kept_student, kept_direction);
+#include "ops/cuda/nd_row_sums.inc"
       row_sum<kThreads>(dots, row_buffers, turn);
       const A teacher_norm = teacher != nullptr         ? square_root(dots[3])
                              : teacher_norms != nullptr ? teacher_norms[row]
