@@ -8,6 +8,8 @@ from dnkd_ext._extension import build_info  # first: its warning points at the i
 from dnkd_ext import reference
 from dnkd_ext.adapters import extract_features
 from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus
+from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.losses import (
     NDLoss,
     ce_dkd_loss,
@@ -17,9 +19,14 @@ from dnkd_ext.losses import (
     kd_loss,
     nd_loss,
 )
+from dnkd_ext.projector import FeatureProjector
 
 __all__ = [
     "ClassMeans",
+    "DISTPlusPlus",
+    "DKDPlusPlus",
+    "FeatureProjector",
+    "KDPlusPlus",
     "NDLoss",
     "__version__",
     "build_info",
@@ -27,6 +34,7 @@ __all__ = [
     "ce_kd_loss",
     "dkd_loss",
     "extract_features",
+    "feature_diagnostics",
     "hcl_loss",
     "kd_loss",
     "nd_loss",

@@ -1,12 +1,8 @@
 #include "ops/nd_loss.h"
 
-#include <ATen/Context.h>
-#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/matmul.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -16,155 +12,18 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
-#include <cmath>
 #include <string>
 
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
 #include "common/tensors.h"
+#include "ops/nd_arguments.h"
 
 namespace dnkd {
 namespace {
 
 using at::Tensor;
-
-// ---------------------------------------------------------------------------------------------
-// Arguments: checked, then brought to the few types the kernels know.
-// ---------------------------------------------------------------------------------------------
-
-void check_arguments(const Tensor& student, const Tensor& target, const Tensor& class_means,
-                     const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
-                     const OptionalTensor& weight, double eps) {
-  check_floating(student, "student_features");
-  check_floating(class_means, "class_means");
-  TORCH_CHECK_VALUE(student.dim() >= 1, "student_features must be (..., D), got a 0-dim tensor");
-  TORCH_CHECK_VALUE(class_means.dim() == 2, "class_means must be (C, D), got shape ",
-                    shape_of(class_means));
-  TORCH_CHECK_VALUE(class_means.sym_size(0) > 0, "class_means must have at least one class");
-  TORCH_CHECK_VALUE(class_means.sym_size(1) == student.sym_size(-1), "class_means is ",
-                    class_means.sym_size(1), " wide but student_features is ", student.sym_size(-1),
-                    " wide; project the student's features to the width of the class means");
-  check_same_device(class_means, "class_means", student, "student_features");
-  check_same_device(target, "target", student, "student_features");
-  if (at::isFloatingType(target.scalar_type())) {
-    check_floating(target, "target");
-    TORCH_CHECK_VALUE(
-        target.dim() == student.dim() &&
-            target.sym_sizes().slice(0, target.dim() - 1) == row_shape(student) &&
-            target.sym_size(-1) == class_means.sym_size(0),
-        "target of class probabilities must be (..., C) with C = ", class_means.sym_size(0),
-        " classes and the leading shape of student_features ", shape_of(student), ", got shape ",
-        shape_of(target));
-  } else {
-    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
-                     "target must hold int64 or int32 class indices or floating class "
-                     "probabilities, got ",
-                     c10::toString(target.scalar_type()));
-    TORCH_CHECK_VALUE(is_row_shape(target, student),
-                      "target of class indices must have the leading shape of student_features ",
-                      shape_of(student), ", got shape ", shape_of(target));
-  }
-  TORCH_CHECK_VALUE(!teacher_features.has_value() || !teacher_norms.has_value(),
-                    "teacher_features and teacher_norms were both given; pass one of them");
-  if (teacher_features.has_value()) {
-    check_floating(*teacher_features, "teacher_features");
-    check_same_device(*teacher_features, "teacher_features", student, "student_features");
-    TORCH_CHECK_VALUE(
-        teacher_features->dim() == student.dim() &&
-            teacher_features->sym_sizes().slice(0, student.dim() - 1) == row_shape(student),
-        "teacher_features must have the leading shape of student_features ", shape_of(student),
-        ", got shape ", shape_of(*teacher_features));
-  }
-  if (teacher_norms.has_value()) {
-    check_floating(*teacher_norms, "teacher_norms");
-    check_same_device(*teacher_norms, "teacher_norms", student, "student_features");
-    TORCH_CHECK_VALUE(is_row_shape(*teacher_norms, student),
-                      "teacher_norms must have the leading shape of student_features ",
-                      shape_of(student), ", got shape ", shape_of(*teacher_norms));
-  }
-  if (weight.has_value()) {
-    check_floating(*weight, "loss_weight");
-    check_same_device(*weight, "loss_weight", student, "student_features");
-    TORCH_CHECK_VALUE(weight->dim() == 0,
-                      "loss_weight must be a float or a 0-dim tensor, got shape ",
-                      shape_of(*weight));
-    TORCH_CHECK_VALUE(!weight->requires_grad(),
-                      "loss_weight must not require a gradient; multiply the loss by it instead");
-  }
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps must be finite and not negative, got ",
-                    eps);
-}
-
-// What the kernels take: rows of stride-1 features, (N, D) and (N,).
-struct Prepared {
-  Tensor student;
-  Tensor directions;             // class means (C, D), or one direction per row (N, D)
-  OptionalTensor target;         // (N,) int64 or int32; none: row i takes direction i
-  OptionalTensor teacher;        // (N, D)
-  OptionalTensor teacher_norms;  // (N,) accumulate type
-  OptionalTensor weight;         // [] accumulate type
-};
-
-// The norms of features in another dtype or width than the student's, without a copy of them: cast
-// whole, they would take N x D more memory.
-Tensor norms_of(const Tensor& features, at::ScalarType accumulate) {
-  const auto widest = features.scalar_type() == at::kDouble ? at::kDouble : accumulate;
-  const auto norms = [&](const Tensor& rows) {
-    return at::linalg_vector_norm(rows, 2, {-1}, false, widest);
-  };
-  const bool is_traced = at::isTensorSubclassLike(features);  // the compiler fuses the cast
-  const int64_t block = features.is_cpu() ? int64_t{1} << 18 : int64_t{1} << 24;
-  if (is_traced || features.scalar_type() == widest || features.numel() <= block) {
-    return flat(cast(norms(features), accumulate));
-  }
-  const Tensor rows = as_rows(features);
-  const int64_t step = std::max<int64_t>(1, block / rows.size(1));
-  Tensor result = at::empty({rows.size(0)}, features.options().dtype(accumulate));
-  for (int64_t begin = 0; begin < rows.size(0); begin += step) {
-    const int64_t count = std::min(step, rows.size(0) - begin);
-    result.narrow(0, begin, count).copy_(norms(rows.narrow(0, begin, count)));
-  }
-  return result;
-}
-
-Prepared prepare(const Tensor& student, const Tensor& target, const Tensor& class_means,
-                 const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
-                 const OptionalTensor& weight) {
-  // The casts below are chosen for exactness; autocast has no say in them.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto type = student.scalar_type();
-  const auto accumulate = accumulate_type(type);
-  Prepared result;
-  // reshape({-1, D}) has no answer for a tensor without elements and D = 0
-  TORCH_CHECK_VALUE(student.sym_size(-1) > 0, "student_features must have at least one feature");
-  result.student = as_rows(student);
-  if (at::isFloatingType(target.scalar_type())) {
-    const at::NoTF32Guard exact;
-    // The direction of a mixture of classes: normalise(sum_k p_k c_k), one per row.
-    result.directions = cast(as_rows(target), accumulate).matmul(cast(class_means, accumulate));
-  } else {
-    result.target = flat(target);
-    const auto means_type = class_means.scalar_type();
-    const bool readable = means_type == type || means_type == at::kFloat;
-    result.directions = as_rows(readable ? class_means : cast(class_means, accumulate));
-  }
-  if (teacher_features.has_value()) {
-    if (teacher_features->scalar_type() == type &&
-        teacher_features->sym_size(-1) == student.sym_size(-1)) {
-      result.teacher = as_rows(*teacher_features);
-    } else {
-      result.teacher_norms = norms_of(*teacher_features, accumulate);
-    }
-  }
-  if (teacher_norms.has_value()) {
-    result.teacher_norms = flat(cast(*teacher_norms, accumulate));
-  }
-  if (weight.has_value()) {
-    result.weight = cast(*weight, accumulate);
-  }
-  return result;
-}
 
 // A float16 gradient formed before the loss scale is known would underflow, and a gradient per row
 // has no single upstream value: for these the forward pass keeps two scalars per row instead.
@@ -175,50 +34,6 @@ bool keeps_coefficients(at::ScalarType type, Reduction reduction) {
 // ---------------------------------------------------------------------------------------------
 // The operators without autograd.
 // ---------------------------------------------------------------------------------------------
-
-// On the CPU always; elsewhere where asked for, because it synchronises.
-void check_target(const NdLossParams& p, const Tensor& target) {
-  Tensor on_cpu = target;
-  NdLossParams readable = p;
-  if (!target.is_cpu()) {
-    if (!checks_target_on_device()) {
-      return;
-    }
-    on_cpu = target.cpu();
-    readable.target = on_cpu.const_data_ptr();
-  }
-  const int64_t position = nd_loss_find_bad_target_cpu(readable);
-  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", on_cpu[position].item<int64_t>(),
-                    " is out of range for ", p.classes, " rows of class_means");
-}
-
-NdLossParams forward_params(const Tensor& student, const OptionalTensor& target,
-                            const Tensor& directions, const OptionalTensor& teacher,
-                            const OptionalTensor& teacher_norms, const OptionalTensor& weight,
-                            double loss_weight, int64_t ignore_index, Reduction reduction,
-                            double eps) {
-  NdLossParams p{};
-  p.dtype = to_dtype(student.scalar_type());
-  p.directions_are_float = directions.scalar_type() == at::kFloat;
-  p.target_is_int32 = target.has_value() && target->scalar_type() == at::kInt;
-  p.rows = student.size(0);
-  p.columns = student.size(1);
-  p.classes = directions.size(0);
-  p.ignore_index = ignore_index;
-  p.reduction = reduction;
-  p.eps = eps;
-  p.loss_weight = loss_weight;
-  p.student = student.const_data_ptr();
-  p.teacher = data_or_null(teacher);
-  p.teacher_norms = data_or_null(teacher_norms);
-  p.directions = directions.const_data_ptr();
-  p.target = data_or_null(target);
-  p.weight = data_or_null(weight);
-  p.student_stride = student.stride(0);
-  p.teacher_stride = teacher.has_value() ? teacher->stride(0) : 0;
-  p.directions_stride = directions.stride(0);
-  return p;
-}
 
 // These operators are also reached from exported programs and torch.ops, so they check, too, what
 // would otherwise read out of bounds.
@@ -273,10 +88,12 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
                                       weight->device() == student.device()),
               "weight must be a 0-dim tensor of the accumulate type on ", student.device());
   const Reduction reduction = to_reduction(reduction_name);
-  NdLossParams p = forward_params(student, target, directions, teacher, teacher_norms, weight,
-                                  loss_weight, ignore_index, reduction, eps);
+  NdLossParams p{nd_inputs(student, target, directions, teacher, teacher_norms, ignore_index, eps)};
+  p.reduction = reduction;
+  p.loss_weight = loss_weight;
+  p.weight = data_or_null(weight);
   if (p.target != nullptr) {
-    check_target(p, *target);
+    check_nd_target(p, *target);
   }
   const auto scalars = student.options().dtype(accumulate);
   Tensor loss =
@@ -362,7 +179,7 @@ struct Arguments {
   double eps;
 };
 
-std::tuple<Tensor, Tensor> call_forward(const Prepared& in, const Arguments& a,
+std::tuple<Tensor, Tensor> call_forward(const NdArguments& in, const Arguments& a,
                                         bool needs_gradient) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dnkd_ext::_nd_loss_forward", "")
@@ -387,8 +204,8 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
                         const Arguments* a) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Prepared in = prepare(a->student, a->target, a->class_means, a->teacher_features,
-                                a->teacher_norms, a->weight);
+    const NdArguments in = prepare_nd(a->student, a->target, a->class_means, a->teacher_features,
+                                      a->teacher_norms, a->weight);
     auto [loss, saved] = call_forward(in, *a, /*needs_gradient=*/true);
     const bool keeps_mixtures =
         !in.target.has_value() &&
@@ -446,8 +263,8 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
     OptionalTensor labels;
     Tensor directions = mixtures;
     if (!mixtures.defined()) {
-      const Prepared in =
-          prepare(student, target, class_means, std::nullopt, std::nullopt, std::nullopt);
+      const NdArguments in =
+          prepare_nd(student, target, class_means, std::nullopt, std::nullopt, std::nullopt);
       labels = in.target;
       directions = in.directions;
     }
@@ -464,7 +281,7 @@ Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tenso
                         const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
                         const OptionalTensor& weight, double loss_weight, int64_t ignore_index,
                         std::string_view reduction, double eps) {
-  check_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
+  check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
   const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
                     weight,  loss_weight, ignore_index, reduction,        eps};
   if (student._fw_grad(/*level=*/0).defined()) {  // forward-mode differentiation
@@ -480,8 +297,8 @@ Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tenso
     return NdLoss::apply(student, &a);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Prepared in =
-      prepare(student, target, class_means, teacher_features, teacher_norms, weight);
+  const NdArguments in =
+      prepare_nd(student, target, class_means, teacher_features, teacher_norms, weight);
   return shaped_loss(std::get<0>(call_forward(in, a, /*needs_gradient=*/false)), student);
 }
 

@@ -16,7 +16,7 @@
 namespace dnkd {
 
 // "Accumulate type" below: float for half, bfloat16 and float students, double for double.
-struct NdLossParams {
+struct NdInputs {
   Dtype dtype;                // of student, teacher and gradient
   bool directions_are_float;  // directions are float32; otherwise of `dtype`
   bool target_is_int32;       // target is int32; otherwise int64
@@ -25,19 +25,22 @@ struct NdLossParams {
   int64_t columns;  // D
   int64_t classes;  // rows of `directions`
   int64_t ignore_index;
-  Reduction reduction;
   double eps;
-  double loss_weight;
 
   const void* student;        // [N, D], rows student_stride elements apart
   const void* teacher;        // [N, D], rows teacher_stride elements apart, or null
   const void* teacher_norms;  // [N] accumulate type, or null
   const void* directions;     // [classes, D], rows directions_stride elements apart
   const void* target;         // [N], or null: row i of the student takes row i of directions
-  const void* weight;         // [] accumulate type, multiplies loss_weight, or null
   int64_t student_stride;
   int64_t teacher_stride;
   int64_t directions_stride;
+};
+
+struct NdLossParams : NdInputs {
+  Reduction reduction;
+  double loss_weight;
+  const void* weight;  // [] accumulate type, multiplies loss_weight, or null
 
   void* loss;          // accumulate type: [N] for kNone, else []
   void* gradient;      // [N, D] contiguous, of loss with respect to student, or null
@@ -66,7 +69,7 @@ struct NdLossBackwardParams {
 };
 
 // Where a target (other than ignore_index) names no class: its position, or -1.
-int64_t nd_loss_find_bad_target_cpu(const NdLossParams& params);
+int64_t nd_loss_find_bad_target_cpu(const NdInputs& params);
 // Targets must have been checked. With kMean and no counted row the loss and gradient are 0.
 void nd_loss_forward_cpu(const NdLossParams& params);
 void nd_loss_backward_cpu(const NdLossBackwardParams& params);

@@ -132,7 +132,7 @@ def nd_loss(
 # -- reference ------------------------------------------------------------------------------------
 
 
-def _check(
+def check_nd_arguments(
     student_features: Tensor,
     target: Tensor,
     class_means: Tensor,
@@ -200,11 +200,54 @@ def _check(
                 f"got shape {list(teacher_norms.shape)}"
             )
     require_weight(loss_weight, "loss_weight", student_features, "student_features")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if student_features.shape[-1] == 0:
         raise ValueError("student_features must have at least one feature")
     require_reduction(reduction)
+
+
+@torch.no_grad()
+def reference_rows(
+    student_features: Tensor,
+    target: Tensor,
+    class_means: Tensor,
+    teacher_features: Tensor | None,
+    teacher_norms: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a reference needs of every row besides the student's features.
+
+    Returns:
+        ``(counted, named, direction, teacher_norms)``: whether the row counts, whether its target
+        names a class, the sum of class means it is to point at, ``(..., D)``, and the teacher's
+        norm (0 without a teacher); the last two 0 in rows that do not count.
+    """
+    dtype = accumulate_dtype(student_features.dtype)
+    with torch.autocast(student_features.device.type, enabled=False):
+        means = class_means.detach().to(dtype)
+        rows = student_features.shape[:-1]
+        counted = torch.ones(rows, dtype=torch.bool, device=student_features.device)
+        named = counted
+        if target.dtype.is_floating_point:
+            direction = target.detach().to(dtype) @ means
+        else:
+            counted = target != ignore_index
+            named = (target >= 0) & (target < means.shape[0])
+            check_target(target, counted & ~named, means.shape[0], "rows of class_means")
+            direction = means[torch.where(named, target, 0).long()]
+        if teacher_features is not None:
+            # Formed as the student's, so that equal features have equal norms.
+            teacher = teacher_features.detach().to(dtype)
+            teacher_norms = (teacher * teacher).sum(-1).sqrt()
+        elif teacher_norms is not None:
+            teacher_norms = teacher_norms.detach().to(dtype)
+        else:
+            teacher_norms = torch.zeros(rows, dtype=dtype, device=student_features.device)
+        # Whatever an ignored row holds is replaced before anything is computed from it.
+        direction = torch.where(counted[..., None], direction, 0)
+        teacher_norms = torch.where(counted, teacher_norms, 0)
+        return counted, named, direction, teacher_norms
 
 
 def nd_loss_reference(
@@ -224,7 +267,7 @@ def nd_loss_reference(
     Arguments, result and errors are those of :func:`dnkd_ext.nd_loss`. It upcasts half-precision
     features, runs a dozen kernels, and is differentiable to any order.
     """
-    _check(
+    check_nd_arguments(
         student_features,
         target,
         class_means,
@@ -235,29 +278,10 @@ def nd_loss_reference(
         eps,
     )
     dtype = accumulate_dtype(student_features.dtype)
+    counted, named, direction, teacher_norms = reference_rows(
+        student_features, target, class_means, teacher_features, teacher_norms, ignore_index
+    )
     with torch.autocast(student_features.device.type, enabled=False), torch.no_grad():
-        means = class_means.detach().to(dtype)
-        rows = student_features.shape[:-1]
-        counted = torch.ones(rows, dtype=torch.bool, device=student_features.device)
-        named = counted
-        if target.dtype.is_floating_point:
-            direction = target.detach().to(dtype) @ means
-        else:
-            counted = target != ignore_index
-            named = (target >= 0) & (target < means.shape[0])
-            check_target(target, counted & ~named, means.shape[0], "rows of class_means")
-            direction = means[torch.where(named, target, 0).long()]
-        if teacher_features is not None:
-            # Formed as the student's below, so that equal features have equal norms.
-            teacher = teacher_features.detach().to(dtype)
-            teacher_norms = (teacher * teacher).sum(-1).sqrt()
-        elif teacher_norms is not None:
-            teacher_norms = teacher_norms.detach().to(dtype)
-        else:
-            teacher_norms = torch.zeros(rows, dtype=dtype, device=student_features.device)
-        # Whatever an ignored row holds is replaced before anything is computed from it.
-        direction = torch.where(counted[..., None], direction, 0)
-        teacher_norms = torch.where(counted, teacher_norms, 0)
         direction_square = (direction * direction).sum(-1)
         unit = direction / torch.where(
             direction_square == 0, 1, direction_square.sqrt().clamp_min(eps)
@@ -328,7 +352,7 @@ def _fake(
     reduction,
     eps,
 ):
-    _check(
+    check_nd_arguments(
         student_features,
         target,
         class_means,
@@ -438,9 +462,9 @@ class NDLoss(nn.Module):
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
-        self.register_buffer("class_means", _class_means_table(class_means))
+        self.register_buffer("class_means", class_means_table(class_means, stacklevel=3))
         require_reduction(reduction)
-        if not (math.isfinite(eps) and eps >= 0):
+        if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {eps}")
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -481,7 +505,8 @@ class NDLoss(nn.Module):
         )
 
 
-def _class_means_table(class_means: Tensor | ClassMeans) -> Tensor:
+def class_means_table(class_means: Tensor | ClassMeans, *, stacklevel: int) -> Tensor:
+    """The ``(C, D)`` table of a module, its own copy; ``stacklevel`` is that of the warning."""
     from dnkd_ext.class_means import ClassMeans
 
     if isinstance(class_means, ClassMeans):
@@ -493,7 +518,7 @@ def _class_means_table(class_means: Tensor | ClassMeans) -> Tensor:
                 f"classes ({shown}); their rows are zero and samples of these classes get no "
                 "gradient from the ND loss",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
         class_means = class_means.compute()
     require_floating(class_means, "class_means")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dnkd_ext
-from dnkd_ext import ClassMeans, NDLoss, extract_features
+from dnkd_ext import ClassMeans, KDPlusPlus, extract_features
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.data import ImageSet, load_digits, load_image_folder
 from dnkd_ext.train.loop import Evaluation, Optimisation, evaluate, fit
@@ -149,27 +149,28 @@ def _train_student(
 ) -> nn.Module:
     torch.manual_seed(seed)  # the same start for every method
     model = SmallConvNet(data.channels, (4, 8, FEATURES), 1, len(data.classes)).to(config.device)
-    nd_loss = NDLoss(class_means, loss_weight=config.nd_weight).to(config.device)
-    temperature = config.temperature
+    criterion = KDPlusPlus(
+        class_means,
+        kd_weight=config.kd_weight,
+        nd_weight=config.nd_weight if method == "KD++" else 0.0,
+        temperature=config.temperature,
+    ).to(config.device)
 
     def step(images: Tensor, target: Tensor, epoch: int) -> Tensor:
         features, logits = extract_features(model, images)
-        loss = F.cross_entropy(logits, target)
         if method == "CE":
-            return loss
+            return F.cross_entropy(logits, target)
         with torch.no_grad():
             teacher_features, teacher_logits = extract_features(teacher, images)
-        kd = F.kl_div(
-            F.log_softmax(logits / temperature, 1),
-            F.log_softmax(teacher_logits / temperature, 1),
-            reduction="batchmean",
-            log_target=True,
-        )
         ramp = min(1.0, epoch / config.kd_warm_up) if config.kd_warm_up else 1.0
-        loss = loss + ramp * config.kd_weight * temperature**2 * kd
-        if method == "KD++":
-            loss = loss + nd_loss(features, target, teacher_features=teacher_features)
-        return loss
+        return criterion(
+            logits,
+            teacher_logits,
+            features,
+            target,
+            teacher_features=teacher_features,
+            kd_ramp=ramp,
+        ).loss
 
     fit(
         model.parameters(),

@@ -1,20 +1,11 @@
 #include "common/rows.cuh"
+#include "ops/cuda/nd_rows.cuh"
 #include "ops/nd_loss.h"
 
 namespace dnkd {
 namespace {
 
 #include "ops/nd_loss_terms.inc"
-
-// A row is read by a warp while it fits in the warp's registers, otherwise by a block.
-constexpr int kBlock = 128;
-// 16-byte vectors of a row that each thread keeps in registers between forming the sums and
-// writing the gradient (2048 elements of a row per block, 1024 of float64); what is beyond is read
-// again.
-template <typename S>
-constexpr int kKept = sizeof(S) == 4 ? 4 : 2;
-// Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
-constexpr int kMinBlocks = 4;
 
 // gradient row = alpha * direction + beta * student, by kThreads threads of which this is `lane`.
 // The first kKept<S> vectors come from registers.
@@ -106,68 +97,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const S* teacher = p.teacher == nullptr
                              ? nullptr
                              : static_cast<const S*>(p.teacher) + row * p.teacher_stride;
-      A dots[4] = {0, 0, 0, 0};  // <s, c>, |s|^2, |c|^2, |t|^2
-      const auto add = [&](S s, M c) {
-        const A wide_s = widen(s);
-        const A wide_c = widen(c);
-        dots[0] += wide_s * wide_c;
-        dots[1] += wide_s * wide_s;
-        dots[2] += wide_c * wide_c;
-      };
-      const auto add_teacher = [&](S t) {
-        const A wide = widen(t);
-        dots[3] += wide * wide;
-      };
-      // All loads of the kept part are under way before the first is used.
-      Pack<S, kVec> kept_teacher[kKeep];
-#pragma unroll
-      for (int k = 0; k < kKeep; ++k) {
-        const int v = lane + k * kThreads;
-        if (v < vectors) {
-          kept_student[k] = load_pack<S, kVec>(student + static_cast<int64_t>(v) * kVec);
-          kept_direction[k] = load_pack<M, kVec>(direction + static_cast<int64_t>(v) * kVec);
-          if (teacher != nullptr) {
-            kept_teacher[k] = load_pack<S, kVec>(teacher + static_cast<int64_t>(v) * kVec);
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < kKeep; ++k) {
-        if (lane + k * kThreads < vectors) {
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            add(kept_student[k].elements[i], kept_direction[k].elements[i]);
-          }
-          if (teacher != nullptr) {
-#pragma unroll
-            for (int i = 0; i < kVec; ++i) {
-              add_teacher(kept_teacher[k].elements[i]);
-            }
-          }
-        }
-      }
-      for (int v = lane + kKeep * kThreads; v < vectors; v += kThreads) {
-        const auto s = load_pack<S, kVec>(student + static_cast<int64_t>(v) * kVec);
-        const auto c = load_pack<M, kVec>(direction + static_cast<int64_t>(v) * kVec);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          add(s.elements[i], c.elements[i]);
-        }
-        if (teacher != nullptr) {
-          const auto t = load_pack<S, kVec>(teacher + static_cast<int64_t>(v) * kVec);
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) {
-            add_teacher(t.elements[i]);
-          }
-        }
-      }
-      const int j = vectors * kVec + lane;
-      if (j < columns) {
-        add(student[j], direction[j]);
-        if (teacher != nullptr) {
-          add_teacher(teacher[j]);
-        }
-      }
+#include "ops/cuda/nd_row_sums.inc"
       row_sum<kThreads>(dots, row_buffers, turn);
       const A teacher_norm = teacher != nullptr         ? square_root(dots[3])
                              : teacher_norms != nullptr ? teacher_norms[row]
@@ -254,12 +184,6 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 
 // -- launchers -----------------------------------------------------------------------------------
 
-// A warp reads rows that its registers hold, a block longer ones.
-template <typename S>
-bool takes_a_block(int64_t columns, int vector) {
-  return columns > static_cast<int64_t>(kWarpSize) * kKept<S> * vector;
-}
-
 template <typename S, typename M, int kVec>
 int forward_with(const NdLossParams& p, const RowScratch& scratch, void* stream) {
   if (takes_a_block<S>(p.columns, kVec)) {
@@ -303,22 +227,6 @@ int backward(const NdLossBackwardParams& p, void* stream) {
   return aligned ? backward_with<S, M, kVec>(p, stream) : backward_with<S, M, 1>(p, stream);
 }
 
-// Calls function.template operator()<student type, direction type>().
-template <typename Params, typename Function>
-int dispatch(const Params& p, const Function& function) {
-  switch (p.dtype) {
-    case Dtype::kFloat16:
-      return p.directions_are_float ? function(Half{}, float{}) : function(Half{}, Half{});
-    case Dtype::kBFloat16:
-      return p.directions_are_float ? function(BFloat16{}, float{})
-                                    : function(BFloat16{}, BFloat16{});
-    case Dtype::kFloat64:
-      return p.directions_are_float ? function(double{}, float{}) : function(double{}, double{});
-    default:
-      return function(float{}, float{});
-  }
-}
-
 }  // namespace
 
 int64_t nd_loss_scratch_bytes_cuda(const NdLossParams& p) { return row_scratch_bytes(p.rows, 1); }
@@ -333,7 +241,7 @@ int nd_loss_forward_cuda(const NdLossParams& p, void* scratch_bytes, void* strea
   if (error != 0) {
     return error;
   }
-  return dispatch(p, [&](auto student, auto direction) {
+  return nd_dispatch(p, [&](auto student, auto direction) {
     return forward<decltype(student), decltype(direction)>(p, scratch, stream);
   });
 }
@@ -342,7 +250,7 @@ int nd_loss_backward_cuda(const NdLossBackwardParams& p, void* stream) {
   if (p.rows == 0) {
     return 0;
   }
-  return dispatch(p, [&](auto student, auto direction) {
+  return nd_dispatch(p, [&](auto student, auto direction) {
     return backward<decltype(student), decltype(direction)>(p, stream);
   });
 }

@@ -1,0 +1,86 @@
+#include "ops/feature_diagnostics.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#ifdef DNKD_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include "common/checks.h"
+#include "ops/nd_arguments.h"
+
+namespace dnkd {
+namespace {
+
+using at::Tensor;
+
+// Returns norm_ratio, cosine and reached as one [3], so that they cost one allocation.
+Tensor feature_diagnostics(const Tensor& student, const Tensor& target, const Tensor& class_means,
+                           const OptionalTensor& teacher_features,
+                           const OptionalTensor& teacher_norms, int64_t ignore_index, double eps) {
+  check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, std::nullopt,
+                     eps);
+  const NdArguments in =
+      prepare_nd(student, target, class_means, teacher_features, teacher_norms, std::nullopt);
+  TORCH_CHECK(student.is_cpu() || in.student.size(1) < (int64_t{1} << 31),
+              "student_features on a GPU must have fewer than 2^31 features");
+  FeatureDiagnosticsParams p{nd_inputs(in.student, in.target, in.directions, in.teacher,
+                                       in.teacher_norms, ignore_index, eps)};
+  if (p.target != nullptr) {
+    check_nd_target(p, *in.target);
+  }
+  const Tensor result =
+      at::empty({3}, student.options().dtype(accumulate_type(student.scalar_type())));
+  p.result = result.mutable_data_ptr();
+#ifdef DNKD_WITH_CUDA
+  if (student.is_cuda()) {
+    const c10::cuda::CUDAGuard device(student.device());
+    const Tensor scratch =
+        at::empty({feature_diagnostics_scratch_bytes_cuda(p)}, student.options().dtype(at::kByte));
+    C10_CUDA_CHECK(static_cast<cudaError_t>(feature_diagnostics_cuda(
+        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    return result;
+  }
+#endif
+  feature_diagnostics_cpu(p);
+  return result;
+}
+
+// Diagnostics have no gradient: what comes out does not remember where it came from.
+Tensor feature_diagnostics_without_gradient(const Tensor& student, const Tensor& target,
+                                            const Tensor& class_means,
+                                            const OptionalTensor& teacher_features,
+                                            const OptionalTensor& teacher_norms,
+                                            int64_t ignore_index, double eps) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("dnkd_ext::feature_diagnostics", "")
+                             .typed<decltype(feature_diagnostics)>();
+  return op.call(student, target, class_means, teacher_features, teacher_norms, ignore_index, eps);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
+  m.def(
+      "feature_diagnostics(Tensor student_features, Tensor target, Tensor class_means, "
+      "Tensor? teacher_features, Tensor? teacher_norms, int ignore_index, float eps) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) {
+  m.impl("feature_diagnostics", feature_diagnostics_without_gradient);
+}
+
+TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) { m.impl("feature_diagnostics", feature_diagnostics); }
+
+#ifdef DNKD_WITH_CUDA
+TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) { m.impl("feature_diagnostics", feature_diagnostics); }
+#endif
+
+}  // namespace dnkd

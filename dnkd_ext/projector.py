@@ -1,0 +1,68 @@
+"""A projection of the student's features, for teachers of another width."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+__all__ = ["FeatureProjector"]
+
+
+class FeatureProjector(nn.Module):
+    """BatchNorm1d, Dropout, Linear: student features to the width of the class means.
+
+    As in the paper (arXiv 2305.17007), where the student is narrower or wider than its teacher. It
+    is trained with the student and serves the loss alone: the student's own classifier goes on
+    reading the features as they are, and after training the projector is thrown away.
+
+    Args:
+        in_features: width of the student's features.
+        out_features: width of the class means, which is that of the teacher's features.
+        dropout: probability of dropping a feature in training mode.
+
+    Shape:
+        ``(..., in_features)`` to ``(..., out_features)``. The statistics of the batch normalisation
+        are over all leading dimensions; in training mode there must be more than one row.
+
+    Raises:
+        TypeError: widths that are no integers; features that are no tensor.
+        ValueError: a width below 1, a dropout outside ``[0, 1]``, features of another width.
+
+    Example:
+        >>> projector = FeatureProjector(64, 128)
+        >>> projector(torch.randn(8, 64)).shape
+        torch.Size([8, 128])
+    """
+
+    def __init__(self, in_features: int, out_features: int, dropout: float = 0.5) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.norm = nn.BatchNorm1d(in_features)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The projected features, with the leading dimensions of ``features``."""
+        if not isinstance(features, Tensor):
+            raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}")
+        if features.dim() < 1 or features.shape[-1] != self.in_features:
+            raise ValueError(
+                f"features must be (..., {self.in_features}), got shape {list(features.shape)}"
+            )
+        rows = math.prod(features.shape[:-1])
+        flat = features.reshape(rows, self.in_features)
+        projected = self.linear(self.dropout(self.norm(flat)))
+        return projected.reshape(*features.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Widths for ``print(module)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"

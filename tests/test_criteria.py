@@ -1,0 +1,693 @@
+"""KD++, DKD++ and DIST++ against the sum of their terms, and the projector of features."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dnkd_ext
+
+KINDS = ("kd", "dkd", "dist")
+CLASSES, WIDTH = 10, 24
+CRITERIA = {
+    "kd": dnkd_ext.KDPlusPlus,
+    "dkd": dnkd_ext.DKDPlusPlus,
+    "dist": dnkd_ext.DISTPlusPlus,
+}
+OPTIONS = {
+    "kd": {"temperature": 3.0},
+    "dkd": {"temperature": 3.0, "alpha": 0.5, "beta": 4.0},
+    "dist": {"tau": 2.0, "beta": 0.5, "gamma": 1.5},
+}
+WEIGHTS = {"ce_weight": 0.75, "kd_weight": 2.5, "nd_weight": 1.5}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    if request.param == "dist":
+        pytest.importorskip("dnkd_ext.losses.dist_loss")
+    return request.param
+
+
+def pearson(a, b, dim):
+    a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
+    return (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+
+
+def distillation(kind, student, teacher, target, options, ignore_index=-100):
+    """The term on logits, written down once more."""
+    if kind == "kd":
+        t = options["temperature"]
+        return t**2 * F.kl_div(
+            (student / t).log_softmax(-1), (teacher / t).softmax(-1), reduction="batchmean"
+        )
+    if kind == "dist":
+        t = options["tau"]
+        s, t_ = (student / t).softmax(-1), (teacher / t).softmax(-1)
+        inter, intra = (1 - pearson(s, t_, dim).mean() for dim in (-1, 0))
+        return t**2 * (options["beta"] * inter + options["gamma"] * intra)
+    labels = target.argmax(-1) if target.is_floating_point() else target
+    kept = labels != ignore_index if not target.is_floating_point() else labels >= 0
+    t = options["temperature"]
+    losses = []
+    for s, u, label in zip(student[kept] / t, teacher[kept] / t, labels[kept], strict=True):
+        others = torch.arange(len(s), device=s.device) != label
+        p, q = s.softmax(-1), u.softmax(-1)
+        pairs = [(q[label], p[label]), (q[others].sum(), p[others].sum())]
+        tckd = sum(b * (b / a).log() for b, a in pairs)
+        nckd = F.kl_div(s[others].log_softmax(-1), u[others].softmax(-1), reduction="sum")
+        losses.append(t**2 * (options["alpha"] * tckd + options["beta"] * nckd))
+    return torch.stack(losses).mean()
+
+
+def draw(generator, target="indices", rows=12):
+    """float64 inputs of a criterion: student and teacher logits, features, target, means."""
+    rand = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    labels = torch.randint(CLASSES, (rows,), generator=generator)
+    if target == "mixup":
+        other = torch.randint(CLASSES, (rows,), generator=generator)
+        labels = 0.7 * F.one_hot(labels, CLASSES) + 0.3 * F.one_hot(other, CLASSES)
+        labels = labels.double()
+    elif target == "ignored":
+        labels[::4] = 255
+    elif target == "int32":
+        labels = labels.int()
+    return {
+        "student_logits": 2 * rand(rows, CLASSES),
+        "teacher_logits": 2 * rand(rows, CLASSES),
+        "student_features": rand(rows, WIDTH),
+        "target": labels,
+        "teacher_features": rand(rows, WIDTH) * 1.1,
+        "means": rand(CLASSES, WIDTH),
+    }
+
+
+def call(criterion, inputs, **options):
+    return criterion(
+        inputs["student_logits"],
+        inputs["teacher_logits"],
+        inputs["student_features"],
+        inputs["target"],
+        teacher_features=inputs["teacher_features"],
+        **options,
+    )
+
+
+def bring(inputs, dtype, device="cpu"):
+    """To a dtype and device; the student's as leaves."""
+    result = {
+        key: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for key, value in inputs.items()
+    }
+    for key in ("student_logits", "student_features"):
+        result[key] = result[key].detach().clone().requires_grad_()
+    return result
+
+
+def expected(kind, inputs, *, ramp=1.0, weights=WEIGHTS, label_smoothing=0.0, ignore_index=-100):
+    """``(loss, ce, kd, nd)`` and the gradients of logits and features, in float64."""
+    x = bring(inputs, torch.float64)
+    target = x["target"]
+    soft = target.is_floating_point()
+    ce = F.cross_entropy(
+        x["student_logits"],
+        target if soft else target.long(),
+        label_smoothing=label_smoothing,
+        ignore_index=-100 if soft else ignore_index,
+    )
+    kd = distillation(
+        kind, x["student_logits"], x["teacher_logits"], target, OPTIONS[kind], ignore_index
+    )
+    nd = dnkd_ext.reference.nd_loss(
+        x["student_features"],
+        target,
+        x["means"],
+        teacher_features=x["teacher_features"],
+        ignore_index=ignore_index,
+    )
+    loss = weights["ce_weight"] * ce + weights["kd_weight"] * ramp * kd + weights["nd_weight"] * nd
+    loss.backward()
+    return (loss, ce, kd, nd), (x["student_logits"].grad, x["student_features"].grad)
+
+
+def check(terms, inputs, truth, dtype=torch.float64):
+    """Terms and the gradients that a backward pass left in `inputs`, against the truth."""
+    unit = torch.finfo(dtype).eps
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+    values, gradients = truth
+    for name, result, value in zip(terms._fields, terms, values, strict=True):
+        assert result.shape == (), name
+        assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
+        assert result.item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance), name
+    for key, wanted in zip(("student_logits", "student_features"), gradients, strict=True):
+        got = inputs[key].grad
+        assert got.dtype == dtype
+        error = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
+        assert error <= tolerance + unit, key
+
+
+@pytest.mark.parametrize("target", ["indices", "int32", "ignored", "mixup"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_is_the_sum_of_its_terms(kind, target, dtype, device, generator):
+    inputs = bring(draw(generator, target), dtype, device)
+    options = {"label_smoothing": 0.1, "ignore_index": 255}
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind], **options)
+    terms = call(criterion, inputs)
+    assert terms.loss.requires_grad
+    assert not any(term.requires_grad for term in terms[1:])
+    terms.loss.backward()
+    rounded = {key: value.detach().cpu() for key, value in inputs.items()}
+    check(terms, inputs, expected(kind, rounded, **options), dtype)
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.5, 1])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_ramp(kind, ramp, as_tensor, generator):
+    """Multiplies the weight of the distillation, and what is logged stays unweighted."""
+    inputs = bring(draw(generator), torch.float64)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+    given = torch.tensor(float(ramp)) if as_tensor else ramp
+    terms = call(criterion, inputs, kd_ramp=given)
+    terms.loss.backward()
+    check(terms, inputs, expected(kind, inputs, ramp=ramp))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_weights_as_tensors(kind, dtype, device, generator):
+    """They are buffers, equal to floats, and may be changed in place."""
+    inputs = bring(draw(generator), torch.float64, device)
+    tensors = {name: torch.tensor(weight, dtype=dtype) for name, weight in WEIGHTS.items()}
+    criterion = CRITERIA[kind](inputs["means"], **tensors, **OPTIONS[kind]).to(device)
+    assert set(criterion.state_dict()) == {"class_means", *WEIGHTS}
+    truth = {key: value.detach().cpu() for key, value in inputs.items()}
+    terms = call(criterion, inputs)
+    terms.loss.backward()
+    check(terms, inputs, expected(kind, truth))
+    other = {"ce_weight": 2.0, "kd_weight": 0.0, "nd_weight": -0.5}
+    for name, weight in other.items():
+        getattr(criterion, name).fill_(weight)
+        assert tensors[name] == WEIGHTS[name]  # its own copy
+    for key in ("student_logits", "student_features"):
+        inputs[key].grad = None
+    terms = call(criterion, inputs)
+    terms.loss.backward()
+    check(terms, inputs, expected(kind, truth, weights=other))
+
+
+def test_a_weight_tensor_of_zero(kind, generator):
+    """No gradient from the ND loss, and no NaN from dividing by the weight."""
+    inputs = bring(draw(generator), torch.float64)
+    criterion = CRITERIA[kind](inputs["means"], nd_weight=torch.tensor(0.0), **OPTIONS[kind])
+    terms = call(criterion, inputs)
+    terms.loss.backward()
+    assert terms.nd == 0
+    assert inputs["student_features"].grad.abs().max() == 0
+    truth, _ = expected(kind, inputs, weights={"ce_weight": 1, "kd_weight": 1, "nd_weight": 0})
+    assert terms.loss.item() == pytest.approx(truth[0].item(), rel=1e-9)
+    inputs["student_features"].data[0] = math.nan
+    terms = call(criterion, inputs)
+    assert terms.nd.isnan()
+    assert terms.loss.isnan()
+
+
+def test_without_the_nd_loss(kind, generator):
+    """nd_weight=0 is the plain method, whatever class means and features are."""
+    inputs = bring(draw(generator), torch.float64)
+    weights = {"ce_weight": 0.75, "kd_weight": 2.5, "nd_weight": 0}
+    (loss, ce, kd, _), (gradient, _) = expected(kind, inputs, weights=weights)
+    for means, features in ((None, None), (None, torch.ones(3, 5)), (inputs["means"], None)):
+        criterion = CRITERIA[kind](means, **weights, **OPTIONS[kind])
+        assert ("class_means" in criterion.state_dict()) == (means is not None)
+        inputs["student_logits"].grad = None
+        terms = criterion(
+            inputs["student_logits"], inputs["teacher_logits"], features, inputs["target"]
+        )
+        terms.loss.backward()
+        for result, value in zip(terms, (loss, ce, kd, torch.zeros(())), strict=True):
+            assert result.item() == pytest.approx(value.item(), rel=1e-9)
+        assert not terms.nd.requires_grad
+        torch.testing.assert_close(inputs["student_logits"].grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("needs_extension")
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_upstream_gradients_stay_one(name, generator):
+    """Weights enter the kernels: behind them nothing is multiplied, and backward costs no pass."""
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[name](inputs["means"], **WEIGHTS)
+    loss = call(criterion, inputs, kd_ramp=torch.tensor(0.5)).loss
+    nodes = [node for node, _ in loss.grad_fn.next_functions]
+    assert len(nodes) == 2
+    assert all("dnkd" in node.name() for node in nodes), nodes
+    seen = []
+    for node in nodes:
+        node.register_prehook(lambda gradients: seen.append(gradients[0]))
+    loss.backward()
+    assert [gradient.item() for gradient in seen] == [1.0, 1.0]
+
+
+def test_logit_standardization(generator):
+    inputs = bring(draw(generator), torch.float64)
+    for name, function in (
+        ("kd", dnkd_ext.reference.kd_loss),
+        ("dkd", dnkd_ext.reference.dkd_loss),
+    ):
+        criterion = CRITERIA[name](inputs["means"], logit_standardization=True)
+        target = [inputs["target"]] if name == "dkd" else []
+        wanted = function(
+            inputs["student_logits"], inputs["teacher_logits"], *target, logit_standardization=True
+        )
+        assert call(criterion, inputs).kd.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kd", "dkd"])  # DIST correlates the columns of one matrix
+def test_more_dimensions(name, generator):
+    """(..., C) logits are rows."""
+    inputs = bring(draw(generator, rows=12), torch.float64)
+    criterion = CRITERIA[name](inputs["means"], **WEIGHTS, **OPTIONS[name])
+    cube = {
+        key: value if key == "means" else value.unflatten(0, (3, 4))
+        for key, value in inputs.items()
+    }
+    torch.testing.assert_close(tuple(call(criterion, cube)), tuple(call(criterion, inputs)))
+
+
+def test_ignoring_every_row(kind, generator):
+    """Nothing counted is 0, not NaN."""
+    inputs = bring(draw(generator), torch.float64)
+    inputs["target"] = torch.full_like(inputs["target"], -100)
+    criterion = CRITERIA[kind](inputs["means"], **OPTIONS[kind])
+    terms = call(criterion, inputs)
+    assert (terms.ce, terms.nd) == (0, 0)
+    terms.loss.backward()
+    assert inputs["student_features"].grad.abs().max() == 0
+    assert inputs["student_logits"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("target", ["indices", "mixup"])
+@pytest.mark.parametrize("name", ["kd", "dkd"])
+def test_an_empty_batch(name, target, generator):
+    inputs = bring(draw(generator, target), torch.float64)
+    inputs = {key: value if key == "means" else value[:0] for key, value in inputs.items()}
+    terms = call(CRITERIA[name](inputs["means"]), inputs)
+    assert tuple(terms) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(kind, dtype, device, generator):
+    """Features and logits of a model under autocast: the terms are float32, and close."""
+    inputs = bring(draw(generator), torch.float32, device)
+    torch.manual_seed(0)
+    body, head = nn.Linear(WIDTH, WIDTH).to(device), nn.Linear(WIDTH, CLASSES).to(device)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind]).to(device)
+
+    def step():
+        features = body(inputs["student_features"])
+        terms = criterion(
+            head(features),
+            inputs["teacher_logits"],
+            features,
+            inputs["target"],
+            teacher_features=inputs["teacher_features"],
+        )
+        return terms, torch.autograd.grad(terms.loss, list(body.parameters()))
+
+    plain, gradients = step()
+    with torch.autocast(device, dtype=dtype):
+        mixed, mixed_gradients = step()
+    assert all(term.dtype == torch.float32 for term in mixed)
+    unit = torch.finfo(dtype).eps
+    for a, b in zip(mixed, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=20 * unit, atol=20 * unit)
+    for a, b in zip(mixed_gradients, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=40 * unit * float(b.abs().max()))
+
+
+def test_gradient_accumulation(kind, generator):
+    """Several backward passes add up, retained graphs included."""
+    first, second = (bring(draw(generator), torch.float64) for _ in range(2))
+    means = first["means"]
+    second["means"] = means
+    criterion = CRITERIA[kind](means, **WEIGHTS, **OPTIONS[kind])
+    wanted = 0
+    for inputs, factor in ((first, 1.0), (second, 3.0)):
+        _, gradients = expected(kind, inputs)
+        wanted = [
+            factor * g + (w if isinstance(wanted, list) else 0)
+            for g, w in zip(gradients, wanted or (0, 0), strict=True)
+        ]
+    shared = {
+        key: first[key].detach().clone().zero_().requires_grad_()
+        for key in ("student_logits", "student_features")
+    }
+    for inputs, factor in ((first, 1.0), (second, 3.0)):
+        moved = {**inputs, **{k: shared[k] + inputs[k].detach() for k in shared}}
+        loss = call(criterion, moved).loss * factor
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for key, gradient in zip(shared, wanted, strict=True):
+        torch.testing.assert_close(shared[key].grad, 2 * gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_state_dict(kind, generator):
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs["means"], nd_weight=torch.tensor(2.0), **OPTIONS[kind])
+    assert set(criterion.state_dict()) == {"class_means", "nd_weight"}
+    assert list(criterion.parameters()) == []
+    other = CRITERIA[kind](
+        torch.zeros(CLASSES, WIDTH), nd_weight=torch.tensor(0.5), **OPTIONS[kind]
+    )
+    other.load_state_dict(criterion.state_dict())
+    assert torch.equal(call(other, inputs).loss, call(criterion, inputs).loss)
+    inputs["means"].zero_()
+    assert criterion.class_means.abs().sum() > 0  # its own copy
+    table = dnkd_ext.NDLoss(torch.zeros(CLASSES, WIDTH))
+    table.load_state_dict({"class_means": criterion.state_dict()["class_means"]})
+    assert torch.equal(table.class_means, criterion.class_means)
+
+
+def test_takes_an_accumulator(kind, generator):
+    """Class means as ClassMeans; a class without samples is named, where the criterion was made."""
+    accumulator = dnkd_ext.ClassMeans(3, 4)
+    accumulator.update(torch.randn(6, 4, generator=generator), torch.tensor([0, 2, 0, 2, 2, 0]))
+    with pytest.warns(UserWarning, match=r"no samples for 1 of 3 classes \(1\)") as caught:
+        criterion = CRITERIA[kind](accumulator)
+    assert caught[0].filename == __file__
+    assert torch.equal(criterion.class_means, accumulator.compute())
+
+
+def test_repr(kind):
+    text = repr(CRITERIA[kind](torch.ones(CLASSES, WIDTH), nd_weight=torch.tensor(2.0)))
+    for part in (
+        f"num_classes={CLASSES}",
+        f"num_features={WIDTH}",
+        "nd_weight=2.0",
+        "ce_weight=1.0",
+    ):
+        assert part in text
+    for name in OPTIONS[kind]:
+        assert f"{name}=" in text
+    assert "class_means=None" in repr(CRITERIA[kind](None, nd_weight=0))
+
+
+# -- compilation and capture ----------------------------------------------------------------------
+
+
+def test_weights_and_ramp_do_not_recompile(kind, device, generator):
+    torch._dynamo.reset()
+    inputs = bring(draw(generator), torch.float32, device)
+    tensors = {name: torch.tensor(weight) for name, weight in WEIGHTS.items()}
+    criterion = CRITERIA[kind](inputs["means"], **tensors, **OPTIONS[kind]).to(device)
+    compiled = torch.compile(lambda ramp: call(criterion, inputs, kd_ramp=ramp), fullgraph=True)
+    leaves = [inputs["student_logits"], inputs["student_features"]]
+    losses = set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for value in (0.0, 0.5, 1.0):
+            criterion.nd_weight.fill_(value + 1)
+            criterion.kd_weight.fill_(3 * value)
+            ramp = torch.tensor(value, device=device)
+            fast, slow = compiled(ramp), call(criterion, inputs, kd_ramp=ramp)
+            torch.testing.assert_close(tuple(fast), tuple(slow))
+            for a, b in zip(
+                torch.autograd.grad(fast.loss, leaves),
+                torch.autograd.grad(slow.loss, leaves),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b)
+            losses.add(slow.loss.item())
+    assert len(losses) == 3
+
+
+def test_a_float_ramp_compiles(kind, generator):
+    """It may recompile, but neither breaks the graph nor goes stale."""
+    torch._dynamo.reset()
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+    compiled = torch.compile(lambda ramp: call(criterion, inputs, kd_ramp=ramp), fullgraph=True)
+    for ramp in (0.0, 0.25, 0.5, 1.0):
+        torch.testing.assert_close(
+            tuple(compiled(ramp)), tuple(call(criterion, inputs, kd_ramp=ramp))
+        )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_training_step(kind, backend, device, generator):
+    """Body, head, projector, criterion and backward: trains as the eager step does."""
+    torch._dynamo.reset()
+    inputs = bring(draw(generator, "mixup"), torch.float32, device)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind]).to(device)
+    images = torch.randn(12, 8, generator=generator).to(device)
+
+    def train(compile_it):
+        torch.manual_seed(0)
+        body, head = nn.Linear(8, 16).to(device), nn.Linear(16, CLASSES).to(device)
+        projector = dnkd_ext.FeatureProjector(16, WIDTH, dropout=0.0).to(device)
+        model = nn.ModuleList([body, head, projector])
+
+        def loss_of(x, ramp):
+            features = body(x).relu()
+            return criterion(
+                head(features),
+                inputs["teacher_logits"],
+                projector(features),
+                inputs["target"],
+                teacher_features=inputs["teacher_features"],
+                kd_ramp=ramp,
+            ).loss
+
+        run = torch.compile(loss_of, backend=backend, fullgraph=True) if compile_it else loss_of
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        losses = []
+        for step in range(4):
+            optimizer.zero_grad()
+            loss = run(images, torch.tensor(min(1.0, (step + 1) / 2), device=device))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    eager, compiled = train(False), train(True)
+    assert eager[-1] < eager[1]
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.cuda
+def test_cuda_graph(kind, generator):
+    """Captured once; a weight and the ramp change between replays."""
+    inputs = bring(draw(generator), torch.float32, "cuda")
+    criterion = CRITERIA[kind](inputs["means"], nd_weight=torch.tensor(1.5), **OPTIONS[kind]).to(
+        "cuda"
+    )
+    ramp = torch.ones((), device="cuda")
+    leaves = [inputs["student_logits"], inputs["student_features"]]
+
+    def step():
+        terms = call(criterion, inputs, kd_ramp=ramp)
+        return (*terms, *torch.autograd.grad(terms.loss, leaves))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for value in (0.0, 0.5):
+        ramp.fill_(value)
+        criterion.nd_weight.fill_(value + 1)
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.cuda
+def test_does_not_synchronise(kind, generator):
+    inputs = bring(draw(generator), torch.float32, "cuda")
+    criterion = CRITERIA[kind](inputs["means"], nd_weight=torch.tensor(1.5), **OPTIONS[kind]).to(
+        "cuda"
+    )
+    ramp = torch.ones((), device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(criterion, inputs, kd_ramp=ramp).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"class_means": None}, ValueError, "class_means must be given unless nd_weight is 0"),
+        (
+            {"class_means": None, "nd_weight": torch.tensor(0.0)},
+            ValueError,
+            "class_means must be given",
+        ),
+        ({"class_means": torch.ones(3)}, ValueError, r"class_means must be \(C, D\)"),
+        ({"class_means": [[1.0]]}, TypeError, "class_means must be a torch.Tensor, got list"),
+        ({"ce_weight": math.nan}, ValueError, "ce_weight must be finite, got nan"),
+        ({"kd_weight": math.inf}, ValueError, "kd_weight must be finite, got inf"),
+        ({"nd_weight": -math.inf}, ValueError, "nd_weight must be finite, got -inf"),
+        ({"nd_weight": "1"}, TypeError, "nd_weight must be a float or a 0-dim tensor, got str"),
+        ({"nd_weight": True}, TypeError, "nd_weight must be a float or a 0-dim tensor, got bool"),
+        ({"kd_weight": torch.ones(2)}, ValueError, "kd_weight must be a float or a 0-dim tensor"),
+        (
+            {"kd_weight": torch.ones((), requires_grad=True)},
+            ValueError,
+            "kd_weight must not require a gradient",
+        ),
+        ({"kd_weight": torch.tensor(1)}, TypeError, "kd_weight must be float16"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1, got 1.5"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1"),
+    ],
+    ids=str,
+)
+def test_bad_construction(kind, options, error, match):
+    options = {"class_means": torch.ones(CLASSES, WIDTH), **options}
+    with pytest.raises(error, match=match):
+        CRITERIA[kind](options.pop("class_means"), **options)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_bad_temperature(kind, value):
+    name = "tau" if kind == "dist" else "temperature"
+    with pytest.raises(ValueError, match=f"{name} must be finite and greater than 0, got {value}"):
+        CRITERIA[kind](torch.ones(CLASSES, WIDTH), **{name: value})
+    for other in {"alpha", "beta", "gamma"} & set(OPTIONS[kind]):
+        with pytest.raises(ValueError, match=f"{other} must be finite, got nan"):
+            CRITERIA[kind](torch.ones(CLASSES, WIDTH), **{other: math.nan})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        (
+            {"student_features": torch.ones(12, 7)},
+            ValueError,
+            r"class_means is 24 wide but student_features is 7 wide.*FeatureProjector\(7, 24\)",
+        ),
+        (
+            {"student_features": None},
+            ValueError,
+            "student_features must be given unless nd_weight is 0, got None",
+        ),
+        ({"student_features": [1.0]}, TypeError, "student_features must be a torch.Tensor"),
+        (
+            {"student_logits": torch.ones(12, 9), "teacher_logits": torch.ones(12, 9)},
+            ValueError,
+            "class_means has 10 classes but student_logits has 9",
+        ),
+        ({"student_logits": None}, TypeError, "student_logits must be a torch.Tensor"),
+        (
+            {"student_logits": torch.ones(12, 10).long()},
+            TypeError,
+            "student_logits must be float16",
+        ),
+        ({"teacher_logits": torch.ones(12, 9)}, ValueError, "teacher_logits must have the shape"),
+        ({"target": torch.ones(11).long()}, ValueError, "target of class indices must have the"),
+        ({"target": torch.ones(12, 9)}, ValueError, "target of class probabilities must"),
+        ({"target": torch.ones(12).bool()}, TypeError, "target must hold int64 or int32"),
+        ({"target": torch.full((12,), 10)}, IndexError, r"target\[0\] = 10 is out of range for 10"),
+        ({"target": None}, TypeError, "target must be a torch.Tensor"),
+        ({"teacher_features": torch.ones(11, 24)}, ValueError, "teacher_features must have the"),
+        ({"teacher_norms": torch.ones(12)}, ValueError, "were both given"),
+        ({"kd_ramp": math.nan}, ValueError, "kd_ramp must be finite, got nan"),
+        ({"kd_ramp": "1"}, TypeError, "kd_ramp must be a float or a 0-dim tensor, got str"),
+        ({"kd_ramp": torch.ones(2)}, ValueError, "kd_ramp must be a float or a 0-dim tensor, got"),
+        (
+            {"kd_ramp": torch.ones((), device="meta")},
+            RuntimeError,
+            "kd_ramp is on meta but student_logits is on cpu",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_input(kind, changes, error, match, generator):
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs.pop("means"), **OPTIONS[kind])
+    criterion(**inputs)  # good before it is spoilt
+    with pytest.raises(error, match=match):
+        criterion(**{**inputs, **changes})
+
+
+# -- projector ------------------------------------------------------------------------------------
+
+
+class TestFeatureProjector:
+    def test_is_norm_dropout_linear(self, generator):
+        torch.manual_seed(0)
+        projector = dnkd_ext.FeatureProjector(6, 4, dropout=0.0)
+        features = torch.randn(32, 6, generator=generator) * 3 + 1
+        centred = features - features.mean(0)
+        normal = centred / (centred.square().mean(0) + projector.norm.eps).sqrt()
+        torch.testing.assert_close(
+            projector(features), normal @ projector.linear.weight.T + projector.linear.bias
+        )
+        assert [type(module) for module in projector.children()] == [
+            nn.BatchNorm1d,
+            nn.Dropout,
+            nn.Linear,
+        ]
+        assert dnkd_ext.FeatureProjector(6, 4).dropout.p == 0.5
+        assert "in_features=6, out_features=4" in repr(projector)
+
+    def test_leading_dimensions(self, generator):
+        """The statistics are over all rows, however they are laid out."""
+        features = torch.randn(3, 5, 6, generator=generator)
+        torch.manual_seed(0)
+        cube = dnkd_ext.FeatureProjector(6, 4, dropout=0.0)
+        torch.manual_seed(0)
+        flat = dnkd_ext.FeatureProjector(6, 4, dropout=0.0)
+        torch.testing.assert_close(cube(features).flatten(0, 1), flat(features.flatten(0, 1)))
+        torch.testing.assert_close(cube.norm.running_mean, flat.norm.running_mean)
+        cube.eval()
+        assert cube(features[0, 0]).shape == (4,)
+        assert cube(features[:0]).shape == (0, 5, 4)
+
+    def test_drops_features_in_training_only(self, generator):
+        torch.manual_seed(0)
+        projector = dnkd_ext.FeatureProjector(6, 4)
+        features = torch.randn(32, 6, generator=generator)
+        assert not torch.equal(projector(features), projector(features))
+        projector.eval()
+        assert torch.equal(projector(features), projector(features))
+
+    def test_trains_with_a_criterion(self, generator):
+        inputs = bring(draw(generator), torch.float32)
+        projector = dnkd_ext.FeatureProjector(7, WIDTH)
+        features = torch.randn(12, 7, generator=generator, requires_grad=True)
+        criterion = dnkd_ext.KDPlusPlus(inputs["means"])
+        call(criterion, {**inputs, "student_features": projector(features)}).loss.backward()
+        assert features.grad.abs().sum() > 0
+        assert all(p.grad is not None for p in projector.parameters())
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "match"),
+        [
+            ((0, 4), ValueError, "in_features must be at least 1, got 0"),
+            ((4, -1), ValueError, "out_features must be at least 1, got -1"),
+            ((4.0, 4), TypeError, "in_features must be an int, got float"),
+            ((4, 4, 1.5), ValueError, "dropout must be between 0 and 1, got 1.5"),
+        ],
+    )
+    def test_bad_construction(self, arguments, error, match):
+        with pytest.raises(error, match=match):
+            dnkd_ext.FeatureProjector(*arguments)
+
+    def test_bad_input(self):
+        projector = dnkd_ext.FeatureProjector(6, 4)
+        with pytest.raises(ValueError, match=r"features must be \(\.\.\., 6\), got shape \[8, 5\]"):
+            projector(torch.ones(8, 5))
+        with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got list"):
+            projector([1.0])
