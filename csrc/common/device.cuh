@@ -29,6 +29,8 @@ struct Accumulate<double> {
 
 DNKD_INLINE float square_root(float value) { return sqrtf(value); }
 DNKD_INLINE double square_root(double value) { return sqrt(value); }
+DNKD_INLINE float exponential(float value) { return expf(value); }
+DNKD_INLINE double exponential(double value) { return exp(value); }
 
 // -- element types -------------------------------------------------------------------------------
 
