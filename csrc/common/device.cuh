@@ -31,6 +31,9 @@ DNKD_INLINE float square_root(float value) { return sqrtf(value); }
 DNKD_INLINE double square_root(double value) { return sqrt(value); }
 DNKD_INLINE float exponential(float value) { return expf(value); }
 DNKD_INLINE double exponential(double value) { return exp(value); }
+// Of a NaN and a number, the number.
+DNKD_INLINE float larger(float a, float b) { return fmaxf(a, b); }
+DNKD_INLINE double larger(double a, double b) { return fmax(a, b); }
 
 // -- element types -------------------------------------------------------------------------------
 
@@ -160,6 +163,36 @@ DNKD_INLINE void row_sum(A (&values)[kCount], A (&shared)[2][kCount][kThreads / 
         sum += shared[turn][v][w];
       }
       values[v] = sum;
+    }
+    turn ^= 1;
+  }
+}
+
+// The largest instead of the sum. A NaN may get lost.
+template <int kThreads, int kCount, typename A>
+DNKD_INLINE void row_largest(A (&values)[kCount], A (&shared)[2][kCount][kThreads / kWarpSize],
+                             int& turn) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+#pragma unroll
+    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+      values[v] = larger(values[v], __shfl_xor_sync(kFullWarp, values[v], offset));
+    }
+  }
+  if constexpr (kThreads > kWarpSize) {
+    if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll
+      for (int v = 0; v < kCount; ++v) {
+        shared[turn][v][threadIdx.x / kWarpSize] = values[v];
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+#pragma unroll
+      for (int w = 0; w < kThreads / kWarpSize; ++w) {
+        values[v] = larger(values[v], shared[turn][v][w]);
+      }
     }
     turn ^= 1;
   }

@@ -22,40 +22,6 @@ constexpr int kWarps = kBlock / kWarpSize;
 DNKD_INLINE float lowest(float) { return -3.402823466e+38f; }
 DNKD_INLINE double lowest(double) { return -1.7976931348623157e+308; }
 
-template <typename A>
-DNKD_INLINE A larger(A a, A b) {
-  return b > a ? b : a;
-}
-
-// As row_sum, of the largest; a NaN may come out or not.
-template <int kThreads, int kCount, typename A>
-DNKD_INLINE void row_largest(A (&values)[kCount], A (&shared)[2][kCount][kThreads / kWarpSize],
-                             int turn) {
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-#pragma unroll
-    for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-      values[v] = larger(values[v], __shfl_xor_sync(kFullWarp, values[v], offset));
-    }
-  }
-  if constexpr (kThreads > kWarpSize) {
-    if (threadIdx.x % kWarpSize == 0) {
-#pragma unroll
-      for (int v = 0; v < kCount; ++v) {
-        shared[turn][v][threadIdx.x / kWarpSize] = values[v];
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-#pragma unroll
-      for (int w = 0; w < kThreads / kWarpSize; ++w) {
-        values[v] = larger(values[v], shared[turn][v][w]);
-      }
-    }
-  }
-}
-
 // One row of the student's and the teacher's logits, read by kThreads threads of which this is
 // `lane`: the first kKept<S> vectors from registers.
 template <typename S, typename T, int kVec, int kThreads>
@@ -102,7 +68,7 @@ DNKD_INLINE void add_exponentials(const Pack<T, kVec>& pack, A factor, A& larges
   A most = largest;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    most = larger<A>(most, widen(pack.elements[i]));
+    most = larger(most, widen(pack.elements[i]));
   }
   if (most > largest) {
     sum *= exponential((largest - most) * factor);
@@ -119,13 +85,12 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     dist_loss_rows_kernel(const __grid_constant__ DistLossMomentsParams p) {
   using A = typename Accumulate<S>::type;
   constexpr int kRowsPerBlock = kBlock / kThreads;
-  // A barrier of another array lies between two uses of the first two.
   __shared__ A maxima[2][2][kThreads / kWarpSize];
   __shared__ A sums[2][2][kThreads / kWarpSize];
   __shared__ A deviations[2][5][kThreads / kWarpSize];
   const A factor = static_cast<A>(1 / p.tau);
   const A columns = static_cast<A>(p.columns);
-  int turn = 0;
+  int maxima_turn = 0, sums_turn = 0, deviations_turn = 0;
   RowOfBoth<S, T, kVec, kThreads> both;
   both.vectors = static_cast<int>(p.columns / kVec);
   both.lane = threadIdx.x % kThreads;
@@ -143,11 +108,10 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       add_exponentials(t, factor, largest[1], sum[1]);
     });
     const A own[2] = {largest[0], largest[1]};
-    row_largest<kThreads>(largest, maxima, 0);
+    row_largest<kThreads>(largest, maxima, maxima_turn);
     sum[0] *= exponential((own[0] - largest[0]) * factor);
     sum[1] *= exponential((own[1] - largest[1]) * factor);
-    int first_turn = 0;
-    row_sum<kThreads>(sum, sums, first_turn);
+    row_sum<kThreads>(sum, sums, sums_turn);
     // Squares and product of the deviations from the mean, and what rounding left of the mean.
     const A student_mean = sum[0] / columns, teacher_mean = sum[1] / columns;
     A deviation[5] = {0, 0, 0, 0, 0};
@@ -163,7 +127,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
         deviation[4] += b;
       }
     });
-    row_sum<kThreads>(deviation, deviations, turn);
+    row_sum<kThreads>(deviation, deviations, deviations_turn);
     if (both.lane == 0) {
       constexpr bool kIsDouble = sizeof(A) == sizeof(double);
       const double count = static_cast<double>(p.columns);

@@ -1,0 +1,83 @@
+"""Builds the programs that run CUDA launchers on the CPU, and speaks to them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]  # as in common/dtype.h
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+def build(name: str, folder: Path):
+    """Compiles tests/simt/<name>.cpp with the sanitizers; a function that runs one case with it.
+
+    It takes the launcher's name, its numbers, its arrays, and (shape, dtype) of its outputs.
+    """
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build the shim with")
+    program = folder / name
+    subprocess.run(
+        [
+            compiler, "-std=c++20", "-O0", "-fno-strict-aliasing",
+            "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+            f"-I{ROOT}/tests/simt/include", f"-I{ROOT}/csrc",
+            str(ROOT / f"tests/simt/{name}.cpp"), "-o", str(program),
+        ],
+        check=True,
+    )  # fmt: skip
+
+    def run(kernel, numbers, arrays, outputs):
+        line = " ".join([kernel, *(f"{k}={float(v)!r}" for k, v in numbers.items())]) + "\n"
+        payload = b"".join(a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays)
+        done = subprocess.run([program], input=line.encode() + payload, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[:2000]
+        results, at = [], 0
+        for shape, dtype in outputs:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            data = torch.frombuffer(
+                bytearray(done.stdout[at : at + size]) or bytearray(1), dtype=torch.uint8
+            )
+            results.append(data[:size].view(dtype).reshape(shape))
+            at += size
+        assert at == len(done.stdout)
+        return results
+
+    return run
+
+
+def accumulate(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def strided(table, stride):
+    """The memory of rows `stride` elements apart: NaN between them, nothing behind the last."""
+    rows, width = table.shape
+    wide = table.new_full((rows, stride), float("nan"))
+    wide[:, :width] = table
+    return wide.flatten()[: (rows - 1) * stride + width] if rows else wide.flatten()
+
+
+def assert_close(losses, expected_losses, gradient, expected_gradient, dtype):
+    """Losses as float32 or float64 can; gradients besides rounded once to their own type."""
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for loss, truth in zip(losses, expected_losses, strict=True):
+        torch.testing.assert_close(
+            loss.double(), truth, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
+    if gradient is not None:
+        unit = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0
+        scale = max(expected_gradient.nan_to_num().abs().flatten().tolist(), default=0.0) or 1.0
+        torch.testing.assert_close(
+            gradient.double(),
+            expected_gradient,
+            rtol=unit,
+            atol=(tolerance + unit) * scale,
+            equal_nan=True,
+        )
