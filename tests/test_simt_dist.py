@@ -53,11 +53,11 @@ def check(result, expected, dtype):
 
 # A warp per row: scalar; vectors that fill part of a warp; the most a warp keeps. A block per row:
 # one element more; vectors, more than one tile of columns, and more than registers keep.
-@pytest.mark.parametrize("classes", [1, 3, 33, 64, 104, 512, 513, 1040, 2304])
+@pytest.mark.parametrize("classes", [1, 33, 64, 104, 520, 2304])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("teacher_is_wide", [False, True])
 def test_equals_the_reference(harness, dtype, classes, teacher_is_wide):
-    rows = 11 if classes < 300 else 6
+    rows = 11 if classes < 300 else 3
     options = {"dtype": dtype, "classes": classes, "rows": rows, "upstream": -3.0}
     check(*run(harness, **options, teacher_is_wide=teacher_is_wide), dtype)
 
@@ -73,7 +73,7 @@ def test_equals_the_reference(harness, dtype, classes, teacher_is_wide):
         {"shift": 1},  # a base address that vectors cannot read
         {"rows": 0},
         {"rows": 1},
-        {"rows": 2},
+        {"rows": 3},
         {"tau": 30.0},  # nearly uniform
         {"tau": 0.25},
         {"upstream": math.nan},
@@ -88,17 +88,17 @@ def test_arguments(harness, dtype, options):
 @pytest.mark.parametrize("classes", [2, 5, 64])
 def test_many_rows(harness, classes):
     """Columns split among many warps, several blocks of the finish kernel."""
-    check(*run(harness, dtype=torch.float32, classes=classes, rows=2100), torch.float32)
+    check(*run(harness, dtype=torch.float32, classes=classes, rows=1100), torch.float32)
 
 
 def test_many_columns(harness):
     """Several blocks of the finish kernel by columns."""
-    check(*run(harness, dtype=torch.float32, classes=2500, rows=3), torch.float32)
+    check(*run(harness, dtype=torch.float32, classes=1100, rows=2), torch.float32)
 
 
-@pytest.mark.parametrize("classes", [64, 1100])
+@pytest.mark.parametrize("classes", [64, 520])
 def test_does_not_depend_on_the_order_of_blocks(harness, classes):
-    options = {"dtype": torch.float32, "classes": classes, "rows": 50, "multiprocessors": 6}
+    options = {"dtype": torch.float32, "classes": classes, "rows": 20, "multiprocessors": 6}
     forward, _ = run(harness, **options)
     backward, _ = run(harness, **options, reverse=True)
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
@@ -118,7 +118,7 @@ def test_processes(harness, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("classes", [7, 64, 1100])
+@pytest.mark.parametrize("classes", [7, 520])
 def test_faults_and_masks(harness, dtype, classes):
     """A NaN reaches the loss; a logit of -inf is a probability of 0."""
 

@@ -66,7 +66,6 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   bool done = false;
   Barrier* waits_for = nullptr;
   long generation = 0;
@@ -82,6 +81,7 @@ inline Barrier block_barrier;
 inline std::vector<Barrier> warp_barriers;
 inline std::vector<uint64_t> lanes;
 inline std::function<void()> body;
+inline std::vector<std::unique_ptr<char[]>> stacks;
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "simt: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
@@ -119,9 +119,11 @@ inline void run_block(int threads) {
   for (int t = 0; t < threads; ++t) {
     ++warp_barriers[t / kWarp].members;
     Fiber& fiber = fibers[t];
-    fiber.stack = std::make_unique<char[]>(kStack);
+    if (static_cast<int>(stacks.size()) <= t) {
+      stacks.emplace_back(new char[kStack]);
+    }
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_sp = stacks[t].get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
