@@ -122,10 +122,11 @@ def _check(
             f"teacher_logits must have the shape of student_logits {list(student_logits.shape)}, "
             f"got shape {list(teacher_logits.shape)}"
         )
+    # Comparisons, which can be traced; a NaN fails them.
     for value, name in ((beta, "beta"), (gamma, "gamma")):
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
-    if not (math.isfinite(tau) and tau > 0):
+    if not 0 < tau < math.inf:
         raise ValueError(f"tau must be finite and greater than 0, got {tau}")
 
 

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
   const S* student = static_cast<const S*>(p.student) + column;
   const T* teacher = static_cast<const T*>(p.teacher) + column;
   const A* row_values = static_cast<const A*>(p.row_values);
-  double sums[kDistMoments][kVec] = {};
+  Pack<double, kVec> sums[kDistMoments] = {};
   // The next row is under way while this one is added.
   Pack<S, kVec> next_student = {};
   Pack<T, kVec> next_teacher = {};
@@ -205,21 +205,16 @@ __global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
     for (int i = 0; i < kVec; ++i) {
       const double a = exponential((widen(s.elements[i]) - s_largest) * factor) * s_inverse;
       const double b = exponential((widen(t.elements[i]) - t_largest) * factor) * t_inverse;
-      sums[0][i] += a;
-      sums[1][i] += b;
-      sums[2][i] += a * a;
-      sums[3][i] += b * b;
-      sums[4][i] += a * b;
+      sums[0].elements[i] += a;
+      sums[1].elements[i] += b;
+      sums[2].elements[i] += a * a;
+      sums[3].elements[i] += b * b;
+      sums[4].elements[i] += a * b;
     }
   }
 #pragma unroll
   for (int m = 0; m < kDistMoments; ++m) {
-    Pack<double, kVec> pack;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      pack.elements[i] = sums[m][i];
-    }
-    store_pack(partial + (split * kDistMoments + m) * p.columns + column, pack);
+    store_pack(partial + (split * kDistMoments + m) * p.columns + column, sums[m]);
   }
 }
 
