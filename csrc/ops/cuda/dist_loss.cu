@@ -214,7 +214,17 @@ __global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
   }
 #pragma unroll
   for (int m = 0; m < kDistMoments; ++m) {
-    store_pack(partial + (split * kDistMoments + m) * p.columns + column, sums[m]);
+    const int64_t at = (split * kDistMoments + m) * p.columns + column;
+    if constexpr (kVec == 1) {
+      partial[at] = sums[m].elements[0];
+    } else {
+      // Counted in vectors: behind an index of elements, nvcc 13 stores halves of them.
+      uint4* to = reinterpret_cast<uint4*>(partial) + at / 2;
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        to[i] = reinterpret_cast<const uint4*>(&sums[m])[i];
+      }
+    }
   }
 }
 
