@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dnkd_ext.losses._logits import LogitTerms
+from dnkd_ext.losses.dist_loss import dist_loss, dist_loss_examples, dist_loss_reference
 from dnkd_ext.losses.dkd_loss import (
     ce_dkd_loss,
     ce_dkd_loss_reference,
@@ -33,6 +34,7 @@ __all__ = [
     "NDLoss",
     "ce_dkd_loss",
     "ce_kd_loss",
+    "dist_loss",
     "dkd_loss",
     "hcl_loss",
     "kd_loss",
@@ -67,4 +69,5 @@ LOSSES = {
         ce_dkd_loss_reference,
         partial(logit_examples, with_target=True, with_options=True),
     ),
+    "dist_loss": Loss(dist_loss, dist_loss_reference, dist_loss_examples),
 }

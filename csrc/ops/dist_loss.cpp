@@ -1,0 +1,382 @@
+#include "ops/dist_loss.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#ifdef DNKD_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <cmath>
+
+#include "common/allocate.h"
+#include "common/autograd.h"
+#include "common/checks.h"
+
+namespace dnkd {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---------------------------------------------------------------------------------------------
+// Arguments: checked, then brought to the few types the kernels know.
+// ---------------------------------------------------------------------------------------------
+
+struct Arguments {
+  const Tensor& student;
+  const Tensor& teacher;
+  // What _dist_loss_moments returned, the moments added over processes; none: those of this batch.
+  const OptionalTensor& rows;
+  const OptionalTensor& moments;
+  double beta;
+  double gamma;
+  double tau;
+  int64_t processes;
+};
+
+void check_arguments(const Arguments& a) {
+  check_floating(a.student, "student_logits");
+  check_floating(a.teacher, "teacher_logits");
+  TORCH_CHECK_VALUE(a.student.dim() >= 1, "student_logits must be (..., C), got a 0-dim tensor");
+  TORCH_CHECK_VALUE(a.student.sym_size(-1) > 0, "student_logits must have at least 1 class, got 0");
+  check_same_device(a.teacher, "teacher_logits", a.student, "student_logits");
+  TORCH_CHECK_VALUE(a.teacher.sym_sizes() == a.student.sym_sizes(),
+                    "teacher_logits must have the shape of student_logits ", a.student.sym_sizes(),
+                    ", got shape ", a.teacher.sym_sizes());
+  TORCH_CHECK_VALUE(std::isfinite(a.beta), "beta must be finite, got ", a.beta);
+  TORCH_CHECK_VALUE(std::isfinite(a.gamma), "gamma must be finite, got ", a.gamma);
+  TORCH_CHECK_VALUE(std::isfinite(a.tau) && a.tau > 0,
+                    "tau must be finite and greater than 0, got ", a.tau);
+  TORCH_CHECK(a.rows.has_value() == a.moments.has_value(),
+              "rows and moments must be given together");
+  TORCH_CHECK(a.processes >= 1, "processes must be at least 1, got ", a.processes);
+}
+
+// (..., C) as (N, C) whose logits lie side by side; a view wherever one exists.
+Tensor as_rows(const Tensor& tensor) {
+  const Tensor rows = tensor.dim() == 2 ? tensor : tensor.reshape_symint({-1, tensor.sym_size(-1)});
+  return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
+}
+
+// What the kernels take: rows of stride-1 logits (N, C), the teacher's of the student's dtype or
+// the accumulate type.
+struct Prepared {
+  Tensor student;
+  Tensor teacher;
+};
+
+Prepared prepare(const Tensor& student, const Tensor& teacher) {
+  // The cast is chosen for exactness; autocast has no say in it.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto accumulate = accumulate_type(student.scalar_type());
+  const bool readable =
+      teacher.scalar_type() == student.scalar_type() || teacher.scalar_type() == accumulate;
+  return {as_rows(student), as_rows(readable ? teacher : teacher.to(accumulate))};
+}
+
+// ---------------------------------------------------------------------------------------------
+// The operators without autograd.
+// ---------------------------------------------------------------------------------------------
+
+// These operators are also reached from exported programs and torch.ops, so they check, too, what
+// would otherwise read out of bounds.
+void check_kernel_logits(const Tensor& student, const Tensor& teacher, double tau) {
+  // Strides mean nothing where there is one column or no row.
+  const auto is_matrix = [](const Tensor& t) {
+    return t.dim() == 2 && t.size(1) > 0 && (t.stride(1) == 1 || t.size(1) == 1 || t.size(0) == 0);
+  };
+  TORCH_CHECK(is_matrix(student) && is_loss_dtype(student.scalar_type()),
+              "student_logits must be (N, C) with stride-1 logits");
+  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 31),
+              "student_logits on a GPU must have fewer than 2^31 classes");
+  TORCH_CHECK(is_matrix(teacher) && teacher.sizes() == student.sizes() &&
+                  teacher.device() == student.device() &&
+                  (teacher.scalar_type() == student.scalar_type() ||
+                   teacher.scalar_type() == accumulate_type(student.scalar_type())),
+              "teacher_logits must be (N, C), stride-1, of the student's dtype or the accumulate "
+              "type, on ",
+              student.device());
+  TORCH_CHECK_VALUE(std::isfinite(tau) && tau > 0, "tau must be finite and greater than 0, got ",
+                    tau);
+}
+
+void check_rows(const Tensor& rows) {
+  TORCH_CHECK(rows.dim() == 2 && rows.size(1) == kDistRowValues && rows.is_contiguous() &&
+                  (rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kDouble),
+              "rows must be (N, ", kDistRowValues, ") contiguous, of the accumulate type");
+}
+
+#ifdef DNKD_WITH_CUDA
+Tensor scratch_of(int64_t bytes, const Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+#endif
+
+// Returns (rows, moments): [N, kDistRowValues] accumulate type, [kDistMoments * C + 1] float64.
+// Moments of several batches add up to those of all of them.
+std::tuple<Tensor, Tensor> dist_loss_moments(const Tensor& student, const Tensor& teacher,
+                                             double tau) {
+  check_kernel_logits(student, teacher, tau);
+  DistLossMomentsParams p{};
+  p.dtype = to_dtype(student.scalar_type());
+  p.teacher_is_wide = teacher.scalar_type() != student.scalar_type();
+  p.rows = student.size(0);
+  p.columns = student.size(1);
+  p.tau = tau;
+  p.student = student.const_data_ptr();
+  p.teacher = teacher.const_data_ptr();
+  p.student_stride = student.stride(0);
+  p.teacher_stride = teacher.stride(0);
+  Tensor rows = at::empty({p.rows, kDistRowValues},
+                          student.options().dtype(accumulate_type(student.scalar_type())));
+  Tensor moments = at::empty({kDistMoments * p.columns + 1}, student.options().dtype(at::kDouble));
+  p.row_values = rows.mutable_data_ptr();
+  p.moments = moments.mutable_data_ptr<double>();
+#ifdef DNKD_WITH_CUDA
+  if (student.is_cuda()) {
+    const c10::cuda::CUDAGuard device(student.device());
+    const Tensor scratch = scratch_of(dist_loss_moments_scratch_bytes_cuda(p), student);
+    C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_moments_cuda(
+        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    return {rows, moments};
+  }
+#endif
+  dist_loss_moments_cpu(p);
+  return {rows, moments};
+}
+
+// Returns (loss, columns): [], and [kDistColumnValues, C] or, where no gradient is needed, [0].
+std::tuple<Tensor, Tensor> dist_loss_finish(const Tensor& rows, const Tensor& moments, double beta,
+                                            double gamma, double tau, int64_t processes,
+                                            bool needs_gradient) {
+  check_rows(rows);
+  TORCH_CHECK(moments.dim() == 1 && moments.size(0) > 1 &&
+                  (moments.size(0) - 1) % kDistMoments == 0 && moments.is_contiguous() &&
+                  moments.scalar_type() == at::kDouble && moments.device() == rows.device(),
+              "moments must be (", kDistMoments, " C + 1,) contiguous float64 on ", rows.device());
+  DistLossFinishParams p{};
+  p.is_double = rows.scalar_type() == at::kDouble;
+  p.rows = rows.size(0);
+  p.columns = (moments.size(0) - 1) / kDistMoments;
+  p.beta = beta;
+  p.gamma = gamma;
+  p.tau = tau;
+  p.processes = static_cast<double>(processes);
+  p.row_values = rows.const_data_ptr();
+  p.moments = moments.const_data_ptr<double>();
+  Tensor loss = at::empty({}, rows.options());
+  p.loss = loss.mutable_data_ptr();
+  Tensor columns;
+  if (needs_gradient) {
+    columns = at::empty({kDistColumnValues, p.columns}, rows.options());
+    p.column_values = columns.mutable_data_ptr();
+  } else {
+    columns = at::empty({0}, rows.options());
+  }
+#ifdef DNKD_WITH_CUDA
+  if (rows.is_cuda()) {
+    const c10::cuda::CUDAGuard device(rows.device());
+    const Tensor scratch = scratch_of(dist_loss_finish_scratch_bytes_cuda(p), rows);
+    C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_finish_cuda(
+        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    return {loss, columns};
+  }
+#endif
+  dist_loss_finish_cpu(p);
+  return {loss, columns};
+}
+
+// upstream: []; returns the gradient (N, C).
+Tensor dist_loss_backward(const Tensor& upstream, const Tensor& student, const Tensor& teacher,
+                          const Tensor& rows, const Tensor& columns, double beta, double tau) {
+  check_kernel_logits(student, teacher, tau);
+  check_rows(rows);
+  const auto accumulate = accumulate_type(student.scalar_type());
+  TORCH_CHECK(rows.size(0) == student.size(0) && rows.scalar_type() == accumulate &&
+                  rows.device() == student.device(),
+              "rows must have one row per row of student_logits, of the accumulate type, on ",
+              student.device());
+  TORCH_CHECK(columns.dim() == 2 && columns.size(0) == kDistColumnValues &&
+                  columns.size(1) == student.size(1) && columns.is_contiguous() &&
+                  columns.scalar_type() == accumulate && columns.device() == student.device(),
+              "columns must be (", kDistColumnValues,
+              ", C) contiguous, of the accumulate type, on ", student.device());
+  TORCH_CHECK(upstream.dim() == 0 && upstream.scalar_type() == accumulate &&
+                  upstream.device() == student.device(),
+              "upstream must be 0-dim, of the accumulate type, on ", student.device());
+  Tensor gradient = empty_gradient({student.size(0), student.size(1)}, student.options());
+  DistLossBackwardParams p{};
+  p.dtype = to_dtype(student.scalar_type());
+  p.teacher_is_wide = teacher.scalar_type() != student.scalar_type();
+  p.rows = student.size(0);
+  p.columns = student.size(1);
+  p.beta = beta;
+  p.tau = tau;
+  p.upstream = upstream.const_data_ptr();
+  p.student = student.const_data_ptr();
+  p.teacher = teacher.const_data_ptr();
+  p.row_values = rows.const_data_ptr();
+  p.column_values = columns.const_data_ptr();
+  p.student_stride = student.stride(0);
+  p.teacher_stride = teacher.stride(0);
+  p.gradient = gradient.mutable_data_ptr();
+#ifdef DNKD_WITH_CUDA
+  if (student.is_cuda()) {
+    const c10::cuda::CUDAGuard device(student.device());
+    C10_CUDA_CHECK(static_cast<cudaError_t>(
+        dist_loss_backward_cuda(p, c10::cuda::getCurrentCUDAStream().stream())));
+    return gradient;
+  }
+#endif
+  dist_loss_backward_cpu(p);
+  return gradient;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Autograd.
+// ---------------------------------------------------------------------------------------------
+
+struct Forward {
+  Tensor loss;
+  Tensor rows;
+  Tensor columns;
+};
+
+Forward call_forward(const Prepared& in, const Arguments& a, bool needs_gradient) {
+  static const auto moments_of = c10::Dispatcher::singleton()
+                                     .findSchemaOrThrow("dnkd_ext::_dist_loss_moments", "")
+                                     .typed<decltype(dist_loss_moments)>();
+  static const auto finish = c10::Dispatcher::singleton()
+                                 .findSchemaOrThrow("dnkd_ext::_dist_loss_finish", "")
+                                 .typed<decltype(dist_loss_finish)>();
+  Tensor rows, moments;
+  if (a.rows.has_value()) {
+    rows = *a.rows;
+    moments = *a.moments;
+  } else {
+    std::tie(rows, moments) = moments_of.call(in.student, in.teacher, a.tau);
+  }
+  auto [loss, columns] =
+      finish.call(rows, moments, a.beta, a.gamma, a.tau, a.processes, needs_gradient);
+  return {loss, rows, columns};
+}
+
+// Tells whether the teacher was overwritten; inference tensors keep no count.
+int64_t version_of(const Tensor& teacher) {
+  return teacher.is_inference() ? 0 : static_cast<int64_t>(teacher._version());
+}
+
+class DistLoss : public torch::autograd::Function<DistLoss> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        const Arguments* a) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const Prepared in = prepare(student, a->teacher);
+    const Forward result = call_forward(in, *a, /*needs_gradient=*/true);
+    ctx->save_for_backward({student, result.rows, result.columns});
+    // Not saved for backward, which takes no inference tensor. Itself, not the rows formed of it,
+    // unless those are a converted copy: only itself counts how often it is overwritten.
+    const bool is_converted = in.teacher.scalar_type() != a->teacher.scalar_type();
+    const Tensor& kept = is_converted ? in.teacher : a->teacher;
+    ctx->saved_data["teacher"] = kept;
+    ctx->saved_data["options"] = c10::ivalue::Tuple::create(
+        {a->beta, a->gamma, a->tau, version_of(kept), a->rows.has_value()});
+    return result.loss;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list upstreams) {
+    const auto variables = ctx->get_saved_variables();
+    const Tensor &student = variables[0], &rows = variables[1], &columns = variables[2];
+    const Tensor teacher = ctx->saved_data["teacher"].toTensor();
+    const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
+    const double beta = options[0].toDouble(), tau = options[2].toDouble();
+    TORCH_CHECK(version_of(teacher) == options[3].toInt(),
+                "teacher_logits were modified by an inplace operation between the loss and its "
+                "gradient");
+    if (at::GradMode::is_enabled()) {
+      TORCH_CHECK(!options[4].toBool(),
+                  "dist_loss with a process_group has no second derivative, which would need the "
+                  "rows of all processes; call backward without create_graph=True");
+      return {differentiable_gradient(
+                  "dnkd_ext::_dist_loss_reference",
+                  {student, teacher.reshape_symint(student.sym_sizes()), beta, options[1], tau},
+                  student, upstreams[0]),
+              Tensor()};
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::_dist_loss_backward", "")
+                               .typed<decltype(dist_loss_backward)>();
+    const Tensor gradient =
+        op.call(upstreams[0], as_rows(student), as_rows(teacher), rows, columns, beta, tau);
+    return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
+  }
+};
+
+Tensor dist_loss_autograd(const Tensor& student, const Tensor& teacher, const OptionalTensor& rows,
+                          const OptionalTensor& moments, double beta, double gamma, double tau,
+                          int64_t processes) {
+  const Arguments a{student, teacher, rows, moments, beta, gamma, tau, processes};
+  check_arguments(a);
+  if (student._fw_grad(/*level=*/0).defined()) {  // forward-mode differentiation
+    TORCH_CHECK(!rows.has_value(), "dist_loss with a process_group has no forward-mode derivative");
+    torch::jit::Stack arguments{student, teacher, beta, gamma, tau};
+    c10::Dispatcher::singleton()
+        .findSchemaOrThrow("dnkd_ext::_dist_loss_reference", "")
+        .callBoxed(arguments);
+    return arguments.at(0).toTensor();
+  }
+  if (at::GradMode::is_enabled() && student.requires_grad()) {
+    return DistLoss::apply(student, &a);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return call_forward(prepare(student, teacher), a, /*needs_gradient=*/false).loss;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
+  m.def(
+      "dist_loss(Tensor student_logits, Tensor teacher_logits, Tensor? rows, Tensor? moments, "
+      "float beta, float gamma, float tau, int processes) -> Tensor");
+  m.def(
+      "_dist_loss_moments(Tensor student_logits, Tensor teacher_logits, float tau) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "_dist_loss_finish(Tensor rows, Tensor moments, float beta, float gamma, float tau, "
+      "int processes, bool needs_gradient) -> (Tensor, Tensor)");
+  m.def(
+      "_dist_loss_backward(Tensor upstream, Tensor student_logits, Tensor teacher_logits, "
+      "Tensor rows, Tensor columns, float beta, float tau) -> Tensor");
+  // Implemented in Python by the reference; the backward pass calls it for create_graph=True.
+  m.def(
+      "_dist_loss_reference(Tensor student_logits, Tensor teacher_logits, float beta, float gamma, "
+      "float tau) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("dist_loss", dist_loss_autograd); }
+
+TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
+  m.impl("dist_loss", dist_loss_autograd);
+  m.impl("_dist_loss_moments", dist_loss_moments);
+  m.impl("_dist_loss_finish", dist_loss_finish);
+  m.impl("_dist_loss_backward", dist_loss_backward);
+}
+
+#ifdef DNKD_WITH_CUDA
+TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
+  m.impl("dist_loss", dist_loss_autograd);
+  m.impl("_dist_loss_moments", dist_loss_moments);
+  m.impl("_dist_loss_finish", dist_loss_finish);
+  m.impl("_dist_loss_backward", dist_loss_backward);
+}
+#endif
+
+}  // namespace dnkd
