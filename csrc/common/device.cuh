@@ -172,12 +172,14 @@ DNKD_INLINE void combine_warps(A (&values)[kCount], A (&shared)[2][kMost][kThrea
   __syncthreads();
 #pragma unroll
   for (int v = 0; v < kCount; ++v) {
-    A result = first;
+    values[v] = first;
+  }
+#pragma unroll 4  // more at once take registers that the kernels do not have
+  for (int w = 0; w < kWarps; ++w) {
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      result = combine(result, shared[turn][v][w]);
+    for (int v = 0; v < kCount; ++v) {
+      values[v] = combine(values[v], shared[turn][v][w]);
     }
-    values[v] = result;
   }
   turn ^= 1;
 }

@@ -25,7 +25,10 @@ constexpr int kBlockOf = kThreads > kBlock ? kThreads : kBlock;
 
 // Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
 template <typename S, int kThreads>
-constexpr int kMinBlocks = (kThreads > kBlock ? 2 : 4) / (sizeof(S) < 8 ? 1 : 2);
+constexpr int kMinBlocks = sizeof(S) == 8                            ? (kThreads > kBlock ? 1 : 2)
+                           : kThreads > kBlock                       ? 2
+                           : sizeof(S) == 2 && kThreads == kWarpSize ? 3
+                                                                     : 4;
 
 // How exp(z') follows from exp(s z') = exp(z' / T): its T-th power for an integer T, or 0: not.
 DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
@@ -236,6 +239,7 @@ DNKD_INLINE void fill_gradient(S* out, int columns, int lane, typename Accumulat
     pack.elements[i] = narrow<S>(value);
   }
   const int vectors = columns / kVec;
+#pragma unroll 1
   for (int v = lane; v < vectors; v += kThreads) {
     store_pack(out + v * kVec, pack);
   }
