@@ -14,7 +14,8 @@ import torch
 from torch.library import opcheck
 
 import dnkd_ext
-from tests.cases import ND_BAD_INPUTS, ND_LOSS, WIDTHS, as_float64, convert
+from tests.cases import ND_LOSS, convert
+from tests.cases.base import as_float64
 
 FUNCTIONS = {
     "fused": dnkd_ext.feature_diagnostics,
@@ -75,7 +76,7 @@ def check(result, wanted, tolerance):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_definition(function, variant, dtype, device, generator):
-    for width in (*WIDTHS, 2304):
+    for width in (*ND_LOSS.widths, 2304):
         arguments = convert(ND_LOSS.variants[variant](generator, 23, width, 5), dtype, device)
         result = function(*arguments[0], **arguments[1])
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
@@ -362,7 +363,7 @@ def test_every_instruction_set(isa, generator, tmp_path):
 
 
 # Those of the ND loss that are not about what diagnostics do not have.
-BAD = [bad for bad in ND_BAD_INPUTS if not any(w in bad.name for w in ("reduction", "weight"))]
+BAD = [bad for bad in ND_LOSS.bad_inputs if not any(w in bad.name for w in ("reduction", "weight"))]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)

@@ -18,12 +18,12 @@
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/tensors.h"
 
 namespace dnkd {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 // ---------------------------------------------------------------------------------------------
 // Arguments: checked, then brought to the few types the kernels know.
@@ -48,8 +48,8 @@ void check_arguments(const Arguments& a) {
   TORCH_CHECK_VALUE(a.student.sym_size(-1) > 0, "student_logits must have at least 1 class, got 0");
   check_same_device(a.teacher, "teacher_logits", a.student, "student_logits");
   TORCH_CHECK_VALUE(a.teacher.sym_sizes() == a.student.sym_sizes(),
-                    "teacher_logits must have the shape of student_logits ", a.student.sym_sizes(),
-                    ", got shape ", a.teacher.sym_sizes());
+                    "teacher_logits must have the shape of student_logits ", shape_of(a.student),
+                    ", got shape ", shape_of(a.teacher));
   TORCH_CHECK_VALUE(std::isfinite(a.beta), "beta must be finite, got ", a.beta);
   TORCH_CHECK_VALUE(std::isfinite(a.gamma), "gamma must be finite, got ", a.gamma);
   TORCH_CHECK_VALUE(std::isfinite(a.tau) && a.tau > 0,
@@ -57,12 +57,6 @@ void check_arguments(const Arguments& a) {
   TORCH_CHECK(a.rows.has_value() == a.moments.has_value(),
               "rows and moments must be given together");
   TORCH_CHECK(a.processes >= 1, "processes must be at least 1, got ", a.processes);
-}
-
-// (..., C) as (N, C) whose logits lie side by side; a view wherever one exists.
-Tensor as_rows(const Tensor& tensor) {
-  const Tensor rows = tensor.dim() == 2 ? tensor : tensor.reshape_symint({-1, tensor.sym_size(-1)});
-  return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
 }
 
 // What the kernels take: rows of stride-1 logits (N, C), the teacher's of the student's dtype or
@@ -266,11 +260,6 @@ Forward call_forward(const Prepared& in, const Arguments& a, bool needs_gradient
   auto [loss, columns] =
       finish.call(rows, moments, a.beta, a.gamma, a.tau, a.processes, needs_gradient);
   return {loss, rows, columns};
-}
-
-// Tells whether the teacher was overwritten; inference tensors keep no count.
-int64_t version_of(const Tensor& teacher) {
-  return teacher.is_inference() ? 0 : static_cast<int64_t>(teacher._version());
 }
 
 class DistLoss : public torch::autograd::Function<DistLoss> {

@@ -170,10 +170,10 @@ def _check(
                     "target of class indices must have the leading shape of student_logits "
                     f"{shape}, got shape {list(target.shape)}"
                 )
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and greater than 0, got {temperature}")
     for value, name in ((alpha, "alpha"), (beta, "beta")):
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
