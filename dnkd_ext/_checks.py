@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +43,21 @@ def require_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 
+def require_number(value: object, name: str) -> None:
+    """TypeError unless the value is a number of Python's, which alone a kernel's options are."""
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, torch.SymInt, torch.SymFloat, np.integer, np.floating)
+    ):
+        hint = "; it is an option and gets no gradient" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}{hint}")
+
+
 def require_weight(weight: object, name: str, other: Tensor, other_name: str) -> None:
     """An error unless the value is a float or a 0-dim tensor beside `other` without gradient."""
     if not isinstance(weight, Tensor):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float, torch.SymFloat)):
+        if isinstance(weight, bool) or not isinstance(
+            weight, (int, float, torch.SymInt, torch.SymFloat, np.integer, np.floating)
+        ):
             raise TypeError(
                 f"{name} must be a float or a 0-dim tensor, got {type(weight).__name__}"
             )

@@ -10,13 +10,11 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnkd_ext._checks import (
-    accumulate_dtype,
-    check_target,
     require_floating,
+    require_number,
     require_tensor,
     require_weight,
 )
@@ -83,6 +81,10 @@ class _PlusPlus(nn.Module):
         elif self._has_nd():
             raise ValueError("class_means must be given unless nd_weight is 0, got None")
         self.register_buffer("class_means", class_means)
+        require_number(label_smoothing, "label_smoothing")
+        require_number(eps, "eps")
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
         if not 0 <= eps < math.inf:
@@ -416,8 +418,8 @@ class DISTPlusPlus(_PlusPlus):
         w_{ce}\,\mathrm{CE}(z_s, y) + w_{kd}\, r\, \tau^2 (\beta\,\mathrm{inter} +
         \gamma\,\mathrm{intra}) + w_{nd}\, \mathrm{ND}(f_s, y)
 
-    with PyTorch's cross entropy (in float32 for half-precision logits; 0 where no row counts),
-    :func:`dnkd_ext.dist_loss` and :func:`dnkd_ext.nd_loss`. With ``nd_weight=0`` it is plain DIST.
+    with the cross entropy of :func:`dnkd_ext.ce_kd_loss`, :func:`dnkd_ext.dist_loss` and
+    :func:`dnkd_ext.nd_loss`. With ``nd_weight=0`` it is plain DIST.
 
     Source: "Improving Knowledge Distillation via Regularizing Feature Direction and Norm"
     (arXiv 2305.17007).
@@ -438,8 +440,7 @@ class DISTPlusPlus(_PlusPlus):
         eps: of the ND loss.
 
     Shape, Returns, Raises:
-        As :class:`dnkd_ext.KDPlusPlus`; a class index out of range on CUDA is what PyTorch's cross
-        entropy makes of it.
+        As :class:`dnkd_ext.KDPlusPlus`.
 
     Example:
         >>> criterion = DISTPlusPlus(torch.randn(10, 64), kd_weight=2.0, nd_weight=1.0)
@@ -497,61 +498,34 @@ class DISTPlusPlus(_PlusPlus):
             tau=self.tau,
             process_group=self.process_group,
         )
-        ce = _cross_entropy(student_logits, target, self.label_smoothing, self.ignore_index)
-        loss = (self.ce_weight * ce + kd_weight * kd).to(ce.dtype)
-        return LogitTerms(loss, ce.detach(), kd.detach())
+        # The cross entropy alone: the fused one beside a KD from the student itself, which is 0.
+        terms = ce_kd_loss(
+            student_logits,
+            student_logits.detach(),
+            target,
+            temperature=1.0,
+            ce_weight=self.ce_weight,
+            kd_weight=0.0,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+        )
+        loss = (terms.loss + kd_weight * kd).to(terms.ce.dtype)
+        return LogitTerms(loss, terms.ce, kd.detach())
 
     def _options(self) -> dict[str, Any]:
         return {"beta": self.beta, "gamma": self.gamma, "tau": self.tau}
-
-
-def _cross_entropy(
-    logits: Tensor, target: Tensor, label_smoothing: float, ignore_index: int
-) -> Tensor:
-    """PyTorch's cross entropy of ``(..., C)`` logits, the mean over the rows that count."""
-    require_tensor(target, "target")
-    is_soft = target.dtype.is_floating_point
-    if not is_soft and target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(
-            "target must hold int64 or int32 class indices or floating class probabilities, "
-            f"got {target.dtype}"
-        )
-    if target.shape != (logits.shape if is_soft else logits.shape[:-1]):
-        kind = "probabilities must have the" if is_soft else "indices must have the leading"
-        raise ValueError(
-            f"target of class {kind} shape of student_logits {list(logits.shape)}, "
-            f"got shape {list(target.shape)}"
-        )
-    classes, dtype = logits.shape[-1], accumulate_dtype(logits.dtype)
-    rows = logits.reshape(-1, classes).to(dtype)
-    counted: int | Tensor
-    if is_soft:
-        target, counted = target.reshape(rows.shape).to(dtype), max(rows.shape[0], 1)
-    else:
-        target = target.reshape(-1).long()
-        is_counted = target != ignore_index
-        is_bad = is_counted & ((target < 0) | (target >= classes))
-        check_target(target, is_bad, classes, "classes")
-        counted = is_counted.sum().clamp_min(1)
-    with torch.autocast(logits.device.type, enabled=False):
-        total = F.cross_entropy(
-            rows,
-            target,
-            ignore_index=-100 if is_soft else ignore_index,  # it refuses others beside these
-            reduction="sum",
-            label_smoothing=label_smoothing,
-        )
-        return total / counted
 
 
 # -- options --------------------------------------------------------------------------------------
 
 
 def _require_finite(value: float, name: str) -> None:
+    require_number(value, name)
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def _require_positive(value: float, name: str) -> None:
+    require_number(value, name)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dnkd_ext
+from dnkd_ext.losses import LOSSES
 from tests.cases import CASES, DTYPES, convert, truth
 
 PACKAGE = Path(dnkd_ext.__file__).parent
@@ -340,3 +341,15 @@ def test_unknown_instruction_set(copy, isa):
 def test_empty_instruction_set_is_none(copy):
     copy.add_library()
     assert copy.report(DNKD_CPU_ISA="")["info"]["cpu_isa"] == INSTALLED["cpu_isas"][-1]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", INSTALLED["cpu_isas"] or ["baseline"])
+def test_self_check_with_each_instruction_set(copy, isa):
+    """Every operator, those without a LossCase among them, against its reference."""
+    copy.add_library()
+    code = "import sys; from dnkd_ext.cli import main; sys.exit(main(['info', '--check']))"
+    done = copy.python(code, DNKD_CPU_ISA=isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in LOSSES:
+        assert done.stdout.count(f"PASS {name} cpu") == len(DTYPES)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,3 +273,87 @@ def test_half_precision_teacher_of_a_wide_student_and_back(one, implementation, 
         assert expected.loss_error(loss) <= tolerance
         unit = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
         assert expected.gradient_error(gradient) <= tolerance + unit
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+@pytest.mark.parametrize("whose", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_faults_at_the_label(implementation, whose, value, device, generator):
+    """The label is left out of DKD's sums; a fault there must reach the loss all the same."""
+    student, teacher, target = draw(generator, 4, 30)
+    student, teacher = student.detach().to(device), teacher.to(device)
+    (student, teacher)[whose][2, target[2]] = value
+    student.requires_grad_()
+    for name in ("dkd_loss", "ce_dkd_loss", "ce_kd_loss"):
+        result = getattr(implementation, name)(
+            student, teacher, target.to(device), reduction="none"
+        )
+        loss = result if name == "dkd_loss" else result.loss
+        assert loss.isnan().tolist() == [False, False, True, False], name
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert gradient.isnan().any(1).tolist() == [False, False, True, False], name
+
+
+def test_small_cross_entropy_of_probabilities_is_exact(device):
+    """A label of large odds leaves exp(-odds), which must not drown in the sums around it."""
+    student = torch.zeros(1, 10)
+    student[0, 3] = 30.0
+    target = F.one_hot(torch.tensor([3]), 10).float()
+    ce = dnkd_ext.ce_dkd_loss(student.to(device), student.to(device), target.to(device)).ce
+    right = math.log1p(9 * math.exp(-30.0))
+    assert abs(ce.item() - right) <= 1e-5 * right
+
+
+@pytest.mark.parametrize("name", ["kd_loss", "ce_kd_loss", "dkd_loss", "ce_dkd_loss"])
+def test_one_gradient_buffer(name, generator, needs_extension):
+    """Forward and backward allocate the gradient, and beside it only scalars of rows."""
+    student, teacher, target = draw(generator, 256, 600)  # small enough for torch's own allocator
+    labels = [target] if name != "kd_loss" else []
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = getattr(dnkd_ext, name)(student, teacher, *labels)
+        (result if name in ("kd_loss", "dkd_loss") else result.loss).backward()
+    allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
+    assert student.nbytes <= allocated <= 1.05 * student.nbytes
+
+
+@pytest.mark.parametrize("name", ["kd_loss", "dkd_loss"])
+def test_the_teacher_is_let_go_with_the_graph(name, generator):
+    """A loss that is kept for logging must not keep the teacher's logits."""
+    student, teacher, target = draw(generator, 4, 10)
+    teacher = teacher * 1
+    seen = weakref.ref(teacher)
+    loss = getattr(dnkd_ext, name)(student, teacher, *([target] if name == "dkd_loss" else []))
+    loss.backward(retain_graph=True)
+    loss.backward()
+    del teacher
+    assert seen() is None
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", torch.tensor(4.0)),
+        ("temperature", "4"),
+        ("temperature", None),
+        ("alpha", torch.ones(())),
+        ("beta", [8.0]),
+        ("label_smoothing", True),
+        ("kd_weight", True),
+        ("kd_weight", "1"),
+        ("loss_weight", None),
+    ],
+    ids=str,
+)
+def test_options_of_other_types(implementation, option, value, generator):
+    """A tensor would be read by the host, and a temperature to be learnt get no gradient."""
+    args = draw(generator, 4, 10)
+    with pytest.raises(TypeError, match=f"{option} must be a float.*got {type(value).__name__}"):
+        implementation.ce_dkd_loss(*args, **{option: value})
+    if option in ("temperature", "beta"):
+        other = {"temperature": "tau", "beta": "gamma"}[option]
+        with pytest.raises(TypeError, match=f"{other} must be a float, got {type(value).__name__}"):
+            implementation.dist_loss(*args[:2], **{other: value})

@@ -32,10 +32,12 @@ at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack argu
 // (gradient, upstream []): gradient *= upstream
 static void scale_cpu(at::Tensor& gradient, const at::Tensor& upstream) { gradient.mul_(upstream); }
 
+bool is_last_backward() { return !torch::autograd::get_current_graph_task_keep_graph(); }
+
 bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
 at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is_shared) {
-  if (is_shared || torch::autograd::get_current_graph_task_keep_graph() || upstream.is_neg() ||
+  if (is_shared || !is_last_backward() || upstream.is_neg() ||
       upstream._is_zerotensor() || at::areAnyTensorSubclassLike({gradient, upstream})) {
     return at::mul(gradient, upstream);
   }

@@ -21,6 +21,10 @@ at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack argu
 // where `is_shared` tells that saved-tensor hooks may have kept it, the product is a new tensor.
 at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is_shared);
 
+// Whether the backward pass that runs is the last one of its graph: what it kept besides saved
+// variables, which the engine lets go of by itself, can go.
+bool is_last_backward();
+
 // Whether hooks see the tensors that are saved for backward at present.
 bool has_saved_tensor_hooks();
 

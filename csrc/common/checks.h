@@ -18,6 +18,7 @@ inline bool is_loss_dtype(at::ScalarType type) {
 }
 
 inline void check_floating(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), name, " must be a torch.Tensor, got NoneType");
   TORCH_CHECK_TYPE(is_loss_dtype(tensor.scalar_type()), name,
                    " must be float16, bfloat16, float32 or float64, got ",
                    c10::toString(tensor.scalar_type()));

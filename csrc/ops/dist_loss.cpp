@@ -88,8 +88,8 @@ void check_kernel_logits(const Tensor& student, const Tensor& teacher, double ta
   };
   TORCH_CHECK(is_matrix(student) && is_loss_dtype(student.scalar_type()),
               "student_logits must be (N, C) with stride-1 logits");
-  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 31),
-              "student_logits on a GPU must have fewer than 2^31 classes");
+  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 30),
+              "student_logits on a GPU must have fewer than 2^30 classes");
   TORCH_CHECK(is_matrix(teacher) && teacher.sizes() == student.sizes() &&
                   teacher.device() == student.device() &&
                   (teacher.scalar_type() == student.scalar_type() ||
@@ -285,6 +285,9 @@ class DistLoss : public torch::autograd::Function<DistLoss> {
     const auto variables = ctx->get_saved_variables();
     const Tensor &student = variables[0], &rows = variables[1], &columns = variables[2];
     const Tensor teacher = ctx->saved_data["teacher"].toTensor();
+    if (is_last_backward()) {
+      ctx->saved_data.erase("teacher");
+    }
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     const double beta = options[0].toDouble(), tau = options[2].toDouble();
     TORCH_CHECK(version_of(teacher) == options[3].toInt(),

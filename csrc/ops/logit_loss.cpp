@@ -188,8 +188,8 @@ void check_kernel_arguments(const Tensor& student, const Tensor& teacher,
   TORCH_CHECK(student.dim() == 2 && is_matrix(student) && is_loss_dtype(student.scalar_type()) &&
                   student.size(1) >= (kind.decoupled ? 2 : 1),
               "student_logits must be (N, C) with stride-1 logits");
-  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 31),
-              "student_logits on a GPU must have fewer than 2^31 classes");
+  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 30),
+              "student_logits on a GPU must have fewer than 2^30 classes");
   TORCH_CHECK(is_matrix(teacher) && (teacher.scalar_type() == student.scalar_type() ||
                                      teacher.scalar_type() == accumulate),
               "teacher_logits must be like student_logits, of its dtype or ", accumulate);
@@ -408,6 +408,9 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     };
     const OptionalTensor target = given(1), ce_scale = given(2), kd_scale = given(3);
     const Tensor teacher = ctx->saved_data["teacher"].toTensor();
+    if (is_last_backward()) {
+      ctx->saved_data.erase("teacher");
+    }
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) {
       return {Tensor(), Tensor()};

@@ -235,13 +235,17 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
                  &saved = variables[4], &mixtures = variables[5];
     const Tensor& upstream = upstreams[0];
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
+    const auto kept = [&](const char* name) {
+      const auto found = ctx->saved_data.find(name);
+      const auto tensor = found == ctx->saved_data.end() ? OptionalTensor()
+                                                         : OptionalTensor(found->second.toTensor());
+      if (tensor.has_value() && is_last_backward()) {
+        ctx->saved_data.erase(found);
+      }
+      return tensor;
+    };
+    const OptionalTensor features = kept("teacher_features"), norms = kept("teacher_norms");
     if (at::GradMode::is_enabled()) {
-      const auto kept = [&](const char* name) {
-        const auto found = ctx->saved_data.find(name);
-        return found == ctx->saved_data.end() ? OptionalTensor()
-                                              : OptionalTensor(found->second.toTensor());
-      };
-      const OptionalTensor features = kept("teacher_features"), norms = kept("teacher_norms");
       const OptionalTensor weight =
           variables[3].defined() ? OptionalTensor(variables[3]) : std::nullopt;
       const Arguments a{student, target, class_means, features, norms, weight, 0, 0, "", 0};

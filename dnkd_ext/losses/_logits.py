@@ -18,6 +18,7 @@ from dnkd_ext._checks import (
     accumulate_dtype,
     check_target,
     require_floating,
+    require_number,
     require_reduction,
     require_same_device,
     require_tensor,
@@ -93,9 +94,15 @@ def logit_loss(
             loss_weight=loss_weight,
             logit_standardization=logit_standardization,
         )
-    if isinstance(ce_weight, Tensor) or isinstance(loss_weight, Tensor):
-        for weight, name in ((ce_weight, "ce_weight"), (loss_weight, "loss_weight")):
+    # Floats, as they nearly always are, need no look; all else the operator would take as it can.
+    for weight, name in (
+        (ce_weight, "ce_weight"),
+        (kd_weight, "kd_weight"),
+        (loss_weight, "loss_weight"),
+    ):
+        if type(weight) is not float:
             require_weight(weight, name, student_logits, "student_logits")
+    _require_numbers(temperature, alpha, beta, label_smoothing)
     ce_scale, ce_factor = _product(ce_weight, loss_weight)
     kd_scale, kd_factor = _product(kd_weight, loss_weight)
     return LogitTerms(
@@ -117,6 +124,19 @@ def logit_loss(
             logit_standardization,
         )
     )
+
+
+def _require_numbers(
+    temperature: object, alpha: object, beta: object, label_smoothing: object
+) -> None:
+    for value, name in (
+        (temperature, "temperature"),
+        (alpha, "alpha"),
+        (beta, "beta"),
+        (label_smoothing, "label_smoothing"),
+    ):
+        if type(value) is not float:
+            require_number(value, name)
 
 
 def _check(
@@ -170,6 +190,7 @@ def _check(
                     "target of class indices must have the leading shape of student_logits "
                     f"{shape}, got shape {list(target.shape)}"
                 )
+    _require_numbers(temperature, alpha, beta, label_smoothing)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and greater than 0, got {temperature}")
     for value, name in ((alpha, "alpha"), (beta, "beta")):
@@ -217,7 +238,9 @@ def _decoupled(u: Tensor, v: Tensor, is_label: Tensor, alpha: float, beta: float
         logits, others = logits - shift, others - shift
         total = others.logsumexp(-1)
         log_rest.append(others - total.unsqueeze(-1))
-        odds.append(torch.where(is_label, logits, 0).sum(-1) - total)
+        odd = torch.where(is_label, logits, 0).sum(-1) - total
+        # An infinite logit at the label is in no sum that would show it.
+        odds.append(odd + torch.where(odd == math.inf, math.nan, 0))
     student, teacher = odds
     tckd = 0.0
     for sign in (1, -1):  # the label, and everything else

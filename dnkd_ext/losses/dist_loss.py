@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from dnkd_ext import _extension
-from dnkd_ext._checks import accumulate_dtype, require_floating, require_same_device
+from dnkd_ext._checks import (
+    accumulate_dtype,
+    require_floating,
+    require_number,
+    require_same_device,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,6 +29,7 @@ EPS = 1e-8
 # A sum of squared deviations below this part of the sum of squares is rounding: no deviation.
 # csrc/ops/dist_loss_terms.inc has the same numbers.
 ROUNDING = {torch.float32: 1e-12, torch.float64: 1e-14}
+
 # Values per row that the kernels keep; csrc/ops/dist_loss.h has the same number.
 ROW_VALUES = 8
 
@@ -98,6 +104,7 @@ def dist_loss(
             tau=tau,
             process_group=process_group,
         )
+    _require_numbers(beta, gamma, tau)
     rows, moments, processes = None, None, 1
     if process_group is not None:
         _check(student_logits, teacher_logits, beta, gamma, tau)
@@ -105,6 +112,12 @@ def dist_loss(
         rows, moments = _local_moments(student_logits, teacher_logits, tau)
         torch.distributed.all_reduce(moments, group=process_group)
     return _operator(student_logits, teacher_logits, rows, moments, beta, gamma, tau, processes)
+
+
+def _require_numbers(beta: object, gamma: object, tau: object) -> None:
+    for value, name in ((beta, "beta"), (gamma, "gamma"), (tau, "tau")):
+        if type(value) is not float:
+            require_number(value, name)
 
 
 def _check(
@@ -123,6 +136,7 @@ def _check(
             f"got shape {list(teacher_logits.shape)}"
         )
     # Comparisons, which can be traced; a NaN fails them.
+    _require_numbers(beta, gamma, tau)
     for value, name in ((beta, "beta"), (gamma, "gamma")):
         if not -math.inf < value < math.inf:
             raise ValueError(f"{name} must be finite, got {value}")
@@ -161,6 +175,11 @@ def _local_moments(
 # -- reference ------------------------------------------------------------------------------------
 
 
+def _rounding(dtype: torch.dtype, rows: int) -> float:
+    """That part of a column of so many rows; of float64 it grows with their number."""
+    return ROUNDING[dtype] * (max(rows / 64, 1) if dtype == torch.float64 else 1)
+
+
 def _root(square: Tensor) -> Tensor:
     # The square root has no derivative at 0, and there none is wanted.
     is_zero = square == 0
@@ -178,7 +197,7 @@ def _zero(value: Tensor, where: Tensor) -> Tensor:
 
 def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     """Pearson's correlation along a dimension."""
-    rounding = ROUNDING[student.dtype]
+    rounding = _rounding(student.dtype, student.shape[0]) if dim == 0 else ROUNDING[student.dtype]
 
     def centred(y: Tensor) -> tuple[Tensor, Tensor]:
         deviation = y - y.mean(dim, keepdim=True)
@@ -194,12 +213,14 @@ def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
 
 def _global_correlation(student: Tensor, teacher: Tensor, process_group: ProcessGroup) -> Tensor:
     """That of the columns over the rows of all processes; its derivative by the local rows."""
-    rounding = ROUNDING[student.dtype]
     s, t = student.double(), teacher.double()
     local = torch.stack([x.sum(0) for x in (s, t, s * s, t * t, s * t)])
     reduced = torch.cat([local.detach().flatten(), local.new_tensor([float(s.shape[0])])])
     torch.distributed.all_reduce(reduced, group=process_group)
     rows = reduced[-1].clamp_min(1)
+    rounding = ROUNDING[student.dtype]
+    if student.dtype == torch.float64:
+        rounding = rounding * (rows / 64).clamp_min(1)
     sum_s, sum_t, square_s, square_t, product = local + (
         reduced[:-1].view_as(local) - local.detach()
     )

@@ -33,11 +33,11 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 
     Returns:
         The loss, 0-dim: float32 for half-precision maps, else of the first student map's dtype.
-        0 without stages or without samples.
+        0 without samples.
 
     Raises:
         TypeError: a map that is no tensor or of a wrong dtype.
-        ValueError: other numbers of stages, or shapes.
+        ValueError: no stage, other numbers of stages, or shapes.
         RuntimeError: maps of a stage on different devices.
 
     Example:
