@@ -37,8 +37,8 @@ bool is_last_backward() { return !torch::autograd::get_current_graph_task_keep_g
 bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
 at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is_shared) {
-  if (is_shared || !is_last_backward() || upstream.is_neg() ||
-      upstream._is_zerotensor() || at::areAnyTensorSubclassLike({gradient, upstream})) {
+  if (is_shared || !is_last_backward() || upstream.is_neg() || upstream._is_zerotensor() ||
+      at::areAnyTensorSubclassLike({gradient, upstream})) {
     return at::mul(gradient, upstream);
   }
   if (upstream.is_cpu()) {
