@@ -146,7 +146,7 @@ class NdCase(Case):
 
 @dataclass(frozen=True)
 class LogitCase(Case):
-    """Cross entropy with KD or DKD: ``rows`` of ``classes`` logits."""
+    """Cross entropy with KD or DKD, or DIST alone: ``rows`` of ``classes`` logits."""
 
     loss: str = "ce_kd_loss"
 
@@ -156,10 +156,17 @@ class LogitCase(Case):
 
     @property
     def bytes(self) -> int:
-        """Read both logits, write the gradient."""
-        return 3 * self.rows * self.classes * self.dtype.itemsize
+        """Read both logits, for DIST's sums over columns once more, write the gradient."""
+        passes = 5 if self.loss == "dist_loss" else 3
+        return passes * self.rows * self.classes * self.dtype.itemsize
 
     def functions(self):
+        if self.loss == "dist_loss":
+            return {
+                "ours": lambda s, t, y: dnkd_ext.dist_loss(s, t, tau=TEMPERATURE),
+                "eager": peers.dist,
+                "reference": lambda s, t, y: dnkd_ext.reference.dist_loss(s, t, tau=TEMPERATURE),
+            }
         fused = getattr(dnkd_ext, self.loss)
         reference = getattr(dnkd_ext.reference, self.loss)
         return {
@@ -267,5 +274,6 @@ def _cases(nd, logits, dtypes, device) -> list[Case]:
         cases += [NdCase(*size, dtype, device) for size in nd]
         for loss in ("ce_kd_loss", "ce_dkd_loss"):
             cases += [LogitCase(rows, 0, c, dtype, device, loss) for rows, c in logits]
+        cases.append(LogitCase(512, 0, 1000, dtype, device, "dist_loss"))
         cases.append(KdPlusPlusCase(512, 2048, 1000, dtype, device))
     return cases

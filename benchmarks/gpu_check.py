@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "kernels", "tests", "sanitize", "bench")
-LIMITS = {"build": 300, "kernels": 120, "tests": 420, "sanitize": 300, "bench": 420}
+LIMITS = {"build": 560, "kernels": 300, "tests": 560, "sanitize": 560, "bench": 560}
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 

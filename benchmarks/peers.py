@@ -64,3 +64,16 @@ def ce_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         reduction="batchmean",
     )
     return F.cross_entropy(student, target) + TEMPERATURE**2 * (ALPHA * binary + BETA * rest)
+
+
+def dist(student: Tensor, teacher: Tensor, _target: Tensor) -> Tensor:
+    """DIST: correlations as cosines of centred probabilities, over rows and over columns."""
+    y_s = F.softmax(student.float() / TEMPERATURE, dim=-1)
+    y_t = F.softmax(teacher.float() / TEMPERATURE, dim=-1)
+
+    def distance(dim: int) -> Tensor:
+        a, b = (y - y.mean(dim, keepdim=True) for y in (y_s, y_t))
+        cosine = (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+        return 1 - cosine.mean()
+
+    return TEMPERATURE**2 * (distance(1) + distance(0))

@@ -6,6 +6,7 @@ Source: "Improving Knowledge Distillation via Regularizing Feature Direction and
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -480,6 +481,14 @@ class DISTPlusPlus(_PlusPlus):
         self.gamma = gamma
         self.tau = tau
         self.process_group = process_group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DISTPlusPlus:
+        """A copy in the same process group, which itself cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
 
     def _logit_terms(
         self,

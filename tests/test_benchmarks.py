@@ -18,6 +18,7 @@ CASES = [
     SMALL,
     LogitCase(32, 0, 10),
     LogitCase(32, 0, 10, loss="ce_dkd_loss"),
+    LogitCase(32, 0, 10, loss="dist_loss"),
     KdPlusPlusCase(32, 16, 10),
 ]
 

@@ -691,3 +691,20 @@ class TestFeatureProjector:
             projector(torch.ones(8, 5))
         with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got list"):
             projector([1.0])
+
+
+def test_a_copy_stays_in_its_process_group():
+    """A process group cannot be copied; averages of weights and checkpoints copy criteria."""
+    import copy
+
+    class Group:
+        def __deepcopy__(self, memo):
+            raise TypeError("cannot be copied")
+
+    group = Group()
+    criterion = dnkd_ext.DISTPlusPlus(torch.ones(3, 4), process_group=group, beta=2.0)
+    other = copy.deepcopy(criterion)
+    assert other.process_group is group
+    assert other.beta == 2.0
+    assert torch.equal(other.class_means, criterion.class_means)
+    assert other.class_means.data_ptr() != criterion.class_means.data_ptr()
