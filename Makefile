@@ -12,6 +12,9 @@ VENV   ?= .venv
 TORCH  ?= torch
 SYSTEM_PYTHON ?= python3
 ARGS   ?=
+# What make compiles CUDA kernels for, unless TORCH_CUDA_ARCH_LIST says: the GPUs of this machine, or
+# where there is none, one architecture, so that they are at least compiled. (pip: all of them.)
+ARCHITECTURES = $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';' -),8.0+PTX)
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -69,7 +72,8 @@ $(TORCH_STAMP): | $(VENV)/bin/python
 
 $(VENV)/.built: $(SOURCES) $(TORCH_STAMP)
 	@echo "building dnkd_ext, log in $(VENV)/build.log"
-	@$(VENV)/bin/python -m pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 \
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(ARCHITECTURES)}" \
+	  $(VENV)/bin/python -m pip install -v --no-build-isolation -e ".[dev]" > $(VENV)/build.log 2>&1 \
 	  || { tail -n 60 $(VENV)/build.log; exit 1; }
 	@grep -E "^ *dnkd_ext: " $(VENV)/build.log | awk '!seen[$$0]++'
 	touch $@
