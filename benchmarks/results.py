@@ -45,7 +45,7 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     revision = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", "../csrc", "../dnkd_ext", ".")
+    changed = git("status", "--porcelain", "--", "../csrc", "../dnkd_ext", ".", ":!results")
     return (revision or "unknown") + ("+" if changed else "")
 
 
