@@ -674,3 +674,17 @@ def test_process_group(tmp_path, generator):
     # Rows of one process alone: the intra part is theirs in both.
     torch.testing.assert_close(results[0]["uneven"], results[1]["alone"], **exact)
     torch.testing.assert_close(results[1]["uneven"], results[1]["alone"], **exact)
+
+
+@pytest.mark.parametrize("rows", [1000, 10000])
+def test_constant_columns_of_many_rows(rows, device, generator):
+    """What adding many equal float64 numbers leaves is no deviation, in either implementation."""
+    row = torch.randn(1, 7, generator=generator, dtype=torch.float64)
+    student = row.repeat(rows, 1).to(device).requires_grad_()
+    teacher = torch.randn(rows, 7, generator=generator, dtype=torch.float64).to(device)
+    gradients = []
+    for function in (dnkd_ext.dist_loss, dnkd_ext.reference.dist_loss):
+        loss = function(student, teacher, beta=0.0)
+        assert loss.item() == pytest.approx(1.0, abs=1e-12)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+    assert (gradients[0] - gradients[1]).abs().max() <= 1e-9 * gradients[1].abs().max()
