@@ -688,3 +688,18 @@ def test_constant_columns_of_many_rows(rows, device, generator):
         assert loss.item() == pytest.approx(1.0, abs=1e-12)
         gradients.append(torch.autograd.grad(loss, student)[0])
     assert (gradients[0] - gradients[1]).abs().max() <= 1e-9 * gradients[1].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_gradient(dtype, generator):
+    """Past 4 MiB gradients bypass the cache; the numbers must not change by it."""
+    rows = (5 << 20) // (1024 * dtype.itemsize)
+    student, teacher = (torch.randn(rows, 1024, generator=generator).to(dtype) for _ in range(2))
+    gradients = []
+    for function, wide in ((dnkd_ext.dist_loss, dtype), (dnkd_ext.reference.dist_loss, None)):
+        leaf = student.to(wide or torch.float64).requires_grad_()
+        loss = function(leaf, teacher.to(leaf.dtype), tau=2.0)
+        gradients.append(torch.autograd.grad(loss, leaf)[0].double())
+    assert student.nbytes >= 4 << 20
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    assert error <= (1e-5 if dtype == torch.float32 else 0.5 * torch.finfo(dtype).eps + 1e-5)

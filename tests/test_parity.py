@@ -258,3 +258,24 @@ def test_more_than_two_to_the_31_elements(one, needs_extension):
     others[0] = others[0][last]
     one.reference(few, *others, reduction="sum").backward()
     torch.testing.assert_close(student.grad[last], few.grad, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_large_gradients_equal_small_ones(dtype, generator):
+    """Past 4 MiB gradients bypass the cache; the numbers must not change by it."""
+    rows, width = 2 * ((3 << 20) // (512 * dtype.itemsize)), 512
+    args, kwargs = convert(
+        ND_LOSS.variants["teacher_features"](generator, rows, width, 9), dtype, "cpu"
+    )
+
+    def gradient(part):
+        leaf = args[0].detach()[part].requires_grad_()
+        teacher = kwargs["teacher_features"][part]
+        loss = ND_LOSS.fused(
+            leaf, args[1][part], args[2], teacher_features=teacher, reduction="sum"
+        )
+        return torch.autograd.grad(loss, leaf)[0]
+
+    halves = [gradient(slice(0, rows // 2)), gradient(slice(rows // 2, rows))]
+    assert halves[0].nbytes < 4 << 20 <= args[0].nbytes
+    assert torch.equal(gradient(slice(0, rows)), torch.cat(halves))

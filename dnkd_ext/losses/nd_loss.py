@@ -142,6 +142,7 @@ def check_nd_arguments(
     loss_weight: float | Tensor,
     eps: float,
 ) -> None:
+    """The errors of :func:`dnkd_ext.nd_loss` for everything but targets out of range."""
     require_floating(student_features, "student_features")
     require_floating(class_means, "class_means")
     require_tensor(target, "target")

@@ -390,14 +390,6 @@ bool takes_a_block(int64_t columns, int vector) {
   return columns > static_cast<int64_t>(kWarpSize) * kKept<S> * vector;
 }
 
-// One block per `rows_per_block` rows, but no more than the device holds at once.
-template <auto kKernel>
-int64_t blocks_for(int64_t rows, int rows_per_block) {
-  const int64_t needed = (rows + rows_per_block - 1) / rows_per_block;
-  const int64_t resident = resident_blocks<kKernel>(kBlock);
-  return needed < resident ? needed : resident;
-}
-
 // Whether both can be read as vectors of the student's 16 bytes, none of them cut off.
 template <typename S, typename T, typename Params>
 bool reads_vectors(const Params& p) {
@@ -444,10 +436,10 @@ int moments_with(const DistLossMomentsParams& p, const ColumnPlan& plan, double*
   if (p.rows == 0) {  // nothing but the sums to clear
   } else if (takes_a_block<S>(p.columns, kVec)) {
     constexpr auto kKernel = dist_loss_rows_kernel<S, T, kVec, kBlock>;
-    error = launch(kKernel, blocks_for<kKernel>(p.rows, 1), kBlock, stream, p);
+    error = launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p);
   } else {
     constexpr auto kKernel = dist_loss_rows_kernel<S, T, kVec, kWarpSize>;
-    error = launch(kKernel, blocks_for<kKernel>(p.rows, kWarps), kBlock, stream, p);
+    error = launch(kKernel, blocks_for<kKernel>(p.rows, kWarps, kBlock), kBlock, stream, p);
   }
   if (error != 0) {
     return error;
@@ -467,10 +459,10 @@ template <typename S, typename T, int kVec>
 int backward_with(const DistLossBackwardParams& p, void* stream) {
   if (takes_a_block<S>(p.columns, kVec)) {
     constexpr auto kKernel = dist_loss_backward_kernel<S, T, kVec, kBlock>;
-    return launch(kKernel, blocks_for<kKernel>(p.rows, 1), kBlock, stream, p);
+    return launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p);
   }
   constexpr auto kKernel = dist_loss_backward_kernel<S, T, kVec, kWarpSize>;
-  return launch(kKernel, blocks_for<kKernel>(p.rows, kWarps), kBlock, stream, p);
+  return launch(kKernel, blocks_for<kKernel>(p.rows, kWarps, kBlock), kBlock, stream, p);
 }
 
 // A block takes several rows and columns for each of its threads before there are two blocks.
