@@ -151,6 +151,7 @@ def extension(torch, cpp_extension):
         "-Wno-psabi",
         "-Wno-maybe-uninitialized",
         "-fno-math-errno",
+        "-g0",  # Python's own flags ask for debug information, fifteen times the library's size
     ]
     link = []
     if sys.platform == "darwin":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dnkd_ext import _extension
 from dnkd_ext._checks import (
@@ -211,9 +212,23 @@ def _correlation(student: Tensor, teacher: Tensor, dim: int) -> Tensor:
     return _pearson((a * b).sum(dim), (a * a).sum(dim), (b * b).sum(dim))
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """Passes a value on, and refuses its second derivative."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def _global_correlation(student: Tensor, teacher: Tensor, process_group: ProcessGroup) -> Tensor:
     """That of the columns over the rows of all processes; its derivative by the local rows."""
-    s, t = student.double(), teacher.double()
+    # The other processes' sums enter as constants, which is right for the first derivative alone.
+    s, t = _OnceDifferentiable.apply(student.double()), teacher.double()
     local = torch.stack([x.sum(0) for x in (s, t, s * s, t * t, s * t)])
     reduced = torch.cat([local.detach().flatten(), local.new_tensor([float(s.shape[0])])])
     torch.distributed.all_reduce(reduced, group=process_group)
@@ -246,8 +261,8 @@ def dist_loss_reference(
     """:func:`dnkd_ext.dist_loss` in differentiable PyTorch operations, for every device.
 
     Arguments, result and errors are those of :func:`dnkd_ext.dist_loss`. It upcasts half-precision
-    logits and is differentiable to any order; with ``process_group`` only the first derivative is
-    that of the global batch.
+    logits and is differentiable to any order; with ``process_group`` once, and a second derivative
+    is a RuntimeError.
     """
     _check(student_logits, teacher_logits, beta, gamma, tau)
     processes = 1 if process_group is None else _size(process_group)
