@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "common/buffer_pool.h"
 #include "common/isa.h"
 
 namespace py = pybind11;
@@ -44,4 +45,6 @@ static py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of dnkd_ext; importing it registers torch.ops.dnkd_ext.";
   m.def("build_info", &build_info, "How this library was built, and what it chose on this CPU.");
+  m.def("empty_cache", [] { return dnkd::BufferPool::gradients().clear(); },
+        "Frees the CPU memory kept for gradients; returns how many bytes that was.");
 }

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from dnkd_ext._extension import build_info  # first: its warning points at the importer
+from dnkd_ext._extension import build_info, empty_cache  # first: its warning points at the importer
 
 # isort: split
 from dnkd_ext import reference
@@ -35,6 +35,7 @@ __all__ = [
     "ce_kd_loss",
     "dist_loss",
     "dkd_loss",
+    "empty_cache",
     "extract_features",
     "feature_diagnostics",
     "hcl_loss",

@@ -1,29 +1,36 @@
 #include "common/allocate.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/accumulate.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "common/buffer_pool.h"
 
 namespace dnkd {
 
 at::Tensor empty_gradient(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor gradient = at::empty(shape, options);
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  constexpr uintptr_t kWorthIt = uintptr_t{8} << 20;
-  if (gradient.is_cpu() && gradient.nbytes() >= kWorthIt) {
-    // Only whole huge pages inside the buffer; advice, so that a refusal changes nothing.
-    const auto begin = reinterpret_cast<uintptr_t>(gradient.mutable_data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t last = (begin + gradient.nbytes()) / kHugePage * kHugePage;
-    if (last > first) {
-      (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-    }
+  // The C library keeps smaller ones by itself.
+  constexpr size_t kWorthIt = size_t{256} << 10;
+  const size_t bytes = c10::multiply_integers(shape) * options.dtype().itemsize();
+  if (!options.device().is_cpu() || bytes < kWorthIt) {
+    return at::empty(shape, options);
   }
-#endif
-  return gradient;
+  auto* const block = new BufferPool::Block(BufferPool::gradients().take(bytes));
+  // Profilers see a tensor's memory, not the pool's.
+  c10::profiledCPUMemoryReporter().New(block->data, bytes);
+  const auto give_back = [](void* context) {
+    auto* const given = static_cast<BufferPool::Block*>(context);
+    c10::profiledCPUMemoryReporter().Delete(given->data);
+    BufferPool::gradients().give(*given);
+    delete given;
+  };
+  return at::for_blob(block->data, shape)
+      .context(block, give_back)
+      .allocator(c10::GetCPUAllocator())
+      .resizeable_storage()
+      .options(options)
+      .make_tensor();
 }
 
 }  // namespace dnkd

@@ -14,6 +14,11 @@
 #error "define DNKD_ROWS_FILE before including for_each_isa.h"
 #endif
 
+namespace dnkd {
+// Whether the AVX-512 code may use the instruction vcvtneps2bf16; set by active_isa().
+extern bool rounds_to_bfloat16;
+}  // namespace dnkd
+
 #define DNKD_VECTOR_BYTES 16
 namespace dnkd::baseline {
 #include "common/simd.inc"
@@ -65,6 +70,7 @@ namespace dnkd::avx512 {
   [&] {                                                 \
     switch (isa) {                                      \
       case ::dnkd::Isa::kAvx512:                        \
+      case ::dnkd::Isa::kAvx512Bf16:                    \
         return ::dnkd::avx512::function(__VA_ARGS__);   \
       case ::dnkd::Isa::kAvx2:                          \
         return ::dnkd::avx2::function(__VA_ARGS__);     \

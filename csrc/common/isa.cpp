@@ -12,6 +12,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     default:
       return "baseline";
   }
@@ -28,6 +30,9 @@ const std::vector<Isa>& available_isas() {
       if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         found.push_back(Isa::kAvx512);
+        if (__builtin_cpu_supports("avx512bf16")) {
+          found.push_back(Isa::kAvx512Bf16);
+        }
       }
     }
 #endif
@@ -52,8 +57,14 @@ static Isa choose_isa() {
                     names);
 }
 
+bool rounds_to_bfloat16 = false;
+
 Isa active_isa() {
-  static const Isa isa = choose_isa();
+  static const Isa isa = [] {
+    const Isa chosen = choose_isa();
+    rounds_to_bfloat16 = chosen == Isa::kAvx512Bf16;
+    return chosen;
+  }();
   return isa;
 }
 
@@ -63,7 +74,8 @@ Isa active_isa(bool gains_from_avx512) {
     return wanted != nullptr && *wanted != '\0';
   }();
   const Isa isa = active_isa();
-  return isa == Isa::kAvx512 && !gains_from_avx512 && !is_forced ? Isa::kAvx2 : isa;
+  const bool is_avx512 = isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16;
+  return is_avx512 && !gains_from_avx512 && !is_forced ? Isa::kAvx2 : isa;
 }
 
 }  // namespace dnkd

@@ -6,7 +6,8 @@
 
 namespace dnkd {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// kAvx512Bf16 is AVX-512 together with its instruction that rounds floats to bfloat16.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
 
 const char* isa_name(Isa isa);
 
