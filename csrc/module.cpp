@@ -45,6 +45,7 @@ static py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of dnkd_ext; importing it registers torch.ops.dnkd_ext.";
   m.def("build_info", &build_info, "How this library was built, and what it chose on this CPU.");
-  m.def("empty_cache", [] { return dnkd::BufferPool::gradients().clear(); },
-        "Frees the CPU memory kept for gradients; returns how many bytes that was.");
+  m.def(
+      "empty_cache", [] { return dnkd::BufferPool::gradients().clear(); },
+      "Frees the CPU memory kept for gradients; returns how many bytes that was.");
 }

@@ -8,9 +8,10 @@
 
 namespace dnkd {
 
-// Large freed memory goes back to the system, and every buffer made anew pays for it in page faults:
-// as much time as a loss takes. A block given back here is handed out again instead, as the caching
-// allocator of a GPU does. What is kept is bounded, and what stays unused for a while is freed.
+// Large freed memory goes back to the system, and every buffer made anew pays for it in page
+// faults: as much time as a loss takes. A block given back here is handed out again instead, as the
+// caching allocator of a GPU does. What is kept is bounded, and what stays unused for a while is
+// freed.
 class BufferPool {
  public:
   struct Block {
@@ -21,8 +22,8 @@ class BufferPool {
 
   explicit BufferPool(size_t limit) : limit_(limit) {}
 
-  // The pool of gradients: DNKD_CPU_CACHE_MB mebibytes, 256 by default. Never destroyed, since tensors
-  // may outlive static objects.
+  // The pool of gradients: DNKD_CPU_CACHE_MB mebibytes, 256 by default. Never destroyed, since
+  // tensors may outlive static objects.
   static BufferPool& gradients();
 
   // A block of at least so many bytes, and at most a quarter more; new where none is kept.
@@ -39,8 +40,8 @@ class BufferPool {
   void trim(size_t limit);
 
   const size_t limit_;
-  // Only ever tried: where another thread holds it, and in the child of a fork it may do so forever,
-  // memory is allocated and freed without the pool.
+  // Only ever tried: where another thread holds it, and in the child of a fork it may do so
+  // forever, memory is allocated and freed without the pool.
   std::mutex mutex_;
   std::vector<Block> blocks_;  // least recently used first
   size_t kept_ = 0;
