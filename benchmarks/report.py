@@ -314,8 +314,8 @@ def _steps(group: list[Row]) -> str:
         f"\n### {first['models']}, batch {float(str(first['batch'])):.0f}, {size}x{size}, "
         f"{first['dtype']}\n\n{first['hardware']}, torch {first['torch']}; {first['date']}, "
         f"dnkd_ext {first['version']} at {first['commit']}. A step is the teacher's forward pass, "
-        "the student's forward and backward pass, and SGD; the loss part is the criterion's forward "
-        "and backward pass alone on the step's own logits and features. The command:\n\n"
+        "the student's forward and backward pass, and SGD; the loss part is the criterion's "
+        "forward and backward pass alone on the step's own logits and features. The command:\n\n"
         + command
         + "\n"
         + _table(["loss", "step, ms (20-80 %)", "loss part, us", "the loop takes as long"], lines)
