@@ -3,8 +3,8 @@
 build and kernels compile for the GPU that is there, tests runs all tests, sanitize runs
 compute-sanitizer over every kernel variant, bench measures the ladder of peers, e2e whole training
 steps. Every stage consists of items and keeps which of them passed: started again it goes on where
-it stopped, unless the sources or the GPU changed. A stage stops at its limit in time; what it did by
-then is kept. Needs no network; uses the Python it runs in.
+it stopped, unless the sources or the GPU changed. A stage stops at its limit in time; what it did
+by then is kept. Needs no network; uses the Python it runs in.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Item:
     resumes: bool = False
 
 
-def items(stage: str, out: Path) -> list[Item]:
-    """What a stage runs."""
+def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
+    """What a stage runs; with ``force`` nothing that was measured before is taken for done."""
     python = sys.executable
     if stage == "build":
         return [Item("build", (python, "setup.py", "build_ext", "--inplace"))]
@@ -89,7 +89,8 @@ def items(stage: str, out: Path) -> list[Item]:
             for loss in SANITIZED
         ]  # fmt: skip
     command, file = ("run", LADDER) if stage == "bench" else ("e2e", STEPS)
-    measure = (python, "-m", "benchmarks", command, "--device", "cuda", "--resume")
+    measure = (python, "-m", "benchmarks", command, "--device", "cuda")
+    measure += () if force else ("--resume",)
     return [Item(command, (*measure, "--out", str(out / file)), resumes=True)]
 
 
@@ -207,12 +208,16 @@ def closing(out: Path, device: str) -> list[str]:
     from benchmarks import report, results, steps, targets
 
     ladder, walked = out / LADDER, out / STEPS
-    rows = results.read(ladder) if ladder.exists() else []
+    try:
+        rows = results.read(ladder) if ladder.exists() else []
+        walked_rows = steps.read_steps(walked) if walked.exists() else []
+    except results.ResultsError as error:
+        return [f"FAIL {error}"]
     found: results.Latest = {}
     for (hardware, kind, _), one in results.latest(results.measurements(rows)).items():
         if kind == "cuda" and hardware == device:
             found = one
-    groups = steps.latest_steps(steps.read_steps(walked)) if walked.exists() else []
+    groups = steps.latest_steps(walked_rows)
     own = [row for group in groups if group[0]["hardware"] == device for row in group]
     lines = ["roofline: the bytes of the floor over the time of the kernels"]
     lines += [f"  {line}" for line in report.roofline(found)] or ["  not measured"]
@@ -298,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stage in stages:
         if arguments.force:
             state.forget(stage)
-        planned = items(stage, out)
+        planned = items(stage, out, force=arguments.force)
         if status(state.of(stage), planned) == PASSED:
             print(f"{stage} passed before with these sources on this GPU (--force does it again)")
             continue
@@ -321,4 +326,8 @@ def _print_tail(log: Path, count: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; what was done is kept", file=sys.stderr)
+        sys.exit(130)

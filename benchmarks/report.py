@@ -288,22 +288,29 @@ def roofline(found: Latest) -> list[str]:
     return [text for _, text in sorted(longest.values(), key=lambda entry: -entry[0])]
 
 
-def _steps(group: list[Row]) -> str:
-    first = group[0]
+def step_table(group: Sequence[Row]) -> str:
+    """The methods of one shape: the step, and the loss part relative to the authors' loop."""
     loop = next((row for row in group if row["method"] == "KD++ loop"), None)
     lines = []
     for row in group:
-        loss, slow = row["loss_us"], loop["loss_us"] if loop else None
-        ratio = f"{float(str(slow)) / float(str(loss)):.1f}x" if loss and slow else "-"
+        step, low, high = (float(str(row[name])) for name in ("step_ms", "low_ms", "high_ms"))
+        ratio = "-"
+        if loop is not None and str(row["method"]).startswith("KD++"):
+            ratio = f"{float(str(loop['loss_us'])) / float(str(row['loss_us'])):.1f}x"
         lines.append(
             [
                 str(row["method"]),
-                f"{float(str(row['step_ms'])):,.1f} "
-                f"({float(str(row['low_ms'])):,.1f}-{float(str(row['high_ms'])):,.1f})",
-                _number(None if loss is None else float(str(loss))),
+                f"{step:,.1f} ({low:,.1f}-{high:,.1f})",
+                _number(float(str(row["loss_us"]))),
                 ratio,
             ]
         )
+    header = ["", "step, ms (20-80 %)", "loss part, us", "the loop's loss part takes"]
+    return _table(header, lines)
+
+
+def _steps(group: list[Row]) -> str:
+    first = group[0]
     command = (
         "    python -m benchmarks e2e --out FILE.csv\n"
         if first["device"] == "cpu"
@@ -318,7 +325,7 @@ def _steps(group: list[Row]) -> str:
         "forward and backward pass alone on the step's own logits and features. The command:\n\n"
         + command
         + "\n"
-        + _table(["loss", "step, ms (20-80 %)", "loss part, us", "the loop takes as long"], lines)
+        + step_table(group)
     )
     if first["device"] == "cuda" and first["shape"] == "imagenet":
         verdicts = targets.lines(targets.evaluate_steps(group))

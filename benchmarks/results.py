@@ -63,7 +63,10 @@ def hardware(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a + where files differ from it; without git a hash of the files."""
+    """The commit measured, with + and a hash of the sources where they differ from it.
+
+    Without git it is that hash alone.
+    """
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -77,7 +80,7 @@ def commit() -> str:
         return f"files-{source_hash()}"
     generated = (":!benchmarks/results", ":!benchmarks/README.md")
     changed = git("status", "--porcelain", "--", "csrc", "dnkd_ext", "benchmarks", *generated)
-    return revision + ("+" if changed else "")
+    return revision + (f"+{source_hash()}" if changed else "")
 
 
 def source_hash() -> str:
