@@ -122,7 +122,7 @@ def measure(
         count = max(1, min(calls, int(seconds / 5 / single)))
         enough = LEAST_BLOCKS if name in fewer else math.ceil(seconds / (count * single))
         plan[name] = count, max(LEAST_BLOCKS, enough)
-    rounds = min(200, max(times for _, times in plan.values()))
+    rounds = min(200, max((times for _, times in plan.values()), default=0))
     for turn in range(rounds):
         for name, run in peers.items():
             count, times = plan[name]
