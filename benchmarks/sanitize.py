@@ -21,14 +21,24 @@ from torch import Tensor
 import dnkd_ext
 from dnkd_ext._checks import LOSS_DTYPES
 
-# Elements of a row that reach, for every dtype (8, 4 or 2 elements per 16-byte vector): a warp
-# without and with vectors, a block without and with them, and a block whose registers do not hold
-# the row. Odd rows are misaligned, hence read without vectors.
-ND_WIDTHS = (3, 64, 1101, 1104, 2304)
+# Elements of a row that reach, for every dtype (8, 4 or 2 elements per 16-byte vector), without and
+# with vectors: a warp, a block, and a block whose registers do not hold the row. Odd rows are
+# misaligned, hence read without vectors.
+ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
 # The same, and a block of 256 threads without and with vectors, and rows beyond its shared memory.
 LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 65537, 65536)
-# Rows and classes; the last two have several blocks that finish.
-DIST_SIZES = ((5, 3), (6, 64), (5, 1101), (5, 2304), (3, 9000), (1100, 16))
+# Rows and classes; the last three have several blocks that finish.
+DIST_SIZES = (
+    (5, 3),
+    (6, 64),
+    (5, 201),
+    (5, 256),
+    (5, 1101),
+    (5, 1104),
+    (5, 2304),
+    (3, 9000),
+    (1100, 16),
+)
 # More rows than one block counts.
 MANY_ROWS = 2100
 
