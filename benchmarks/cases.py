@@ -108,6 +108,11 @@ class Case:
                 self._check(name, function, inputs[0], truth)
             except WrongPeer as error:
                 refused[name] = str(error)
+            except Exception as error:  # whatever a compiler or another package may raise
+                first = str(error).strip().split("\n", 1)[0]
+                refused[name] = (
+                    f"{name} does not run for {self.name}: {type(error).__name__}: {first}"
+                )
             else:
                 checked[name] = function
         return Peers(checked, refused, inputs, self.leaves)

@@ -70,6 +70,18 @@ def test_a_wrong_peer_is_refused(wrong, monkeypatch):
     assert SMALL.name in found.refused["eager"]
 
 
+def test_a_peer_that_raises_is_refused_and_the_others_measured(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    monkeypatch.setattr(peers, "nd", broken)
+    found = SMALL.peers(only={"eager", "ours"})
+    assert {*found.functions} == {"ours"}
+    assert found.refused == {
+        "eager": f"eager does not run for {SMALL.name}: RuntimeError: no such kernel"
+    }
+
+
 def test_what_cannot_run_here_says_why():
     assert "GPU" in peers.unavailable("liger", "cpu")
     assert "matrix multiplications" in peers.unavailable("compile-max", "cpu")
