@@ -86,6 +86,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for README.md (default benchmarks)"
     )
+    report.add_argument(
+        "--add", type=Path, metavar="DIR",
+        help="first add the losses.csv and steps.csv of this folder (of gpu-check) to the results",
+    )  # fmt: skip
     report.add_argument("--no-plots", action="store_true", help="the text alone")
 
     compare = add("compare")
@@ -152,6 +156,16 @@ def _report(arguments: argparse.Namespace) -> int:
 
     folder = arguments.out or Path(__file__).parent
     losses = results.RESULTS / "losses.csv"
+    if arguments.add is not None:
+        sources = [
+            (arguments.add / "losses.csv", losses, results.FIELDS),
+            (arguments.add / "steps.csv", steps.STEPS, steps.STEP_FIELDS),
+        ]
+        present = [entry for entry in sources if entry[0].exists()]
+        if not present:
+            raise results.ResultsError(f"{arguments.add} has neither losses.csv nor steps.csv")
+        for source, path, fields in present:
+            print(f"added {results.add_file(source, path, fields)} rows of {source}")
     rows = results.read(losses)
     text = report.render(rows, steps.read_steps(steps.STEPS) if steps.STEPS.exists() else [])
     folder.mkdir(parents=True, exist_ok=True)

@@ -86,13 +86,13 @@ def table(changes: Iterable[Change], unit: str = "us") -> str:
     """A line per change, what got slower first."""
     order = {"slower": 0, "faster": 1, "same": 2}
     lines = [
-        f"{'case':58}{'peer':>12}{'before, ' + unit:>14}{'after, ' + unit:>14}{'ratio':>8}"
+        f"{'case':58}{'peer':>12}{'before, ' + unit:>18}{'after, ' + unit:>18}{'ratio':>8}"
         f"{'noise':>8}  verdict"
     ]
     for change in sorted(changes, key=lambda c: (order[c.verdict], -c.ratio)):
         lines.append(
-            f"{change.case:58}{change.peer:>12}{_value(change.before):>14}"
-            f"{_value(change.after):>14}{change.ratio:>8.2f}{100 * change.noise:>7.0f}%"
+            f"{change.case:58}{change.peer:>12}{_value(change.before):>18}"
+            f"{_value(change.after):>18}{change.ratio:>8.2f}{100 * change.noise:>7.0f}%"
             f"  {change.verdict}"
         )
     return "\n".join(lines)

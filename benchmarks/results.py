@@ -218,6 +218,21 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
         os.close(descriptor)
 
 
+def add_file(source: Path, path: Path, fields: Sequence[str] = FIELDS) -> int:
+    """Append the rows of another file that ``path`` does not have yet; how many."""
+
+    def lines(file: Path) -> list[dict[str, str]]:
+        _require_fields(file, fields)
+        with file.open(newline="", encoding="utf-8") as opened:
+            return list(csv.DictReader(opened))
+
+    known = {tuple(row.values()) for row in lines(path)} if path.exists() else set()
+    fresh = [row for row in lines(source) if tuple(row.values()) not in known]
+    if fresh:
+        append([dict(row) for row in fresh], path, fields)
+    return len(fresh)
+
+
 def _require_fields(path: Path, fields: Sequence[str]) -> None:
     try:
         with path.open(newline="", encoding="utf-8") as file:

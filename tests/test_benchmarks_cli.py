@@ -384,6 +384,23 @@ def test_the_committed_report_is_that_of_the_committed_results():
     assert all((ROOT / "benchmarks" / path).is_file() for path in shown)
 
 
+def test_results_of_another_machine_are_added_once(tmp_path, monkeypatch, capsys):
+    """Those of gpu-check: added to the recorded ones and shown."""
+    folder, recorded_in = tmp_path / "gpu", tmp_path / "results"
+    monkeypatch.setattr(results, "RESULTS", recorded_in)
+    monkeypatch.setattr(steps, "STEPS", recorded_in / "steps.csv")
+    results.append(rows_of(("ours", 10)), recorded_in / "losses.csv")
+    results.append(gpu_rows(), folder / "losses.csv")
+    command = ["report", "--add", str(folder), "--out", str(tmp_path / "out"), "--no-plots"]
+    for count in (len(gpu_rows()), 0):
+        assert main(command) == 0
+        assert f"added {count} rows" in capsys.readouterr().out
+    assert len(results.read(recorded_in / "losses.csv")) == 1 + len(gpu_rows())
+    assert "make gpu-check STAGE=bench" in (tmp_path / "out/README.md").read_text()
+    assert main(["report", "--add", str(tmp_path)]) == 2
+    assert "has neither losses.csv nor steps.csv" in capsys.readouterr().err
+
+
 def test_the_report_says_what_was_not_run():
     text = report.render(rows_of(("ours", 10), ("eager", 41), ("noise", 11), ("copy", 1)), [])
     assert text.count("Not run: there is no result of a GPU") == 2
