@@ -24,7 +24,7 @@ HELP = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from benchmarks.peers import PEERS
-    from benchmarks.run import DTYPE_NAMES, QUICK_PEERS
+    from benchmarks.run import DTYPE_NAMES, QUICK_PEERS, QUICK_SECONDS, SECONDS
 
     result = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     run.add_argument(
-        "--seconds", type=_positive, help="about how long a peer is timed per case (default 0.4)"
+        "--seconds",
+        type=_positive,
+        help=f"about how long a peer is timed per case (default {SECONDS}, quick {QUICK_SECONDS})",
     )
     run.add_argument(
         "--resume", action="store_true",
@@ -75,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
         "--shape", action="append", choices=("cifar", "imagenet"),
         help="which networks (repeatable; default both)",
     )  # fmt: skip
-    e2e.add_argument("--rounds", type=int, metavar="N", help="steps per method (default 7; 20)")
+    e2e.add_argument(
+        "--rounds", type=int, metavar="N", help="steps per method (default 7 on a CPU, 20 on a GPU)"
+    )
     e2e.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
     e2e.add_argument(
         "--resume", action="store_true",

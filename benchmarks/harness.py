@@ -93,7 +93,6 @@ def measure(
     *,
     seconds: float = 1.0,
     calls: int = 20,
-    fewer: frozenset[str] = frozenset(),
 ) -> dict[str, Timing]:
     """Time every peer in blocks of calls, the peers in turn, so that all see the same machine.
 
@@ -102,7 +101,6 @@ def measure(
         device: "cpu" or a CUDA device.
         seconds: about how long each peer is timed; at least seven blocks.
         calls: calls per block; fewer where one takes longer than ``seconds`` / 5 / calls.
-        fewer: peers that get seven blocks and no more.
     """
     blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
     plan: dict[str, tuple[int, int]] = {}
@@ -120,8 +118,7 @@ def measure(
         run()  # compiles, allocates
         single = min(block(run, 1)[0] for _ in range(2))
         count = max(1, min(calls, int(seconds / 5 / single)))
-        enough = LEAST_BLOCKS if name in fewer else math.ceil(seconds / (count * single))
-        plan[name] = count, max(LEAST_BLOCKS, enough)
+        plan[name] = count, max(LEAST_BLOCKS, math.ceil(seconds / (count * single)))
     rounds = min(200, max((times for _, times in plan.values()), default=0))
     for turn in range(rounds):
         for name, run in peers.items():

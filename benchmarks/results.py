@@ -10,7 +10,6 @@ import io
 import math
 import os
 import platform
-import statistics
 import subprocess
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -383,9 +382,3 @@ def table(rows: Iterable[Row]) -> str:
         "class mean once), half read and half written, in the same run. again: ours once more."
     )
     return "\n".join(lines)
-
-
-def typical_noise(found: Iterable[Measurement]) -> float | None:
-    """The median of how much ours differs from itself."""
-    again = [abs(r - 1) for one in found if (r := one.ratio("noise")) is not None]
-    return statistics.median(again) if again else None

@@ -309,6 +309,30 @@ def test_rows_are_appended_and_read_again(tmp_path, no_compile):
     }
 
 
+def test_what_a_gpu_adds_to_a_row(monkeypatch):
+    """Launches, waits, time on the device per kernel, and whether a CUDA graph captures ours."""
+    asked = []
+
+    def probe_call(name, *, backward):
+        asked.append((name, backward))
+        return lambda: None
+
+    found = SimpleNamespace(probe_call=probe_call)
+    counted = harness.Probe(1024, 3, 0, {"rows_kernel": 2e-6, "scale_kernel": 5e-7})
+    monkeypatch.setattr(results, "probe", lambda run, device: counted)
+    monkeypatch.setattr(results, "capturable", lambda run: True)
+    case = SimpleNamespace(device="cuda")
+    both = results._counted(case, found, {"peer": "ours", "pass": results.BOTH})
+    assert both == {
+        "peak_bytes": 1024, "launches": 3, "syncs": 0, "device_us": 2.5, "graph": "yes",
+        "device_kernels": "rows_kernel:2.00;scale_kernel:0.50",
+    }  # fmt: skip
+    forward = results._counted(case, found, {"peer": "ours", "pass": results.FORWARD})
+    assert "graph" not in forward
+    assert "graph" not in results._counted(case, found, {"peer": "eager", "pass": results.BOTH})
+    assert asked == [("ours", True), ("ours", False), ("eager", True)]
+
+
 def test_a_file_with_other_columns_is_refused(tmp_path):
     path = tmp_path / "losses.csv"
     path.write_text("date,commit\n2026-01-01,abc\n")
