@@ -156,7 +156,7 @@ def pretend(monkeypatch, tmp_path):
 
 def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, capsys):
     from benchmarks import results
-    from tests.test_benchmarks_cli import gpu_rows
+    from tests.benchmark_rows import gpu_rows
 
     out = tmp_path / "out"
     out.mkdir()
@@ -181,7 +181,7 @@ def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, cap
 
 def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys):
     from benchmarks import results
-    from tests.test_benchmarks_cli import gpu_rows
+    from tests.benchmark_rows import gpu_rows
 
     out = tmp_path / "out"
     pretend.add("sanitize")
