@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | kernels-report | gpu-check | clean
+# make demo | test | bench | bench-regression | lint | kernels-report | gpu-check | clean
 #
 # Everything runs in a virtual environment of its own (VENV), made on first use. PYTHON=... uses an
 # existing interpreter instead and installs nothing into it: the library is built in place, and the
@@ -7,6 +7,7 @@
 #   TORCH   what pip installs as torch, and beside it   (TORCH="torch==2.13.0")
 #   ARGS    further arguments for the command            (make test ARGS="-k parity")
 #   OUT     where demo and gpu-check write               (out/demo, out/gpu)
+#   STAGE   of gpu-check: build, kernels, tests, sanitize, bench or e2e; each goes on where it stopped
 
 VENV   ?= .venv
 TORCH  ?= torch
@@ -26,7 +27,7 @@ PY    := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 READY := inplace
 endif
 
-.PHONY: demo test bench lint format kernels-report gpu-check inplace clean
+.PHONY: demo test bench bench-regression lint format kernels-report gpu-check inplace clean
 
 demo: $(READY)
 	$(PY) -m dnkd_ext demo --out $(or $(OUT),out/demo) --overwrite $(ARGS)
@@ -34,8 +35,15 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest tests $(ARGS)
 
+# The ladder of all losses and training steps on this CPU, kept in benchmarks/results; then the report.
 bench: $(READY)
-	$(PY) -m pytest benchmarks --benchmark-only -q --csv benchmarks/results/losses.csv $(ARGS)
+	$(PY) -m benchmarks run --out benchmarks/results/losses.csv $(ARGS)
+	$(PY) -m benchmarks e2e --out benchmarks/results/steps.csv
+	$(PY) -m benchmarks report
+
+# What got slower, relative to eager PyTorch, than was recorded on this hardware.
+bench-regression: $(READY)
+	$(PY) -m benchmarks regression $(ARGS)
 
 # Formatting and static checks; needs no torch.
 lint: $(VENV)/.lint
@@ -52,7 +60,7 @@ format: $(VENV)/.lint
 kernels-report: $(READY)
 	$(PY) -m benchmarks.kernels_report $(ARGS)
 
-# Build, tests, compute-sanitizer and benchmarks on this machine's GPU.
+# Build, tests, compute-sanitizer, benchmarks and training steps on this machine's GPU.
 gpu-check: $(if $(PYTHON),,$(READY))
 	$(PY) -m benchmarks.gpu_check --out $(or $(OUT),out/gpu) $(if $(STAGE),--stage $(STAGE)) $(ARGS)
 

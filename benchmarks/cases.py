@@ -1,9 +1,12 @@
-"""What is measured: sizes, inputs, peers, and the bytes that must be moved at least."""
+"""What is measured: sizes, inputs, and the bytes that must be moved at least."""
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +17,14 @@ from benchmarks import peers
 
 # Inputs of more bytes than this are no longer in any cache when the next call reads them.
 CACHE = 64 << 20
-TEMPERATURE = 4.0
+TEMPERATURE = peers.TEMPERATURE
+DTYPES = (torch.float32, torch.bfloat16)
+
+Function = Callable[..., Tensor]
+
+
+class WrongPeer(ValueError):
+    """A peer that computes something else than the reference."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Case:
 
     # How many inputs, the first ones, get a gradient.
     leaves = 1
+    # How many of our losses it is made of.
+    losses = 1
 
     @property
     def name(self) -> str:
@@ -41,8 +53,18 @@ class Case:
         raise NotImplementedError
 
     @property
+    def family(self) -> str:
+        """The loss."""
+        return self.label.split(" ", 1)[0]
+
+    @property
     def bytes(self) -> int:
         """What must be read and written once at least."""
+        raise NotImplementedError
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The gradients that come back."""
         raise NotImplementedError
 
     @property
@@ -50,28 +72,50 @@ class Case:
         """Whether fresh gradients are dominated by page faults on a CPU."""
         return self.bytes > 16 << 20
 
-    def functions(self) -> dict[str, Callable[..., Tensor]]:
-        """Every peer by name, among them ``ours``, ``reference`` and ``eager``."""
+    def functions(self) -> dict[str, Function]:
+        """The peers by name, among them ``ours``, ``reference`` and ``eager``.
+
+        What all cases have in common (compiled ones, the noise, the copy) is not among them.
+        ``traced`` is ours as it can be compiled where that is another function.
+        """
         raise NotImplementedError
 
     def inputs(self, generator: torch.Generator) -> list[Tensor]:
         """Arguments of the functions in float32 on the CPU, the differentiated ones first."""
         raise NotImplementedError
 
-    def peers(self, *, only: set[str] | None = None) -> dict[str, Callable[[], None]]:
-        """Every peer as a call without arguments, after its loss and gradient were checked.
-
-        ``noise`` is ours once more.
-        """
-        torch._dynamo.reset()  # or the sizes before this one use up the recompilations
-        functions = self.functions()
-        functions["compile"] = torch.compile(functions["eager"], dynamic=False)
-        functions["noise"] = functions["ours"]
-        if only is not None:
-            functions = {name: f for name, f in functions.items() if name in only}
+    def peers(self, *, only: Iterable[str] | None = None) -> Peers:
+        """Every peer that can run, after its loss and gradient were compared with the reference."""
+        own = self.functions()
+        reference, traced = own.pop("reference"), own.pop("traced", own["ours"])
+        own["noise"] = own["ours"]
+        wanted = [name for name in peers.PEERS if only is None or name in only]
+        checked, refused = {}, {}
         inputs = self._inputs()
-        self._check(functions, inputs[0])
-        return {name: _call(function, inputs, self.leaves) for name, function in functions.items()}
+        truth = self._evaluate(reference, inputs[0])
+        for name in wanted:
+            if peers.unavailable(name, self.device) is not None:
+                continue
+            if name in ("compile", "compile-max"):
+                function = compiled(self, name, own["eager"])
+            elif name == "compiled":
+                function = compiled(self, name, traced)
+            elif name in own:
+                function = own[name]
+            else:  # this loss has none, or it is the copy
+                continue
+            try:
+                self._check(name, function, inputs[0], truth)
+            except WrongPeer as error:
+                refused[name] = str(error)
+            except Exception as error:  # whatever a compiler or another package may raise
+                first = str(error).strip().split("\n", 1)[0]
+                refused[name] = (
+                    f"{name} does not run for {self.name}: {type(error).__name__}: {first}"
+                )
+            else:
+                checked[name] = function
+        return Peers(checked, refused, inputs, self.leaves)
 
     def _inputs(self) -> list[list[Tensor]]:
         g = torch.Generator().manual_seed(0)
@@ -87,28 +131,122 @@ class Case:
             leaf.requires_grad_()
         return moved
 
-    def _check(self, functions, inputs) -> None:
+    def _evaluate(self, function, inputs) -> tuple[float, list[Tensor]]:
+        loss = function(*inputs)
+        gradients = torch.autograd.grad(loss, inputs[: self.leaves], allow_unused=True)
+        return loss.item(), [
+            torch.zeros_like(leaf).float() if g is None else g.float()
+            for g, leaf in zip(gradients, inputs, strict=False)
+        ]
+
+    def _check(self, name, function, inputs, truth) -> None:
         """A peer that computes something else is not a peer."""
+        expected, right_gradients = truth
+        exact = self.dtype in (torch.float32, torch.float64)
+        tolerance = 1e-4 if exact else 2e-2
+        loss, gradients = self._evaluate(function, inputs)
+        if not abs(loss - expected) <= tolerance * abs(expected):
+            raise WrongPeer(f"{name} computes {loss} for {self.name}, expected {expected}")
+        for gradient, right in zip(gradients, right_gradients, strict=True):
+            difference = ((gradient - right).norm() / right.norm()).item()
+            if not difference <= tolerance:
+                raise WrongPeer(
+                    f"{name} gives a gradient for {self.name} that differs by "
+                    f"{difference:.1e} of its norm, more than {tolerance:.0e}"
+                )
 
-        def evaluate(function):
-            loss = function(*inputs)
-            return loss.item(), [
-                g.float() for g in torch.autograd.grad(loss, inputs[: self.leaves])
-            ]
 
-        expected, truth = evaluate(self.functions()["reference"])
-        tolerance = 1e-4 if self.dtype == torch.float32 else 2e-2
-        for name, function in functions.items():
-            loss, gradients = evaluate(function)
-            if not abs(loss - expected) <= tolerance * abs(expected):
-                raise ValueError(f"{name} computes {loss} for {self.name}, expected {expected}")
-            for gradient, right in zip(gradients, truth, strict=True):
-                difference = ((gradient - right).norm() / right.norm()).item()
-                if not difference <= tolerance:
-                    raise ValueError(
-                        f"{name} gives a gradient for {self.name} that differs by "
-                        f"{difference:.1e} of its norm, more than {tolerance:.0e}"
-                    )
+@dataclass(frozen=True)
+class Peers:
+    """The peers of a case that compute what the reference does.
+
+    Attributes:
+        functions: by name.
+        refused: what was wrong with the others, by name.
+        inputs: sets of arguments, taken in turn.
+        leaves: how many of the arguments, the first ones, get a gradient.
+    """
+
+    functions: dict[str, Function]
+    refused: dict[str, str]
+    inputs: list[list[Tensor]]
+    leaves: int
+
+    def calls(self) -> dict[str, Callable[[], None]]:
+        """Forward and backward of every peer, as calls without arguments."""
+        return {name: self._call(function) for name, function in self.functions.items()}
+
+    def forward_calls(self, only: Iterable[str]) -> dict[str, Callable[[], None]]:
+        """The forward passes as they run in training: with a graph, which is thrown away."""
+        return {
+            name: self._forward(function)
+            for name, function in self.functions.items()
+            if name in only
+        }
+
+    def probe_call(self, name: str, *, backward: bool) -> Callable[[], None]:
+        """One call on always the same inputs, with an upstream gradient made before."""
+        function, arguments = self.functions[name], self.inputs[0]
+        leaves = arguments[: self.leaves]
+        one = torch.ones_like(function(*arguments).detach())
+
+        def run() -> None:
+            loss = function(*arguments)
+            if backward:
+                torch.autograd.grad(loss, leaves, one)
+
+        return run
+
+    def _forward(self, function) -> Callable[[], None]:
+        turn = itertools.cycle(self.inputs)
+        return lambda: function(*next(turn))
+
+    def _call(self, function) -> Callable[[], None]:
+        turn, leaves = itertools.cycle(self.inputs), self.leaves
+
+        def run() -> None:
+            arguments = next(turn)
+            function(*arguments).backward()
+            for leaf in arguments[:leaves]:
+                leaf.grad = None
+
+        return run
+
+
+def compiled(case: Case, peer: str, function: Function) -> Function:
+    """A compiled function, made once per case, peer and function's code."""
+    key = case, peer, getattr(function, "__code__", function)
+    if key not in _COMPILED:
+        # With a code object of its own, so that no case counts as a recompilation of another.
+        own = function
+        if isinstance(function, types.FunctionType):
+            own = types.FunctionType(
+                function.__code__.replace(co_name=f"{function.__name__}_{len(_COMPILED)}"),
+                function.__globals__,
+                function.__name__,
+                function.__defaults__,
+                function.__closure__,
+            )
+        mode = {"mode": "max-autotune"} if peer == "compile-max" else {}
+        _COMPILED[key] = torch.compile(own, dynamic=False, **mode)
+    return _COMPILED[key]
+
+
+_COMPILED: dict[tuple, Function] = {}
+
+
+class _PerMeans:
+    """A module per set of inputs: modules hold their class means."""
+
+    def __init__(self, make: Callable[[Tensor], torch.nn.Module]) -> None:
+        self.make = make
+        self.modules: dict[int, torch.nn.Module] = {}
+
+    def __call__(self, means: Tensor) -> torch.nn.Module:
+        key = means.data_ptr()
+        if key not in self.modules:
+            self.modules[key] = self.make(means).to(means.device)
+        return self.modules[key]
 
 
 @dataclass(frozen=True)
@@ -125,10 +263,16 @@ class NdCase(Case):
         size = self.dtype.itemsize
         return (3 * self.rows + min(self.rows, self.classes)) * self.width * size
 
+    @property
+    def gradient_bytes(self) -> int:
+        return self.rows * self.width * self.dtype.itemsize
+
     def functions(self):
         """The loop over samples takes part up to 256 rows; beyond it would take minutes."""
+        module = _PerMeans(dnkd_ext.NDLoss)
         return {
             "ours": lambda s, c, t, y: dnkd_ext.nd_loss(s, y, c, teacher_features=t),
+            "module": lambda s, c, t, y: module(c)(s, y, teacher_features=t),
             **({"loop": peers.nd_loop} if self.rows <= 256 else {}),
             "eager": peers.nd,
             "reference": lambda s, c, t, y: dnkd_ext.reference.nd_loss(s, y, c, teacher_features=t),
@@ -158,7 +302,11 @@ class LogitCase(Case):
     def bytes(self) -> int:
         """Read both logits, for DIST's sums over columns once more, write the gradient."""
         passes = 5 if self.loss == "dist_loss" else 3
-        return passes * self.rows * self.classes * self.dtype.itemsize
+        return passes * self.gradient_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.rows * self.classes * self.dtype.itemsize
 
     def functions(self):
         if self.loss == "dist_loss":
@@ -169,11 +317,22 @@ class LogitCase(Case):
             }
         fused = getattr(dnkd_ext, self.loss)
         reference = getattr(dnkd_ext.reference, self.loss)
-        return {
+        # The criteria without the ND loss are the modules of these losses.
+        if self.loss == "ce_kd_loss":
+            module = dnkd_ext.KDPlusPlus(None, nd_weight=0.0, temperature=TEMPERATURE)
+        else:
+            module = dnkd_ext.DKDPlusPlus(
+                None, nd_weight=0.0, temperature=TEMPERATURE, alpha=peers.ALPHA, beta=peers.BETA
+            )
+        functions = {
             "ours": lambda s, t, y: fused(s, t, y, temperature=TEMPERATURE).loss,
+            "module": lambda s, t, y: module(s, t, None, y).loss,
             "eager": {"ce_kd_loss": peers.ce_kd, "ce_dkd_loss": peers.ce_dkd}[self.loss],
             "reference": lambda s, t, y: reference(s, t, y, temperature=TEMPERATURE).loss,
         }
+        if self.loss == "ce_kd_loss" and peers.unavailable("liger", self.device) is None:
+            functions["liger"] = peers.liger_ce_kd()
+        return functions
 
     def inputs(self, generator):
         student, teacher = (
@@ -187,6 +346,7 @@ class KdPlusPlusCase(Case):
     """The whole criterion, CE + KD + ND: ``rows`` of ``classes`` logits and ``width`` features."""
 
     leaves = 2
+    losses = 2
 
     @property
     def label(self) -> str:
@@ -195,38 +355,50 @@ class KdPlusPlusCase(Case):
     @property
     def bytes(self) -> int:
         """Those of both parts."""
-        parts = (
+        return sum(part.bytes for part in self._parts())
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(part.gradient_bytes for part in self._parts())
+
+    def _parts(self) -> tuple[Case, Case]:
+        return (
             NdCase(self.rows, self.width, self.classes, self.dtype),
             LogitCase(self.rows, 0, self.classes, self.dtype),
         )
-        return sum(part.bytes for part in parts)
 
     def functions(self):
+        module = _PerMeans(lambda means: dnkd_ext.KDPlusPlus(means, temperature=TEMPERATURE))
+
         def criterion(logits, features, teacher_logits, teacher_features, means, target):
-            # The module holds its class means; made once per size, not per call.
-            key = means.data_ptr()
-            if key not in modules:
-                modules[key] = dnkd_ext.KDPlusPlus(means, temperature=TEMPERATURE).to(self.device)
-            return modules[key](
+            return module(means)(
                 logits, teacher_logits, features, target, teacher_features=teacher_features
             ).loss
 
-        def reference(logits, features, teacher_logits, teacher_features, means, target):
-            ce_kd = dnkd_ext.reference.ce_kd_loss(
-                logits, teacher_logits, target, temperature=TEMPERATURE
-            )
-            nd = dnkd_ext.reference.nd_loss(
-                features, target, means, teacher_features=teacher_features
-            )
-            return ce_kd.loss + nd
+        def of_parts(ce_kd, nd):
+            def loss(logits, features, teacher_logits, teacher_features, means, target):
+                first = ce_kd(logits, teacher_logits, target, temperature=TEMPERATURE).loss
+                return first + nd(features, target, means, teacher_features=teacher_features)
+
+            return loss
 
         def eager(logits, features, teacher_logits, teacher_features, means, target):
             return peers.ce_kd(logits, teacher_logits, target) + peers.nd(
                 features, means, teacher_features, target
             )
 
-        modules: dict[int, torch.nn.Module] = {}
-        return {"ours": criterion, "eager": eager, "reference": reference}
+        def loop(logits, features, teacher_logits, teacher_features, means, target):
+            return peers.ce_kd(logits, teacher_logits, target) + peers.nd_loop(
+                features, means, teacher_features, target
+            )
+
+        return {
+            "ours": criterion,  # which is the module
+            **({"loop": loop} if self.rows <= 256 else {}),
+            "eager": eager,
+            "traced": of_parts(dnkd_ext.ce_kd_loss, dnkd_ext.nd_loss),
+            "reference": of_parts(dnkd_ext.reference.ce_kd_loss, dnkd_ext.reference.nd_loss),
+        }
 
     def inputs(self, generator):
         logits, teacher_logits, target = LogitCase(self.rows, 0, self.classes).inputs(generator)
@@ -236,44 +408,63 @@ class KdPlusPlusCase(Case):
         return [logits, features, teacher_logits, teacher_features, means, target]
 
 
-def _call(function, inputs, leaves) -> Callable[[], None]:
-    turn = itertools.cycle(inputs)
+# -- the registry ---------------------------------------------------------------------------------
 
-    def run() -> None:
-        arguments = next(turn)
-        function(*arguments).backward()
-        for leaf in arguments[:leaves]:
-            leaf.grad = None
-
-    return run
-
-
-def cpu_cases(dtypes=(torch.float32, torch.bfloat16)) -> list[Case]:
-    """CIFAR, ImageNet with two widths, detection (16 and 128 images), ImageNet-21k."""
-    nd = [
+# CIFAR, ImageNet with two widths, detection (16 and 128 images), ImageNet-21k; on a GPU
+# launch-bound sizes up to 512x2048 and some that fill the device.
+ND_SIZES = {
+    "cpu": [
         (64, 64, 100),
         (256, 512, 1000),
         (256, 2048, 1000),
         (8192, 1024, 81),
         (65536, 1024, 1000),
-    ]
-    logits = [(128, 100), (512, 1000), (1024, 21841)]
-    return _cases(nd, logits, dtypes, "cpu")
+    ],
+    "cuda": [(256, 512, 1000), (512, 2048, 1000), (8192, 1024, 81), (65536, 2048, 1000)],
+}
+LOGIT_SIZES = {
+    "cpu": [(128, 100), (512, 1000), (1024, 21841)],
+    "cuda": [(128, 100), (512, 1000), (1024, 21841), (8192, 32768)],
+}
 
 
-def cuda_cases(dtypes=(torch.float32, torch.bfloat16)) -> list[Case]:
-    """Launch-bound sizes up to 512x2048, some that fill the device."""
-    nd = [(256, 512, 1000), (512, 2048, 1000), (8192, 1024, 81), (65536, 2048, 1000)]
-    logits = [(128, 100), (512, 1000), (1024, 21841), (8192, 32768)]
-    return _cases(nd, logits, dtypes, "cuda")
-
-
-def _cases(nd, logits, dtypes, device) -> list[Case]:
-    cases: list[Case] = []
+def cases(device: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Case]:
+    """The ladder of a device."""
+    result: list[Case] = []
     for dtype in dtypes:
-        cases += [NdCase(*size, dtype, device) for size in nd]
+        result += [NdCase(*size, dtype, device) for size in ND_SIZES[device]]
         for loss in ("ce_kd_loss", "ce_dkd_loss"):
-            cases += [LogitCase(rows, 0, c, dtype, device, loss) for rows, c in logits]
-        cases.append(LogitCase(512, 0, 1000, dtype, device, "dist_loss"))
-        cases.append(KdPlusPlusCase(512, 2048, 1000, dtype, device))
-    return cases
+            result += [
+                LogitCase(rows, 0, c, dtype, device, loss) for rows, c in LOGIT_SIZES[device]
+            ]
+        result.append(LogitCase(512, 0, 1000, dtype, device, "dist_loss"))
+        result.append(KdPlusPlusCase(512, 2048, 1000, dtype, device))
+    return result
+
+
+@functools.cache
+def all_cases() -> dict[str, Case]:
+    """Every case of every device by name."""
+    return {case.name: case for device in ND_SIZES for case in cases(device)}
+
+
+def select(available: list[Case], patterns: Iterable[str]) -> list[Case]:
+    """The cases whose name contains or matches one of the patterns; all without patterns.
+
+    Raises:
+        ValueError: a pattern that no case has.
+    """
+    chosen: set[str] = set()
+    patterns = list(patterns)
+    for pattern in patterns:
+        low = pattern.lower()
+        found = [
+            case.name
+            for case in available
+            if low in case.name.lower() or fnmatch.fnmatchcase(case.name.lower(), low)
+        ]
+        if not found:
+            names = "\n  ".join(case.name for case in available)
+            raise ValueError(f"no case matches {pattern!r}; there are\n  {names}")
+        chosen.update(found)
+    return [case for case in available if not patterns or case.name in chosen]

@@ -1,133 +1,333 @@
-"""Build, tests, compute-sanitizer and benchmarks on this machine's GPU, results in one folder.
+"""Everything that needs a GPU, in stages that can be interrupted, with its results in one folder.
 
-Each stage is bounded in time and writes its own file, so that an interruption keeps the others.
-Needs no network; uses the Python it runs in.
+build and kernels compile for the GPU that is there, tests runs all tests, sanitize runs
+compute-sanitizer over every kernel variant, bench measures the ladder of peers, e2e whole training
+steps. Every stage consists of items and keeps which of them passed: started again it goes on where
+it stopped, unless the sources or the GPU changed. A stage stops at its limit in time; what it did
+by then is kept. Needs no network; uses the Python it runs in.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "kernels", "tests", "sanitize", "bench")
-LIMITS = {"build": 560, "kernels": 300, "tests": 560, "sanitize": 560, "bench": 560}
+STAGES = ("build", "kernels", "tests", "sanitize", "bench", "e2e")
+# Seconds; below the ten minutes after which many machines end a job.
+LIMIT = 540
+# At most this many files: state, summary, and these logs and results.
+LOGS = {
+    "build": "build.log", "kernels": "build.log", "tests": "tests.log",
+    "sanitize": "sanitize.log", "bench": "bench.log", "e2e": "bench.log",
+}  # fmt: skip
+STATE, SUMMARY, LADDER, STEPS = "state.json", "summary.txt", "losses.csv", "steps.csv"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+SANITIZED = ("nd_loss", "ce_kd_loss", "ce_dkd_loss", "dist_loss", "diagnostics", "scale")
+# How long an interrupted command has to write what it measured.
+GRACE = 10.0
+
+PASSED, FAILED, UNFINISHED = "PASS", "FAIL", "UNFINISHED"
 
 
-def commands(stage: str, out: Path) -> list[list[str]]:
-    """What a stage runs."""
+@dataclass(frozen=True)
+class Item:
+    """A command of a stage that is run again as a whole, or goes on by itself.
+
+    Attributes:
+        name: in the state and the log.
+        command: what runs.
+        environment: beside that of all commands.
+        resumes: whether the command keeps its own results and goes on from them.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+    resumes: bool = False
+
+
+def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
+    """What a stage runs; with ``force`` nothing that was measured before is taken for done."""
     python = sys.executable
     if stage == "build":
-        return [[python, "setup.py", "build_ext", "--inplace"]]
+        return [Item("build", (python, "setup.py", "build_ext", "--inplace"))]
     if stage == "kernels":
-        return [[python, "-m", "benchmarks.kernels_report"]]
+        return [Item("kernels", (python, "-m", "benchmarks.kernels_report"))]
     if stage == "tests":
+        pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
         return [
-            [python, "-m", "dnkd_ext", "info", "--check"],
-            [python, "-m", "pytest", "tests", "-q", "-p", "no:cacheprovider"],
+            Item("self-check", (python, "-m", "dnkd_ext", "info", "--check")),
+            *(
+                Item(path.name, (*pytest, f"tests/{path.name}"))
+                for path in sorted((ROOT / "tests").glob("test_*.py"))
+            ),
         ]
     if stage == "sanitize":
-        tool = shutil.which("compute-sanitizer")
-        if tool is None:
-            raise SystemExit("compute-sanitizer is not on PATH")
-        # The self-check reaches every kernel: each dtype, a warp and a block per row, both widths.
+        tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
         return [
-            [
-                tool,
-                "--tool",
-                name,
-                "--error-exitcode",
-                "9",
-                python,
-                "-m",
-                "dnkd_ext",
-                "info",
-                "--check",
-            ]
-            for name in SANITIZERS
-        ]
-    return [
-        [
-            python, "-m", "pytest", "benchmarks", "--benchmark-only", "-q",
-            "-p", "no:cacheprovider", "--device", "cuda", "--csv", str(out / "losses.csv"),
-        ]
-    ]  # fmt: skip
+            Item(
+                f"{check} {loss}",
+                (
+                    tool, "--tool", check, "--error-exitcode", "9", python, "-m",
+                    "benchmarks.sanitize", "--loss", loss,
+                ),
+                # Blocks of the caching allocator would hide accesses beyond a tensor.
+                (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+            )
+            for check in SANITIZERS
+            for loss in SANITIZED
+        ]  # fmt: skip
+    command, file = ("run", LADDER) if stage == "bench" else ("e2e", STEPS)
+    measure = (python, "-m", "benchmarks", command, "--device", "cuda")
+    measure += () if force else ("--resume",)
+    return [Item(command, (*measure, "--out", str(out / file)), resumes=True)]
 
 
-def run_stage(stage: str, out: Path) -> bool:
-    """Run a stage's commands into its log; True where all passed in time."""
-    log = out / f"{stage}.log"
-    deadline = time.monotonic() + LIMITS[stage]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "DNKD_CUDA": "1"}
-    passed = True
-    with log.open("w") as file:
-        for command in commands(stage, out):
-            file.write(f"$ {' '.join(command)}\n")
-            file.flush()
-            try:
-                done = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=max(1, deadline - time.monotonic()),
-                )
-                passed = passed and done.returncode == 0
-                file.write(f"exit status {done.returncode}\n")
-            except subprocess.TimeoutExpired:
-                passed = False
-                file.write(f"stopped: the stage's {LIMITS[stage]} s were over\n")
-    return passed
+class State:
+    """Which items passed or failed, of which sources on which GPU; on disk after every item."""
+
+    def __init__(self, path: Path, key: dict[str, str]) -> None:
+        self.path, self.key = path, key
+        self.stages: dict[str, dict[str, Any]] = {}
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return
+        if isinstance(known, dict) and isinstance(known.get("stages"), dict):
+            # What was done with other sources or on another GPU is done again.
+            self.stages = {
+                name: stage
+                for name, stage in known["stages"].items()
+                if isinstance(stage, dict) and stage.get("key") == key
+            }
+
+    def of(self, stage: str) -> dict[str, Any]:
+        """The record of a stage: ``items`` (name to PASS or FAIL) and ``seconds``."""
+        return self.stages.setdefault(stage, {"key": self.key, "items": {}, "seconds": 0.0})
+
+    def forget(self, stage: str) -> None:
+        """Begin a stage anew."""
+        self.stages.pop(stage, None)
+
+    def save(self) -> None:
+        """Replace the file at once, so that an interruption leaves the old or the new one."""
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text(json.dumps({"stages": self.stages}, indent=1) + "\n")
+        beside.replace(self.path)
 
 
-def main() -> int:
-    """Run the stages; 1 where one failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def status(record: dict[str, Any], planned: Sequence[Item]) -> str:
+    """PASS, FAIL, or UNFINISHED where items are left."""
+    results = [record["items"].get(item.name) for item in planned]
+    if None in results:
+        return UNFINISHED
+    return PASSED if all(result == PASSED for result in results) else FAILED
+
+
+def run_stage(stage: str, planned: Sequence[Item], out: Path, state: State, limit: float) -> str:
+    """Run the items that have not passed, the new ones first, until the limit."""
+    record = state.of(stage)
+    deadline = time.monotonic() + limit
+    left = [item for item in planned if record["items"].get(item.name) != PASSED]
+    left.sort(key=lambda item: item.name in record["items"])  # those that failed come last
+    with (out / LOGS[stage]).open("a") as log:
+        for number, item in enumerate(left):
+            begin = time.monotonic()
+            remaining = deadline - begin
+            if remaining <= 0:
+                break
+            print(f"{stage}: {item.name}", file=sys.stderr, flush=True)
+            code = _run(item, log, remaining)
+            record["seconds"] += time.monotonic() - begin
+            if code is not None:
+                record["items"][item.name] = PASSED if code == 0 else FAILED
+            elif number == 0 and not item.resumes:
+                # It had all the time there is: it would never finish.
+                record["items"][item.name] = FAILED
+                log.write(f"{item.name} alone needs more than the limit of {limit:.0f} s\n")
+            state.save()
+            if code is None:
+                break
+    return status(record, planned)
+
+
+def _run(item: Item, log, remaining: float) -> int | None:
+    """The exit status; None where it was stopped because the time was over."""
+    log.write(f"\n== {item.name}\n$ {' '.join(item.command)}\n")
+    log.flush()
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "DNKD_CUDA": "1",
+        "DNKD_REQUIRE_EXT": "1" if item.name not in ("build", "kernels") else "0",
+        **dict(item.environment),
+    }  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            item.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        log.write(f"cannot be started: {error}\n")
+        return 127
+    grace = min(GRACE, remaining / 4)
+    try:
+        code = process.wait(timeout=max(0.1, remaining - grace))
+        log.write(f"exit status {code}\n")
+        return code
+    except subprocess.TimeoutExpired:
+        log.write("stopped: the stage's time was over\n")
+        return None
+    finally:
+        _stop(process, grace)
+
+
+def _stop(process: subprocess.Popen, grace: float) -> None:
+    """End a command and what it started: first as Ctrl-C does, then at once."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        try:
+            process.wait(timeout=grace)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def closing(out: Path, device: str) -> list[str]:
+    """The targets and a line per kernel, from the results in the folder."""
+    from benchmarks import report, results, steps, targets
+
+    ladder, walked = out / LADDER, out / STEPS
+    try:
+        rows = results.read(ladder) if ladder.exists() else []
+        walked_rows = steps.read_steps(walked) if walked.exists() else []
+    except results.ResultsError as error:
+        return [f"FAIL {error}"]
+    found: results.Latest = {}
+    for (hardware, kind, _), one in results.latest(results.measurements(rows)).items():
+        if kind == "cuda" and hardware == device:
+            found = one
+    groups = steps.latest_steps(walked_rows)
+    own = [row for group in groups if group[0]["hardware"] == device for row in group]
+    lines = ["roofline: the bytes of the floor over the time of the kernels"]
+    lines += [f"  {line}" for line in report.roofline(found)] or ["  not measured"]
+    verdicts = targets.evaluate(found, "cuda") + targets.evaluate_steps(own)
+    return [*lines, *targets.lines(verdicts)]
+
+
+def summarise(out: Path, state: State, device: str, heading: str) -> tuple[list[str], bool]:
+    """The lines of summary.txt, and whether every stage passed and no target failed."""
+    lines, good = [heading], True
+    for stage in STAGES:
+        planned, record = items(stage, out), state.stages.get(stage)
+        if record is None:
+            lines.append(f"{'not run':10} {stage}")
+            continue
+        word = status(record, planned)
+        good = good and word == PASSED
+        done = sum(result == PASSED for result in record["items"].values())
+        bad = [name for name, result in record["items"].items() if result == FAILED]
+        text = f"{word:10} {stage}: {done} of {len(planned)} in {record['seconds']:.0f} s"
+        if bad:
+            text += f"; failed: {', '.join(bad)}"
+        if word == UNFINISHED:
+            text += f"; go on with: make gpu-check STAGE={stage}"
+        lines.append(f"{text}; see {LOGS[stage]}")
+    lines += closing(out, device)
+    good = good and not any(line.startswith("FAIL ") for line in lines)
+    return lines, good
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="folder for logs and results")
     parser.add_argument(
         "--stage", choices=STAGES, action="append", help="only this stage (repeatable)"
     )
+    parser.add_argument("--force", action="store_true", help="do again what has passed, too")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS",
+        help="time for each stage (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
-    arguments = parser.parse_args()
-    stages = arguments.stage or STAGES
-    if arguments.dry_run:
-        for stage in stages:
-            for command in commands(stage, arguments.out):
-                print(f"{stage}: {' '.join(command)}")
-        return 0
+    return parser.parse_args(argv)
+
+
+def gpu() -> tuple[str, str] | None:
+    """Name and compute capability of the GPU; None without one."""
     import torch
 
     if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return torch.cuda.get_device_name(), f"{major}.{minor}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages: 0 all passed, 1 one failed or is unfinished, 2 no GPU."""
+    arguments = _arguments(argv)
+    stages = arguments.stage or STAGES
+    out = arguments.out.resolve()
+    if arguments.dry_run:
+        for stage in stages:
+            for item in items(stage, out):
+                print(f"{stage}: {' '.join(item.command)}")
+        return 0
+    present = gpu()
+    if present is None:
         print("gpu-check needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    major, minor = torch.cuda.get_device_capability()
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
-    out = arguments.out.resolve()
+    device, capability = present
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", capability)
     out.mkdir(parents=True, exist_ok=True)
-    summary = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
-        f"built for {os.environ['TORCH_CUDA_ARCH_LIST']}"
-    ]
-    failed = False
+    import torch
+
+    from benchmarks.results import commit, source_hash
+
+    key = {"device": device, "sources": source_hash(), "torch": str(torch.__version__)}
+    state = State(out / STATE, key)
+    heading = (
+        f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, built for "
+        f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
+    )
     for stage in stages:
-        begin = time.monotonic()
-        passed = run_stage(stage, out)
-        failed = failed or not passed
-        word, seconds = "PASS" if passed else "FAIL", time.monotonic() - begin
-        summary.append(f"{word} {stage} ({seconds:.0f} s), see {stage}.log")
-        print(summary[-1], flush=True)
-        lines = (out / f"{stage}.log").read_text().splitlines()
-        print("\n".join(f"    {line}" for line in lines[-(40 if stage == "bench" else 8) :]))
-        (out / "summary.txt").write_text("\n".join(summary) + "\n")
-    return 1 if failed else 0
+        if arguments.force:
+            state.forget(stage)
+        planned = items(stage, out, force=arguments.force)
+        if status(state.of(stage), planned) == PASSED:
+            print(f"{stage} passed before with these sources on this GPU (--force does it again)")
+            continue
+        word = run_stage(stage, planned, out, state, arguments.limit)
+        state.save()
+        print(f"{word} {stage}", flush=True)
+        lines, _ = summarise(out, state, device, heading)
+        (out / SUMMARY).write_text("\n".join(lines) + "\n")
+        if word != PASSED:
+            _print_tail(out / LOGS[stage])
+    lines, good = summarise(out, state, device, heading)
+    (out / SUMMARY).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+def _print_tail(log: Path, count: int = 20) -> None:
+    for line in log.read_text(errors="replace").splitlines()[-count:]:
+        print(f"    {line}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted; what was done is kept", file=sys.stderr)
+        sys.exit(130)

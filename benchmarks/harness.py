@@ -1,4 +1,4 @@
-"""Timing of several peers in turn, against a copy of as many bytes."""
+"""Timing of several peers in turn, and what else is counted: memory, launches, synchronisations."""
 
 from __future__ import annotations
 
@@ -8,23 +8,54 @@ import math
 import platform
 import statistics
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 # glibc's mallopt parameters
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
+# Fewer blocks than this have no quantiles worth the name.
+LEAST_BLOCKS = 7
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median and 20/80 quantiles over blocks of calls."""
+    """Seconds per call: median and 20/80 quantiles over blocks of calls.
+
+    ``host`` is the median time until a call returned, which on a GPU is not when its work is done.
+    """
 
     median: float
     low: float
     high: float
     blocks: int
+    host: float = math.nan
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one call does, apart from taking time; None where it does not apply.
+
+    Attributes:
+        peak_bytes: the most memory held at once beyond what was there before.
+        launches: kernels, copies and memsets put on the device.
+        syncs: times the host waited for the device.
+        kernels: seconds on the device per kernel.
+        device: seconds on the device in all.
+    """
+
+    peak_bytes: int | None = None
+    launches: int | None = None
+    syncs: int | None = None
+    kernels: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def device(self) -> float | None:
+        return sum(self.kernels.values()) if self.kernels else None
 
 
 @contextlib.contextmanager
@@ -57,7 +88,11 @@ def synchronise(device: str) -> None:
 
 
 def measure(
-    peers: dict[str, Callable[[], None]], device: str, *, seconds: float = 1.0, calls: int = 20
+    peers: dict[str, Callable[[], None]],
+    device: str,
+    *,
+    seconds: float = 1.0,
+    calls: int = 20,
 ) -> dict[str, Timing]:
     """Time every peer in blocks of calls, the peers in turn, so that all see the same machine.
 
@@ -67,38 +102,41 @@ def measure(
         seconds: about how long each peer is timed; at least seven blocks.
         calls: calls per block; fewer where one takes longer than ``seconds`` / 5 / calls.
     """
-    blocks: dict[str, list[float]] = {name: [] for name in peers}
+    blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
     plan: dict[str, tuple[int, int]] = {}
 
-    def block(run: Callable[[], None], count: int) -> float:
+    def block(run: Callable[[], None], count: int) -> tuple[float, float]:
         synchronise(device)
         begin = time.perf_counter()
         for _ in range(count):
             run()
+        returned = time.perf_counter()
         synchronise(device)
-        return (time.perf_counter() - begin) / count
+        return (time.perf_counter() - begin) / count, (returned - begin) / count
 
     for name, run in peers.items():
         run()  # compiles, allocates
-        single = min(block(run, 1) for _ in range(2))
+        single = min(block(run, 1)[0] for _ in range(2))
         count = max(1, min(calls, int(seconds / 5 / single)))
-        plan[name] = count, max(7, math.ceil(seconds / (count * single)))
-    rounds = min(200, max(times for _, times in plan.values()))
+        plan[name] = count, max(LEAST_BLOCKS, math.ceil(seconds / (count * single)))
+    rounds = min(200, max((times for _, times in plan.values()), default=0))
     for turn in range(rounds):
         for name, run in peers.items():
             count, times = plan[name]
             # Slow peers take part in evenly spread rounds.
             if (turn * times) // rounds != ((turn - 1) * times) // rounds or turn == 0:
-                run()
+                if count > 1:  # what takes long alone needs no call to get going
+                    run()
                 blocks[name].append(block(run, count))
     result = {}
     for name, values in blocks.items():
-        ordered = sorted(values)
+        ordered = sorted(wall for wall, _ in values)
         result[name] = Timing(
-            statistics.median(values),
+            statistics.median(ordered),
             ordered[int(0.2 * (len(ordered) - 1))],
             ordered[math.ceil(0.8 * (len(ordered) - 1))],
             len(values),
+            statistics.median(host for _, host in values),
         )
     return result
 
@@ -116,3 +154,126 @@ def copy_of(byte_count: int, device: str) -> Callable[[], None]:
         result[turn].copy_(source[turn])
 
     return run
+
+
+# -- beside the time ------------------------------------------------------------------------------
+
+
+def probe(run: Callable[[], None], device: str) -> Probe:
+    """Count what one call allocates, launches and waits for; ``run`` was called before."""
+    if device == "cpu":
+        return Probe(peak_bytes=_cpu_peak(run))
+    return Probe(_cuda_peak(run), *_cuda_activity(run))
+
+
+def _cpu_peak(run: Callable[[], None]) -> int:
+    """The running maximum of everything torch allocated and freed during a call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    return running_peak(changes)
+
+
+def running_peak(changes: list[tuple[int, int]]) -> int:
+    """The most that was held at once, from (time, bytes allocated or, negative, freed)."""
+    held = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _cuda_peak(run: Callable[[], None]) -> int:
+    """As asked for, without the rounding of the caching allocator."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
+def _cuda_activity(run: Callable[[], None]) -> tuple[int, int, dict[str, float]]:
+    """Launches, synchronisations and seconds per kernel of one call."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    warned = sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+    torch.cuda.synchronize()
+    mark = "benchmarked call"
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()  # the profiler's own beginnings
+        torch.cuda.synchronize()
+        with record_function(mark):
+            run()
+            torch.cuda.synchronize()  # one wait that is not the call's
+    launches, waits, kernels = activity(profiler.profiler.kineto_results.events(), mark)
+    # The runtime calls also show what goes past PyTorch; its warnings what the profiler missed.
+    return launches, max(warned, waits - 1), kernels
+
+
+# Runtime calls in which the host waits for the device.
+WAITS = (
+    "cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy",
+    "cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize",
+)  # fmt: skip
+
+
+def activity(events, mark: str) -> tuple[int, int, dict[str, float]]:
+    """Of a profile's events those within the range called ``mark``: launches, waits, kernels."""
+    ranges = [e for e in events if e.name() == mark and e.device_type().name == "CPU"]
+    if len(ranges) != 1:
+        raise RuntimeError(f"the profile has {len(ranges)} ranges called {mark!r}, expected one")
+    begin = ranges[0].start_ns()
+    end = begin + ranges[0].duration_ns()
+    launches = waits = 0
+    kernels: Counter[str] = Counter()
+    for event in events:
+        if not begin <= event.start_ns() <= end or event.name() == mark:
+            continue
+        if event.device_type().name == "CPU":
+            waits += event.name() in WAITS
+        elif not event.is_user_annotation():  # compiled code marks its regions on the device, too
+            launches += 1
+            kernels[kernel_name(event.name())] += event.duration_ns() / 1e9
+    return launches, waits, dict(kernels)
+
+
+def kernel_name(name: str) -> str:
+    """A kernel's name without namespaces, return type, template and call arguments."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    head = name.split("<", 1)[0].split("(", 1)[0].rstrip()
+    # What separates entries of the results file must not be part of a name.
+    return head.rsplit("::", 1)[-1].replace(":", " ").replace(";", " ") or "kernel"
+
+
+def capturable(run: Callable[[], None]) -> bool:
+    """Whether a call can be captured in a CUDA graph and replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        # A failed capture leaves the stream usable once the error was read.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize()
+        return False
+    return True

@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 4.0
 ALPHA, BETA = 1.0, 8.0
+
+# Every peer by name, in the order of tables and plots.
+PEERS = {
+    "ours": "this package, through the function",
+    "noise": "ours once more, which shows the noise",
+    "module": "ours through the nn.Module",
+    "compiled": "ours in a function compiled by torch.compile",
+    "loop": "a Python loop over samples, as published; up to 256 rows",
+    "eager": "vectorised PyTorch, as a good engineer writes it",
+    "compile": "eager compiled by torch.compile",
+    "compile-max": "eager compiled by torch.compile(mode='max-autotune')",
+    "liger": "Liger-Kernel's cross entropy and KL divergence",
+    "copy": "a copy of as many bytes as must be moved",
+}
+
+
+def unavailable(peer: str, device: str) -> str | None:
+    """Why a peer cannot run on a device here; None where it can."""
+    if peer == "compile-max" and device == "cpu":
+        return (
+            "on a CPU max-autotune chooses among matrix multiplications only, of which these "
+            "losses have none"
+        )
+    if peer == "liger":
+        if device == "cpu":
+            return "Liger-Kernel has Triton kernels only, for GPUs"
+        if importlib.util.find_spec("liger_kernel") is None:
+            return "liger_kernel is not installed"
+    return None
+
+
+def liger_ce_kd():
+    """Cross entropy and KD out of Liger-Kernel's two losses.
+
+    Its cross entropy overwrites its input with the gradient, hence the copy, which the divergence
+    and the next call need; the softmaxes of the divergence are left to PyTorch, as there.
+    """
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+    cross_entropy, kl_div = LigerCrossEntropyLoss(), LigerKLDIVLoss(reduction="batchmean")
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        divergence = kl_div(
+            F.log_softmax(student / TEMPERATURE, dim=-1, dtype=torch.float32),
+            F.softmax(teacher / TEMPERATURE, dim=-1, dtype=torch.float32),
+        )
+        return cross_entropy(student.clone(), target) + TEMPERATURE**2 * divergence
+
+    return loss
 
 
 def nd_loop(student: Tensor, class_means: Tensor, teacher: Tensor, target: Tensor) -> Tensor:

@@ -1,24 +1,52 @@
-"""Result rows: measured, printed as a table, appended to a CSV file."""
+"""Result rows: measured, appended to a CSV file, read again, printed as a table."""
 
 from __future__ import annotations
 
 import csv
 import datetime
+import functools
+import hashlib
+import io
+import math
+import os
 import platform
 import subprocess
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import dnkd_ext
-from benchmarks.cases import Case
-from benchmarks.harness import copy_of, measure, warm_allocator
+from benchmarks.cases import CACHE, Case
+from benchmarks.harness import Probe, capturable, copy_of, measure, probe, warm_allocator
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "date", "commit", "hardware", "threads", "torch", "cuda", "version", "kernels", "case", "peer",
-    "allocator", "median_us", "low_us", "high_us", "blocks", "bytes", "copy_us",
+    "allocator", "median_us", "low_us", "high_us", "blocks", "bytes", "copy_us", "pass", "host_us",
+    "device_us", "launches", "syncs", "graph", "peak_bytes", "device_kernels",
 )  # fmt: skip
+NUMBERS = {
+    "threads", "median_us", "low_us", "high_us", "blocks", "bytes", "copy_us", "host_us",
+    "device_us", "launches", "syncs", "peak_bytes",
+}  # fmt: skip
+BOTH, FORWARD = "forward+backward", "forward"
+# Peers whose forward pass is timed alone, too.
+FORWARD_PEERS = ("ours", "eager", "compile")
+# On a CPU far beyond its caches, and with a warm allocator, only these: what others add to a call
+# is nothing there, and the forward pass of ours is all of it.
+ESSENTIAL_PEERS = ("ours", "noise", "loop", "eager", "compile")
+
+Row = dict[str, object]
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be read or added to."""
+
+
+# -- where and what -------------------------------------------------------------------------------
 
 
 def hardware(device: str) -> str:
@@ -37,63 +65,295 @@ def hardware(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a + where files differ from it."""
-    root = Path(__file__).parent
+    """The commit measured, with + and a hash of the sources where they differ from it.
+
+    Without git it is that hash alone.
+    """
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    revision = git("rev-parse", "--short=10", "HEAD")
-    changed = git("status", "--porcelain", "--", "../csrc", "../dnkd_ext", ".", ":!results")
-    return (revision or "unknown") + ("+" if changed else "")
+    try:
+        revision = git("rev-parse", "--short=10", "HEAD")
+    except OSError:
+        revision = ""
+    if not revision:
+        return f"files-{source_hash()}"
+    generated = (":!benchmarks/results", ":!benchmarks/README.md")
+    changed = git("status", "--porcelain", "--", "csrc", "dnkd_ext", "benchmarks", *generated)
+    return revision + (f"+{source_hash()}" if changed else "")
 
 
-def measure_case(case: Case, *, warm: bool, seconds: float = 1.0) -> list[dict[str, object]]:
-    """One row per peer, and one for the copy, all from the same run."""
+def source_hash() -> str:
+    """What the sources are, whether committed or not."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    suffixes = {".py", ".cpp", ".cu", ".h", ".cuh", ".inc"}
+    for folder in ("benchmarks", "csrc", "dnkd_ext", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in suffixes:
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+@functools.cache
+def environment(device: str) -> Row:
+    """The columns that tell hardware, versions and commit; asked once per process."""
     info = dnkd_ext.build_info()
-    with warm_allocator(warm) as is_warm:
-        peers = {"copy": copy_of(case.bytes, case.device), **case.peers()}
-        timings = measure(peers, case.device, seconds=seconds)
-    common = {
+    return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "hardware": hardware(case.device),
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "cuda": torch.version.cuda if case.device != "cpu" else "",
+        "cuda": (torch.version.cuda or "") if device != "cpu" else "",
         "version": dnkd_ext.__version__,
-        "kernels": info["cpu_isa"] if case.device == "cpu" else f"CUDA {info['cuda']}",
+        "kernels": info["cpu_isa"] if device == "cpu" else f"CUDA {info['cuda']}",
+    }
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def measure_case(
+    case: Case, *, warm: bool, seconds: float = 1.0, only: Collection[str] | None = None
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows of one case, all from the same run, and why peers were refused, by name.
+
+    Two passes are timed: forward and backward of every peer and of the copy, and the forward pass
+    alone of some. Everything else is counted apart from the timing.
+    """
+    is_brief = case.device == "cpu" and (warm or case.bytes > CACHE)
+    if is_brief:
+        only = {*ESSENTIAL_PEERS} if only is None else {*only} & {*ESSENTIAL_PEERS}
+    with warm_allocator(warm) as is_warm:
+        peers = case.peers(only=only)
+        calls = {"copy": copy_of(case.bytes, case.device), **peers.calls()}
+        rows = []
+        for name, timing in measure(calls, case.device, seconds=seconds).items():
+            rows.append(_row(name, BOTH, timing))
+        copy_us = rows[0]["median_us"]
+        for row in rows:
+            row.update(bytes=case.bytes, copy_us=copy_us)
+        forward = {} if is_brief else peers.forward_calls(FORWARD_PEERS)
+        for name, timing in measure(forward, case.device, seconds=seconds / 4).items():
+            rows.append(_row(name, FORWARD, timing))
+        if not warm:
+            for row in rows:
+                if row["peer"] in peers.functions and row["peer"] != "noise":
+                    row.update(_counted(case, peers, row))
+    common = {
+        **environment(case.device),
         "case": case.name,
         "allocator": "warm" if is_warm or case.device != "cpu" else "default",
-        "bytes": case.bytes,
-        "copy_us": round(timings["copy"].median * 1e6, 2),
     }
-    return [
-        {
-            **common,
-            "peer": name,
-            "median_us": round(t.median * 1e6, 2),
-            "low_us": round(t.low * 1e6, 2),
-            "high_us": round(t.high * 1e6, 2),
-            "blocks": t.blocks,
-        }
-        for name, t in timings.items()
-    ]
+    for row in rows:
+        row.update(common)
+        if case.device == "cpu":  # where a call returns when its work is done
+            row.update(host_us="")
+    return rows, peers.refused
 
 
-def append(rows: list[dict[str, object]], path: Path) -> None:
-    """Add rows to a CSV file, which gets a header when it is new."""
+def _row(peer: str, which: str, timing) -> Row:
+    return {
+        **dict.fromkeys(FIELDS, ""),
+        "peer": peer,
+        "pass": which,
+        "median_us": round(timing.median * 1e6, 2),
+        "low_us": round(timing.low * 1e6, 2),
+        "high_us": round(timing.high * 1e6, 2),
+        "host_us": round(timing.host * 1e6, 2),
+        "blocks": timing.blocks,
+    }
+
+
+def _counted(case: Case, peers, row: Row) -> Row:
+    run = peers.probe_call(row["peer"], backward=row["pass"] == BOTH)
+    run()
+    counted: Probe = probe(run, case.device)
+    columns: Row = {} if counted.peak_bytes is None else {"peak_bytes": counted.peak_bytes}
+    if case.device != "cpu":
+        columns.update(
+            launches=counted.launches,
+            syncs=counted.syncs,
+            device_us=round((counted.device or 0.0) * 1e6, 2),
+            device_kernels=";".join(
+                f"{name}:{seconds * 1e6:.2f}" for name, seconds in counted.kernels.items()
+            ),
+        )
+        if row["peer"] == "ours" and row["pass"] == BOTH:
+            columns["graph"] = "yes" if capturable(run) else "no"
+    return columns
+
+
+# -- the file -------------------------------------------------------------------------------------
+
+
+def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> None:
+    """Add rows to a CSV file, which gets a header when it is new.
+
+    One write of whole lines, so that an interruption leaves all of them or none.
+
+    Raises:
+        ResultsError: the file has other columns, or does not end with a whole line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    else:
+        _require_fields(path, fields)
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                raise ResultsError(f"{path} does not end with a whole line; nothing was added")
+    writer.writerows(rows)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, text.getvalue().encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def add_file(source: Path, path: Path, fields: Sequence[str] = FIELDS) -> int:
+    """Append the rows of another file that ``path`` does not have yet; how many."""
+
+    def lines(file: Path) -> list[dict[str, str]]:
+        _require_fields(file, fields)
+        with file.open(newline="", encoding="utf-8") as opened:
+            return list(csv.DictReader(opened))
+
+    known = {tuple(row.values()) for row in lines(path)} if path.exists() else set()
+    fresh = [row for row in lines(source) if tuple(row.values()) not in known]
+    if fresh:
+        append([dict(row) for row in fresh], path, fields)
+    return len(fresh)
+
+
+def _require_fields(path: Path, fields: Sequence[str]) -> None:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            found = next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ResultsError(f"{path} cannot be read: {error}") from error
+    if found != list(fields):
+        missing = [name for name in fields if name not in found]
+        others = [name for name in found if name not in fields]
+        raise ResultsError(
+            f"{path} has other columns: missing {missing}, unknown {others}"
+            + ("" if missing or others else ", in another order")
+        )
+
+
+def read(path: Path, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS):
+    """The rows of a results file; numbers are floats, and None where a cell is empty.
+
+    Raises:
+        ResultsError: the file cannot be read, or a line is not what it should be.
+    """
+    _require_fields(path, fields)
+    rows: list[Row] = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            number = len(rows) + 2
+            if None in line or None in line.values():
+                raise ResultsError(f"{path}, line {number}: not {len(fields)} cells")
+            row: Row = dict(line)
+            for name in numbers:
+                cell = line[name]
+                try:
+                    row[name] = float(cell) if cell else None
+                except ValueError:
+                    raise ResultsError(f"{path}, line {number}: {name} is {cell!r}") from None
+            rows.append(row)
+    return rows
+
+
+# -- what was measured together -------------------------------------------------------------------
+
+
+@dataclass
+class Measurement:
+    """The rows of one case that were measured together, by pass and peer."""
+
+    common: Row
+    rows: dict[tuple[str, str], Row] = field(default_factory=dict)
+
+    @property
+    def case(self) -> str:
+        return str(self.common["case"])
+
+    @property
+    def allocator(self) -> str:
+        return str(self.common["allocator"])
+
+    @property
+    def machine(self) -> tuple[str, str, str]:
+        """Hardware, device and torch: what is only compared with itself."""
+        device = self.case.rsplit(" ", 1)[-1]
+        return str(self.common["hardware"]), device, str(self.common["torch"])
+
+    def value(self, column: str, peer: str = "ours", which: str = BOTH) -> float | None:
+        """A number of a peer's row; None where it was not measured."""
+        number = self.rows.get((which, peer), {}).get(column)
+        return None if number in (None, "") else float(str(number))
+
+    def us(self, peer: str = "ours", which: str = BOTH) -> float | None:
+        """A peer's median."""
+        return self.value("median_us", peer, which)
+
+    def ratio(self, peer: str, to: str = "ours", which: str = BOTH) -> float | None:
+        """How many times as long a peer takes as another one."""
+        first, second = self.us(peer, which), self.us(to, which)
+        return first / second if first is not None and second else None
+
+    def noise(self, peers: Iterable[str] = ("ours",), which: str = BOTH) -> float:
+        """Relative: half the way between the quantiles of these peers, and ours timed twice."""
+        parts = []
+        for peer in peers:
+            low, high = self.value("low_us", peer, which), self.value("high_us", peer, which)
+            middle = self.us(peer, which)
+            if low is not None and high is not None and middle:
+                parts.append((high - low) / 2 / middle)
+        again = self.ratio("noise", which=which)
+        if again is not None:
+            parts.append(abs(again - 1))
+        return math.hypot(*parts) if parts else 0.0
+
+
+def measurements(rows: Iterable[Row]) -> list[Measurement]:
+    """Rows that follow one another and belong to one case, together."""
+    same = ("date", "commit", "hardware", "torch", "version", "case", "allocator")
+    found: list[Measurement] = []
+    for row in rows:
+        key = str(row["pass"]), str(row["peer"])
+        if (
+            not found
+            or any(found[-1].common[name] != row[name] for name in same)
+            or key in found[-1].rows
+        ):
+            found.append(Measurement({name: row[name] for name in FIELDS if name in row}))
+        found[-1].rows[key] = row
+    return found
+
+
+Latest = dict[tuple[str, str], Measurement]
+
+
+def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:
+    """Per machine the last measurement of every case and allocator."""
+    result: dict[tuple[str, str, str], Latest] = {}
+    for one in found:
+        result.setdefault(one.machine, {})[one.case, one.allocator] = one
+    return result
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def table(rows: Iterable[Row]) -> str:
     """Microseconds per forward and backward, and the ratios to ours."""
     lines = [
         f"{'forward + backward, us (median)':58}{'ours':>9}{'loop':>9}{'eager':>10}{'compile':>10}"
@@ -101,23 +361,21 @@ def table(rows: list[dict[str, object]]) -> str:
         f"{'':58}{'':9}{'':9}{'':10}{'':10}{'':9}  {'loop':>10}{'eager':>11}{'compile':>11}"
         f"  {'/copy':>6} {'/ours':>6}",
     ]
-    groups: dict[tuple[object, object], dict[object, float]] = {}
-    for row in rows:
-        key = row["case"], row["allocator"]
-        groups.setdefault(key, {})[row["peer"]] = float(str(row["median_us"]))
-    for (case, allocator), us in groups.items():
+    for one in measurements(rows):
 
-        def cell(peer, us=us):
-            return f"{us[peer]:.0f}" if peer in us else "-"
+        def cell(peer, one=one):
+            us = one.us(peer)
+            return "-" if us is None else f"{us:.0f}"
 
-        def ratio(peer, us=us):
-            return f"{us[peer] / us['ours']:.1f}x" if peer in us else "-"
+        def ratio(peer, one=one, to="ours", unit="x"):
+            value = one.ratio(peer, to)
+            return "-" if value is None else f"{value:.{1 if unit else 2}f}{unit}"
 
         lines.append(
-            f"{case + ', ' + allocator + ' allocator':58}{cell('ours'):>9}{cell('loop'):>9}"
-            f"{cell('eager'):>10}{cell('compile'):>10}{cell('copy'):>9}  {ratio('loop'):>10}"
-            f"{ratio('eager'):>11}{ratio('compile'):>11}  {us['ours'] / us['copy']:>6.2f} "
-            f"{us['noise'] / us['ours']:>6.2f}"
+            f"{one.case + ', ' + one.allocator + ' allocator':58}{cell('ours'):>9}"
+            f"{cell('loop'):>9}{cell('eager'):>10}{cell('compile'):>10}{cell('copy'):>9}  "
+            f"{ratio('loop'):>10}{ratio('eager'):>11}{ratio('compile'):>11}  "
+            f"{ratio('ours', to='copy', unit=''):>6} {ratio('noise', unit=''):>6}"
         )
     lines.append(
         "copy: as many bytes as ours must move (features or logits of both, the gradient, each "

@@ -1,14 +1,16 @@
-"""The benchmark harness: peers are checked, timed in turn, and their results kept."""
+"""The benchmark harness: peers are checked, timed in turn, counted, and their results kept."""
 
 from __future__ import annotations
 
-import csv
+import platform
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import peers, results
+import dnkd_ext
+from benchmarks import cases, harness, peers, results
 from benchmarks.cases import KdPlusPlusCase, LogitCase, NdCase
 from benchmarks.harness import measure, warm_allocator
 
@@ -23,27 +25,145 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def no_compile(monkeypatch):
+    """torch.compile as the identity, so that nothing waits for a compiler."""
+    calls = []
+
+    def compile(function, **options):
+        calls.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(cases, "_COMPILED", {})
+    return calls
+
+
+# -- peers ----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("size", CASES, ids=lambda size: size.name)
-def test_all_peers_compute_the_loss(size):
+def test_all_peers_compute_the_loss(size, no_compile):
     """The other forms equal the reference, loss and gradient."""
-    wanted = {"ours", "loop", "eager", "reference", "noise"} & {*size.functions(), "noise"}
-    assert {"ours", "eager", "reference"} < wanted
-    assert set(size.peers(only=wanted)) == wanted
+    own = {*size.functions()} - {"reference", "traced"}
+    assert {"ours", "eager"} <= own
+    found = size.peers()
+    assert {*found.functions} == own | {"noise", "compile", "compiled"}
+    assert not found.refused
+    assert {*found.calls()} == {*found.functions}
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda s, c, teacher, t: right(s, c, teacher, t) * 1.01,
-        lambda s, c, teacher, t: right(s.detach(), c, teacher, t) + 0 * s.sum(),
-        lambda s, c, teacher, t: right(s, c, teacher, t.flip(0)),
-    ],
-    ids=["another value", "no gradient", "other targets"],
-)
+WRONG = {
+    "another value": lambda s, c, teacher, t: right(s, c, teacher, t) * 1.01,
+    "no gradient": lambda s, c, teacher, t: right(s.detach(), c, teacher, t) + 0 * s.sum(),
+    "other targets": lambda s, c, teacher, t: right(s, c, teacher, t.flip(0)),
+    "NaN": lambda s, c, teacher, t: right(s, c, teacher, t) * float("nan"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_peer_is_refused(wrong, monkeypatch):
+    """By its name, and the others are not."""
     monkeypatch.setattr(peers, "nd", wrong)
-    with pytest.raises(ValueError, match=r"eager (computes|gives a gradient)"):
-        SMALL.peers(only={"eager"})
+    found = SMALL.peers(only={"eager", "ours"})
+    assert {*found.functions} == {"ours"}
+    assert found.refused["eager"].startswith(("eager computes", "eager gives a gradient"))
+    assert SMALL.name in found.refused["eager"]
+
+
+def test_a_peer_that_raises_is_refused_and_the_others_measured(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no such kernel\nand a long trace")
+
+    monkeypatch.setattr(peers, "nd", broken)
+    found = SMALL.peers(only={"eager", "ours"})
+    assert {*found.functions} == {"ours"}
+    assert found.refused == {
+        "eager": f"eager does not run for {SMALL.name}: RuntimeError: no such kernel"
+    }
+
+
+def test_what_cannot_run_here_says_why():
+    assert "GPU" in peers.unavailable("liger", "cpu")
+    assert "matrix multiplications" in peers.unavailable("compile-max", "cpu")
+    assert peers.unavailable("compile-max", "cuda") is None
+    assert all(peers.unavailable(name, "cpu") is None for name in ("ours", "compile", "copy"))
+
+
+def test_liger_peer_keeps_its_input(monkeypatch):
+    """Liger's cross entropy overwrites its input; the peer must not hand it the student's."""
+
+    class CrossEntropy(torch.nn.Module):
+        def forward(self, logits, target):
+            loss = torch.nn.functional.cross_entropy(logits.detach().clone(), target)
+            with torch.no_grad():
+                logits.zero_()
+            return loss + 0 * logits.sum()
+
+    fake = SimpleNamespace(
+        LigerCrossEntropyLoss=CrossEntropy,
+        kl_div=SimpleNamespace(LigerKLDIVLoss=torch.nn.KLDivLoss),
+    )
+    for name, module in (
+        ("liger_kernel", SimpleNamespace(transformers=fake)),
+        ("liger_kernel.transformers", fake),
+        ("liger_kernel.transformers.kl_div", fake.kl_div),
+    ):
+        monkeypatch.setitem(__import__("sys").modules, name, module)
+    student, teacher, target = LogitCase(8, 0, 5).inputs(torch.Generator().manual_seed(0))
+    kept = student.clone()
+    loss = peers.liger_ce_kd()(student.requires_grad_(), teacher, target)
+    assert torch.equal(student, kept)
+    torch.testing.assert_close(loss, peers.ce_kd(student, teacher, target))
+
+
+def test_compiled_once_per_case_with_a_code_of_its_own(no_compile):
+    """Default and warm allocator share what was compiled; cases do not count against each other."""
+    other = NdCase(16, 8, 5)
+    for case in (SMALL, SMALL, other):
+        case.peers(only={"compile"})
+    assert len(no_compile) == 2
+    first, second = (function for function, _ in no_compile)
+    assert first.__code__ is not second.__code__
+    assert all(options == {"dynamic": False} for _, options in no_compile)
+
+
+def test_bytes_of_a_case():
+    """Both features, the gradient, and the class means that occur: once each."""
+    assert SMALL.bytes == (32 + 32 + 32 + 5) * 16 * 4
+    assert NdCase(4, 8, 100, torch.bfloat16).bytes == (4 + 4 + 4 + 4) * 8 * 2
+    assert LogitCase(32, 0, 10).bytes == 3 * 32 * 10 * 4
+    assert LogitCase(32, 0, 10, loss="dist_loss").bytes == 5 * 32 * 10 * 4
+    assert KdPlusPlusCase(32, 16, 10).bytes == 3 * 32 * 10 * 4 + (3 * 32 + 10) * 16 * 4
+    assert KdPlusPlusCase(32, 16, 10).gradient_bytes == 32 * (10 + 16) * 4
+
+
+def test_the_registry_covers_every_loss_on_every_device():
+    for device in ("cpu", "cuda"):
+        ladder = cases.cases(device)
+        assert len({case.name for case in ladder}) == len(ladder)
+        families = {(case.family, case.dtype) for case in ladder}
+        assert families == {
+            (family, dtype)
+            for family in ("nd_loss", "ce_kd_loss", "ce_dkd_loss", "dist_loss", "KD++")
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+
+
+def test_select_by_part_or_glob():
+    ladder = cases.cases("cpu")
+    assert cases.select(ladder, []) == ladder
+    names = [case.name for case in cases.select(ladder, ["ND_loss 64x64", "kd++*float32 cpu"])]
+    assert names == [
+        "nd_loss 64x64 (100) float32 cpu",
+        "KD++ 512x1000, 2048 features float32 cpu",
+        "nd_loss 64x64 (100) bfloat16 cpu",
+    ]
+    with pytest.raises(ValueError, match=r"no case matches 'nothing'; there are\n  nd_loss 64x64"):
+        cases.select(ladder, ["nothing"])
+
+
+# -- timing ---------------------------------------------------------------------------------------
 
 
 def test_measures_in_turn():
@@ -60,40 +180,195 @@ def test_measures_in_turn():
     timings = measure({"fast": peer("fast", 1e-3), "slow": peer("slow", 2e-2)}, "cpu", seconds=0.2)
     assert 0.5e-3 < timings["fast"].median < timings["slow"].median
     assert timings["slow"].median >= 2e-2
-    assert all(t.low <= t.median <= t.high and t.blocks >= 3 for t in timings.values())
+    assert all(t.low <= t.median <= t.high and t.blocks >= 7 for t in timings.values())
+    assert timings["slow"].host == pytest.approx(timings["slow"].median, rel=0.2)
     first_slow, last_fast = order.index("slow"), len(order) - 1 - order[::-1].index("fast")
     assert first_slow < last_fast
+
+
+def test_host_time_ends_before_the_device(monkeypatch):
+    """What a GPU does after the call returned counts in the median alone."""
+    work = []
+
+    def synchronise(device):
+        time.sleep(5e-3 * len(work))
+        work.clear()
+
+    monkeypatch.setattr(harness, "synchronise", synchronise)
+    timing = measure({"queued": lambda: work.append(1)}, "cuda", seconds=0.1)["queued"]
+    assert timing.median > 4e-3
+    assert timing.host < 1e-3
 
 
 def test_warm_allocator_is_undone():
     with warm_allocator() as is_warm, warm_allocator(False) as is_not:
         assert is_not is False
         torch.empty(1 << 24)
-    import platform
-
     assert is_warm == (platform.libc_ver()[0] == "glibc")
     assert torch.empty(1 << 24).shape == (1 << 24,)
 
 
-def test_rows_are_appended_and_tabulated(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    rows = results.measure_case(SMALL, warm=False, seconds=0.02)
-    assert {row["peer"] for row in rows} >= {"copy", "ours", "noise", "loop", "eager"}
+# -- what is counted beside the time --------------------------------------------------------------
+
+
+def test_peak_memory_of_a_call():
+    """Two buffers live at once, the third after they are gone."""
+
+    def run():
+        a, b = torch.empty(1 << 20), torch.empty(1 << 19)
+        del a, b
+        torch.empty(1 << 20)
+
+    assert harness.probe(run, "cpu").peak_bytes == 4 * ((1 << 20) + (1 << 19))
+    assert harness.running_peak([(3, -8), (1, 8), (2, 16), (4, 4)]) == 24
+    assert harness.running_peak([]) == 0
+
+
+@pytest.mark.skipif(
+    not dnkd_ext.build_info()["loaded"],
+    reason="compiled library not loaded: the reference holds more",
+)
+def test_ours_holds_a_gradient_and_no_more():
+    """The claim of the README, on a CPU: one gradient buffer and some scalars."""
+    case = NdCase(256, 512, 10)
+    found = case.peers(only={"ours", "eager"})
+    peak = {
+        name: harness.probe(found.probe_call(name, backward=True), "cpu").peak_bytes
+        for name in found.functions
+    }
+    assert case.gradient_bytes <= peak["ours"] < case.gradient_bytes + 64 * case.rows + 4096
+    assert peak["eager"] > 2 * case.gradient_bytes
+
+
+def event(name, begin, length=1, device="CPU", annotation=False):
+    return SimpleNamespace(
+        name=lambda: name,
+        start_ns=lambda: begin,
+        duration_ns=lambda: length,
+        device_type=lambda: SimpleNamespace(name=device),
+        is_user_annotation=lambda: annotation,
+    )
+
+
+def test_launches_and_waits_of_a_profile():
+    """Only what happened within the marked range, kernels by name, no marks of compiled code."""
+    kernel = "void dnkd::(anonymous namespace)::nd_loss_forward_kernel<float, 4>(dnkd::Params)"
+    events = [
+        event("cudaStreamSynchronize", 5),
+        event(kernel, 8, device="CUDA"),
+        event("the call", 10, 100),
+        event("the call", 12, 90, device="CUDA", annotation=True),
+        event("Torch-Compiled Region", 13, 80, device="CUDA", annotation=True),
+        event("cudaLaunchKernel", 14),
+        event(kernel, 20, 3000, device="CUDA"),
+        event(kernel, 40, 1000, device="CUDA"),
+        event("Memset (Device)", 60, 500, device="CUDA"),
+        event("cudaMemcpyAsync", 70),
+        event("cudaStreamSynchronize", 71),
+        event("cudaDeviceSynchronize", 80),
+    ]
+    launches, waits, kernels = harness.activity(events, "the call")
+    assert (launches, waits) == (3, 2)
+    assert kernels == pytest.approx({"nd_loss_forward_kernel": 4e-6, "Memset": 5e-7})
+    with pytest.raises(RuntimeError, match="0 ranges called 'another'"):
+        harness.activity(events, "another")
+
+
+def test_kernel_names_fit_into_a_cell():
+    assert harness.kernel_name("triton_poi_fused_0") == "triton_poi_fused_0"
+    assert harness.kernel_name("void at::native::vectorized_kernel<4, F<int> >(int)") == (
+        "vectorized_kernel"
+    )
+    assert not {*";:"} & {*harness.kernel_name("Memcpy DtoD (Device -> Device); a:b")}
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+def test_rows_are_appended_and_read_again(tmp_path, no_compile):
+    rows, refused = results.measure_case(SMALL, warm=False, seconds=0.02)
+    assert not refused
+    both = {row["peer"] for row in rows if row["pass"] == results.BOTH}
+    assert both == {"copy", "ours", "noise", "module", "compiled", "loop", "eager", "compile"}
+    forward = [row for row in rows if row["pass"] == results.FORWARD]
+    assert {row["peer"] for row in forward} == {"ours", "eager", "compile"}
     path = tmp_path / "results" / "losses.csv"
     for _ in range(2):
         results.append(rows, path)
-    with path.open() as file:
-        read = list(csv.DictReader(file))
+    read = results.read(path)
     assert len(read) == 2 * len(rows)  # one header
-    assert [float(r["median_us"]) for r in read[: len(rows)]] == [r["median_us"] for r in rows]
-    by_peer = {row["peer"]: row["median_us"] for row in rows}
-    text = results.table(rows)
-    assert f"{by_peer['eager'] / by_peer['ours']:.1f}x" in text
+    assert [r["median_us"] for r in read[: len(rows)]] == [r["median_us"] for r in rows]
+    first, second = results.measurements(read)
+    assert first.rows.keys() == second.rows.keys()
+    assert first.value("peak_bytes") >= SMALL.gradient_bytes
+    assert first.value("peak_bytes", "copy") is None
+    assert first.value("host_us") is None  # a call on a CPU returns when its work is done
+    assert f"{first.us('eager') / first.us('ours'):.1f}x" in results.table(rows)
+    assert results.latest([first, second]) == {
+        first.machine: {(SMALL.name, "default"): second},
+    }
 
 
-def test_bytes_of_a_case():
-    """Both features, the gradient, and the class means that occur: once each."""
-    assert SMALL.bytes == (32 + 32 + 32 + 5) * 16 * 4
-    assert NdCase(4, 8, 100, torch.bfloat16).bytes == (4 + 4 + 4 + 4) * 8 * 2
-    assert LogitCase(32, 0, 10).bytes == 3 * 32 * 10 * 4
-    assert KdPlusPlusCase(32, 16, 10).bytes == 3 * 32 * 10 * 4 + (3 * 32 + 10) * 16 * 4
+def test_what_a_gpu_adds_to_a_row(monkeypatch):
+    """Launches, waits, time on the device per kernel, and whether a CUDA graph captures ours."""
+    asked = []
+
+    def probe_call(name, *, backward):
+        asked.append((name, backward))
+        return lambda: None
+
+    found = SimpleNamespace(probe_call=probe_call)
+    counted = harness.Probe(1024, 3, 0, {"rows_kernel": 2e-6, "scale_kernel": 5e-7})
+    monkeypatch.setattr(results, "probe", lambda run, device: counted)
+    monkeypatch.setattr(results, "capturable", lambda run: True)
+    case = SimpleNamespace(device="cuda")
+    both = results._counted(case, found, {"peer": "ours", "pass": results.BOTH})
+    assert both == {
+        "peak_bytes": 1024, "launches": 3, "syncs": 0, "device_us": 2.5, "graph": "yes",
+        "device_kernels": "rows_kernel:2.00;scale_kernel:0.50",
+    }  # fmt: skip
+    forward = results._counted(case, found, {"peer": "ours", "pass": results.FORWARD})
+    assert "graph" not in forward
+    assert "graph" not in results._counted(case, found, {"peer": "eager", "pass": results.BOTH})
+    assert asked == [("ours", True), ("ours", False), ("eager", True)]
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path):
+    path = tmp_path / "losses.csv"
+    path.write_text("date,commit\n2026-01-01,abc\n")
+    with pytest.raises(results.ResultsError, match=r"other columns: missing \['hardware'"):
+        results.append([dict.fromkeys(results.FIELDS, "1")], path)
+    assert path.read_text() == "date,commit\n2026-01-01,abc\n"
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "losses.csv"
+    results.append([dict.fromkeys(results.FIELDS, "1")], path)
+    path.write_text(path.read_text() + "1,2\n")
+    with pytest.raises(results.ResultsError, match=r"line 3: not \d+ cells"):
+        results.read(path)
+    path.write_text(path.read_text()[:-1])
+    with pytest.raises(results.ResultsError, match="does not end with a whole line"):
+        results.append([dict.fromkeys(results.FIELDS, "1")], path)
+    path.unlink()
+    results.append([{**dict.fromkeys(results.FIELDS, "1"), "median_us": "fast"}], path)
+    with pytest.raises(results.ResultsError, match="line 2: median_us is 'fast'"):
+        results.read(path)
+
+
+def test_the_recorded_results_can_be_read():
+    rows = results.read(results.RESULTS / "losses.csv")
+    assert rows
+    assert all(row["pass"] in (results.BOTH, results.FORWARD) for row in rows)
+    assert all(row["median_us"] > 0 for row in rows)
+
+
+def test_noise_counts_quantiles_and_ours_timed_twice():
+    def row(peer, low, middle, high):
+        return {"median_us": middle, "low_us": low, "high_us": high, "peer": peer}
+
+    one = results.Measurement({})
+    one.rows = {(results.BOTH, "ours"): row("ours", 97.0, 100.0, 103.0)}
+    assert one.noise() == pytest.approx(0.03)
+    one.rows[results.BOTH, "noise"] = row("noise", 104.0, 104.0, 104.0)
+    assert one.noise() == pytest.approx(0.05)

@@ -138,22 +138,3 @@ def test_without_torch_it_explains(tmp_path):
     assert done.returncode != 0
     assert "pip install --no-build-isolation ." in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_gpu_check_plans_every_stage():
-    """Without a GPU it refuses; its plan names the commands that exist."""
-    import torch
-
-    run = [sys.executable, "-m", "benchmarks.gpu_check", "--out", "unused"]
-    planned = subprocess.run(
-        [*run, "--dry-run", "--stage", "build", "--stage", "tests", "--stage", "bench"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert planned.returncode == 0, planned.stderr
-    assert "info --check" in planned.stdout
-    assert "--device cuda" in planned.stdout
-    if not torch.cuda.is_available():
-        refused = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-        assert refused.returncode == 2
-        assert "gpu-check needs a GPU" in refused.stderr
-        assert not (ROOT / "unused").exists()

@@ -1,4 +1,4 @@
-"""Small convolutional networks for small images."""
+"""A small convolutional network for small images."""
 
 from __future__ import annotations
 

@@ -1,0 +1,306 @@
+"""``python -m benchmarks``: measure, report, compare."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# The profiler otherwise writes a line to standard error whenever it starts and stops.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+HELP = {
+    "run": "measure the losses against their peers and check the targets",
+    "e2e": "measure whole training steps",
+    "report": "write benchmarks/README.md and its plots from the results",
+    "compare": "compare two results files",
+    "regression": "compare a quick run with what was recorded on this hardware",
+    "targets": "evaluate the performance targets on a results file",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    from benchmarks.peers import PEERS
+    from benchmarks.run import DTYPE_NAMES, QUICK_PEERS, QUICK_SECONDS, SECONDS
+
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=(
+            "Benchmarks of the losses: a ladder of peers over a registry of cases, training steps, "
+            "reports and comparisons. Exit status: 0 done, 1 a peer was refused or something got "
+            "slower, 2 wrong usage, 130 interrupted (what was measured is kept)."
+        ),
+    )
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=HELP[name], description=HELP[name] + ".")
+
+    def add_choice(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+        command.add_argument(
+            "--case", action="append", default=[], metavar="PATTERN",
+            help="part of a case's name, or a glob that matches it (repeatable)",
+        )  # fmt: skip
+        command.add_argument(
+            "--dtype", action="append", metavar="DTYPE",
+            help=f"{', '.join(DTYPE_NAMES)} (repeatable; default float32 and bfloat16)",
+        )  # fmt: skip
+
+    run = add("run")
+    add_choice(run)
+    run.add_argument(
+        "--peers", action="append", metavar="PEERS",
+        help=f"separated by commas (default all that can run here): {', '.join(PEERS)}",
+    )  # fmt: skip
+    run.add_argument(
+        "--quick", action="store_true",
+        help=f"only sizes within the caches, briefly, and the peers {', '.join(QUICK_PEERS)}",
+    )  # fmt: skip
+    run.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    run.add_argument(
+        "--seconds",
+        type=_positive,
+        help=f"about how long a peer is timed per case (default {SECONDS}, quick {QUICK_SECONDS})",
+    )
+    run.add_argument(
+        "--resume", action="store_true",
+        help="leave out the cases that --out has already of this commit on this machine",
+    )  # fmt: skip
+
+    e2e = add("e2e")
+    e2e.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    e2e.add_argument(
+        "--shape", action="append", choices=("cifar", "imagenet"),
+        help="which networks (repeatable; default both)",
+    )  # fmt: skip
+    e2e.add_argument(
+        "--rounds", type=int, metavar="N", help="steps per method (default 7 on a CPU, 20 on a GPU)"
+    )
+    e2e.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    e2e.add_argument(
+        "--resume", action="store_true",
+        help="leave out the shapes that --out has already of this commit on this machine",
+    )  # fmt: skip
+
+    report = add("report")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for README.md (default benchmarks)"
+    )
+    report.add_argument(
+        "--add", type=Path, metavar="DIR",
+        help="first add the losses.csv and steps.csv of this folder (of gpu-check) to the results",
+    )  # fmt: skip
+    report.add_argument("--no-plots", action="store_true", help="the text alone")
+
+    compare = add("compare")
+    compare.add_argument("before", type=Path, metavar="A", help="the earlier results file")
+    compare.add_argument("after", type=Path, metavar="B", help="the later one")
+
+    regression = add("regression")
+    add_choice(regression)
+    regression.add_argument(
+        "--against", type=Path, metavar="CSV",
+        help="the recorded results (default benchmarks/results/losses.csv)",
+    )  # fmt: skip
+    regression.add_argument("--seconds", type=_positive, help="time per peer and case")
+
+    check = add("targets")
+    check.add_argument("csv", type=Path, metavar="CSV", help="the results file of a ladder")
+    check.add_argument("--steps", type=Path, metavar="CSV", help="that of the training steps")
+    return result
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
+    return value
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from benchmarks import results, run, targets
+
+    run.require_device(arguments.device)
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume needs --out, the file to go on with")
+    names = [name for group in arguments.peers or () for name in group.split(",") if name]
+    if arguments.quick and not names:
+        names = list(run.QUICK_PEERS)
+    only = run.choose_peers(names, arguments.device)
+    order = run.plan(
+        arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=arguments.quick
+    )
+    if arguments.out is not None and arguments.out.exists():
+        results.read(arguments.out)  # before anything is measured that could not be added
+    skip = run.measured(arguments.out, arguments.device) if arguments.resume else ()
+    outcome = run.Outcome()
+    seconds = arguments.seconds or (run.QUICK_SECONDS if arguments.quick else run.SECONDS)
+    try:
+        run.run(order, out=arguments.out, only=only, seconds=seconds, skip=skip, outcome=outcome)
+    finally:
+        if outcome.rows:
+            print(run.header(outcome.rows))
+            print(results.table(outcome.rows))
+            rows = outcome.rows if not arguments.resume else results.read(arguments.out)
+            for found in results.latest(results.measurements(rows)).values():
+                print(*targets.lines(targets.evaluate(found, arguments.device)), sep="\n")
+        elif arguments.resume:
+            print("nothing left to measure" if skip else "nothing was measured")
+        for text in outcome.refused:
+            print(f"refused: {text}", file=sys.stderr)
+    return 1 if outcome.refused else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from benchmarks import report, results, steps
+
+    folder = arguments.out or Path(__file__).parent
+    losses = results.RESULTS / "losses.csv"
+    if arguments.add is not None:
+        sources = [
+            (arguments.add / "losses.csv", losses, results.FIELDS),
+            (arguments.add / "steps.csv", steps.STEPS, steps.STEP_FIELDS),
+        ]
+        present = [entry for entry in sources if entry[0].exists()]
+        if not present:
+            raise results.ResultsError(f"{arguments.add} has neither losses.csv nor steps.csv")
+        for source, path, fields in present:
+            print(f"added {results.add_file(source, path, fields)} rows of {source}")
+    rows = results.read(losses)
+    text = report.render(rows, steps.read_steps(steps.STEPS) if steps.STEPS.exists() else [])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    written = [folder / "README.md"]
+    if not arguments.no_plots:
+        written += report.plot(rows, folder)
+    print(*(f"wrote {path}" for path in written), sep="\n")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from benchmarks import compare, results
+
+    before, after = (
+        results.latest(results.measurements(results.read(path)))
+        for path in (arguments.before, arguments.after)
+    )
+    compared = False
+    for machine, found in after.items():
+        for other, earlier in before.items():
+            changes = compare.compare(earlier, found) if other[1] == machine[1] else []
+            if changes:
+                compared = True
+                print(f"{other[0]}, torch {other[2]} -> {machine[0]}, torch {machine[2]}")
+                if other != machine:
+                    print("another machine or version of torch: times do not compare, ratios may")
+                print(compare.table(changes))
+    if not compared:
+        raise results.ResultsError(
+            f"{arguments.before} and {arguments.after} have no case of the same device in common"
+        )
+    return 0
+
+
+def _regression(arguments: argparse.Namespace) -> int:
+    from benchmarks import compare, results, run
+
+    run.require_device(arguments.device)
+    path = arguments.against or results.RESULTS / "losses.csv"
+    order = run.plan(arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=True)
+    here = results.environment(arguments.device)
+    machine = str(here["hardware"]), arguments.device, str(here["torch"])
+    recorded = results.latest(results.measurements(results.read(path)))
+    names = {(case.name, "warm" if arguments.device != "cpu" else "default") for case, _ in order}
+    before = {key: one for key, one in recorded.get(machine, {}).items() if key in names}
+    if not before:
+        known = "\n  ".join(", ".join(one) for one in recorded) or "nothing"
+        print(
+            f"nothing is recorded of {', '.join(machine)} in {path} for these cases; record with "
+            f"python -m benchmarks run --out {path}. There is\n  {known}"
+        )
+        return 0
+    order = [(case, warm) for case, warm in order if any(case.name == k[0] for k in before)]
+    outcome = run.run(order, only=run.QUICK_PEERS, seconds=arguments.seconds or run.QUICK_SECONDS)
+    (after,) = results.latest(results.measurements(outcome.rows)).values()
+    changes = compare.regressions(before, after)
+    slower = [change for change in changes if change.verdict == "slower"]
+    commits = sorted({str(one.common["commit"]) for one in before.values()})
+    print(f"ours relative to eager, recorded at {', '.join(commits)}, now at {here['commit']}")
+    print(compare.table(changes, "of eager"))
+    for text in outcome.refused:
+        print(f"refused: {text}", file=sys.stderr)
+    print(
+        f"{len(slower)} of {len(changes)} got slower by more than the noise"
+        if slower
+        else f"none of {len(changes)} got slower by more than the noise"
+    )
+    return 1 if slower or outcome.refused else 0
+
+
+def _targets(arguments: argparse.Namespace) -> int:
+    from benchmarks import results, steps, targets
+
+    machines = results.latest(results.measurements(results.read(arguments.csv)))
+    rows = steps.read_steps(arguments.steps) if arguments.steps else []
+    failed = False
+    for machine, found in machines.items():
+        hardware, device, torch = machine
+        print(f"{hardware}, torch {torch}")
+        verdicts = targets.evaluate(found, device)
+        if device == "cuda":
+            own = [
+                row
+                for group in steps.latest_steps(rows)
+                for row in group
+                if (row["hardware"], row["device"], row["torch"]) == machine
+            ]
+            verdicts += targets.evaluate_steps(own)
+        failed = failed or any(verdict.status == targets.FAIL for verdict in verdicts)
+        print(*targets.lines(verdicts), sep="\n")
+    return 1 if failed else 0
+
+
+def _e2e(arguments: argparse.Namespace) -> int:
+    from benchmarks import e2e, run
+
+    run.require_device(arguments.device)
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume needs --out, the file to go on with")
+    return e2e.run(
+        arguments.device,
+        arguments.shape or ("cifar", "imagenet"),
+        rounds=arguments.rounds,
+        out=arguments.out,
+        resume=arguments.resume,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a wrong input is one line on standard error and exit status 2."""
+    arguments = parser().parse_args(argv)
+    from benchmarks.results import ResultsError
+    from benchmarks.run import NoDevice
+
+    commands = {
+        "run": _run, "e2e": _e2e, "report": _report, "compare": _compare,
+        "regression": _regression, "targets": _targets,
+    }  # fmt: skip
+    try:
+        return commands[arguments.command](arguments)
+    except (ResultsError, NoDevice, ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"benchmarks {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"benchmarks {arguments.command}: interrupted; what was measured is kept",
+            file=sys.stderr,
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

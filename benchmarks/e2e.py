@@ -1,0 +1,316 @@
+"""Whole training steps: teacher forward, student forward and backward, criterion, SGD.
+
+All methods share the teacher and its forward pass, plain cross entropy too, so that only the loss
+differs. They take turns, a step each; the criterion's part is timed alone on the step's own logits
+and features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dnkd_ext
+from benchmarks import peers, report, results, steps, targets
+from benchmarks.harness import measure, synchronise
+from dnkd_ext.progress import Progress
+
+# (logits, teacher's logits, features, teacher's features, class means, target) -> loss
+Criterion = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The networks and the batch of a step.
+
+    Attributes:
+        name: "cifar" or "imagenet".
+        models: teacher and student in words.
+        batch: images per step.
+        image: height and width.
+        classes: of the classifiers.
+        dtype: of autocast; float32 without.
+        channels_last: how images and weights lie in memory.
+        make: teacher and student.
+    """
+
+    name: str
+    models: str
+    batch: int
+    image: int
+    classes: int
+    dtype: torch.dtype
+    channels_last: bool
+    make: Callable[[], tuple[nn.Module, nn.Module]]
+
+
+def _cifar_models() -> tuple[nn.Module, nn.Module]:
+    from dnkd_ext.train.models import resnet20, resnet56
+
+    return resnet56(100), resnet20(100)
+
+
+def _imagenet_models() -> tuple[nn.Module, nn.Module]:
+    if importlib.util.find_spec("torchvision") is not None:
+        from torchvision.models import resnet18, resnet34
+
+        return resnet34(), resnet18()
+    import timm
+
+    return timm.create_model("resnet34"), timm.create_model("resnet18")
+
+
+def unavailable(name: str) -> str | None:
+    """Why a shape cannot run here; None where it can."""
+    if name == "imagenet" and not any(
+        importlib.util.find_spec(package) for package in ("torchvision", "timm")
+    ):
+        return "neither torchvision nor timm is installed"
+    return None
+
+
+def shape(name: str, device: str) -> Shape:
+    """The full size on a GPU; on a CPU ImageNet's with few small images."""
+    if name == "cifar":
+        return Shape(
+            name, "resnet56 -> resnet20", 128, 32, 100, torch.float32, False, _cifar_models
+        )
+    full = device != "cpu"
+    return Shape(
+        name, "resnet34 -> resnet18", 256 if full else 16, 224 if full else 64, 1000,
+        torch.bfloat16 if full else torch.float32, full, _imagenet_models,
+    )  # fmt: skip
+
+
+def methods(means: Tensor) -> dict[str, Criterion]:
+    """The criteria by name."""
+    ours = dnkd_ext.KDPlusPlus(means, temperature=peers.TEMPERATURE).to(means.device)
+
+    def cross_entropy(logits, teacher_logits, features, teacher_features, means, target):
+        return F.cross_entropy(logits, target)
+
+    def kd(logits, teacher_logits, features, teacher_features, means, target):
+        return peers.ce_kd(logits, teacher_logits, target)
+
+    # In float32 with autocast, too: as ours and as published.
+    def loop(logits, teacher_logits, features, teacher_features, means, target):
+        return peers.ce_kd(logits, teacher_logits, target) + peers.nd_loop(
+            features.float(), means, teacher_features.float(), target
+        )
+
+    def eager(logits, teacher_logits, features, teacher_features, means, target):
+        return peers.ce_kd(logits, teacher_logits, target) + peers.nd(
+            features.float(), means, teacher_features.float(), target
+        )
+
+    def fused(logits, teacher_logits, features, teacher_features, means, target):
+        return ours(
+            logits, teacher_logits, features, target, teacher_features=teacher_features
+        ).loss
+
+    torch._dynamo.reset()  # the other shape's graph is not wanted any more
+    return {
+        "CE": cross_entropy,
+        "KD": kd,
+        "KD++ loop": loop,
+        "KD++ eager": eager,
+        "KD++ compile": torch.compile(eager, dynamic=False),
+        "KD++ ours": fused,
+    }
+
+
+class Trainer:
+    """A shape's networks on a device, and one student with its optimiser per method."""
+
+    def __init__(self, shape: Shape, device: str, names: Sequence[str] | None = None) -> None:
+        torch.manual_seed(0)
+        self.shape, self.device = shape, device
+        teacher, student = shape.make()
+        layout = torch.channels_last if shape.channels_last else torch.contiguous_format
+        self.teacher = teacher.to(device, memory_format=layout).eval().requires_grad_(False)
+        size = (shape.batch, 3, shape.image, shape.image)
+        self.images = torch.randn(size).to(device, memory_format=layout)
+        self.target = torch.randint(shape.classes, (shape.batch,)).to(device)
+        width = dnkd_ext.adapters.find_classifier(teacher).in_features
+        # On the scale of features after a ReLU.
+        self.means = torch.rand(shape.classes, width, device=device)
+        self.criteria = methods(self.means)
+        if names is not None:
+            self.criteria = {name: self.criteria[name] for name in names}
+        self.students, self.optimizers = {}, {}
+        for name in self.criteria:
+            own = copy.deepcopy(student).to(device, memory_format=layout).train()
+            self.students[name] = own
+            self.optimizers[name] = torch.optim.SGD(
+                own.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4
+            )
+
+    def _autocast(self):
+        if self.shape.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, dtype=self.shape.dtype)
+
+    def forward(self, name: str) -> tuple[Tensor, ...]:
+        """What a method's criterion gets in a step."""
+        with self._autocast():
+            with torch.no_grad():
+                teacher_features, teacher_logits = dnkd_ext.extract_features(
+                    self.teacher, self.images
+                )
+            features, logits = dnkd_ext.extract_features(self.students[name], self.images)
+        return logits, teacher_logits, features, teacher_features, self.means, self.target
+
+    def step(self, name: str) -> Tensor:
+        """One training step; the loss."""
+        loss = self.criteria[name](*self.forward(name))
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
+        return loss.detach()
+
+    def losses(self) -> dict[str, float]:
+        """Every criterion on the same logits and features."""
+        inputs = self._criterion_inputs()
+        return {name: criterion(*inputs).item() for name, criterion in self.criteria.items()}
+
+    def _criterion_inputs(self) -> list[Tensor]:
+        """The step's logits and features, cut off from the networks."""
+        inputs = [value.detach() for value in self.forward(next(iter(self.criteria)))]
+        inputs[0].requires_grad_()
+        inputs[2].requires_grad_()
+        return inputs
+
+    def criterion_calls(self) -> dict[str, Callable[[], None]]:
+        """Forward and backward of every criterion alone."""
+        inputs = self._criterion_inputs()
+
+        def call(criterion):
+            def run() -> None:
+                criterion(*inputs).backward()
+                inputs[0].grad = inputs[2].grad = None
+
+            return run
+
+        return {name: call(criterion) for name, criterion in self.criteria.items()}
+
+
+def check(losses: dict[str, float]) -> None:
+    """All forms of KD++ must give the same loss.
+
+    Raises:
+        ValueError: one that does not, by its name.
+    """
+    expected = losses["KD++ eager"]
+    for name, loss in losses.items():
+        if name.startswith("KD++") and not abs(loss - expected) <= 1e-2 * abs(expected):
+            raise ValueError(f"{name} computes {loss}, KD++ eager {expected}")
+
+
+def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> list[results.Row]:
+    """A row per method, all from the same run."""
+    trainer = Trainer(shape, device)
+    check(trainer.losses())
+    times: dict[str, list[float]] = {name: [] for name in trainer.criteria}
+    with Progress(rounds + 2, shape.models, unit="round") as progress:
+        for turn in range(rounds + 1):
+            for name in trainer.criteria:
+                progress.say(name)
+                synchronise(device)
+                begin = time.perf_counter()
+                loss = trainer.step(name)
+                synchronise(device)
+                if turn > 0:  # the first warms up
+                    times[name].append(time.perf_counter() - begin)
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss of {name} became {loss.item()}")
+            progress.advance()
+        progress.say("the criteria alone")
+        alone = measure(trainer.criterion_calls(), device, seconds=seconds)
+        progress.advance()
+    common = {
+        **results.environment(device),
+        "device": device,
+        "shape": shape.name,
+        "models": shape.models,
+        "batch": shape.batch,
+        "image": shape.image,
+        "dtype": str(shape.dtype)[6:] + (" autocast" if shape.dtype != torch.float32 else ""),
+    }
+    rows = []
+    for name, values in times.items():
+        ordered = sorted(values)
+        part = alone[name]
+        rows.append(
+            {
+                **common,
+                "method": name,
+                "step_ms": round(statistics.median(ordered) * 1e3, 3),
+                "low_ms": round(ordered[int(0.2 * (len(ordered) - 1))] * 1e3, 3),
+                "high_ms": round(ordered[math.ceil(0.8 * (len(ordered) - 1))] * 1e3, 3),
+                "rounds": len(ordered),
+                "loss_us": round(part.median * 1e6, 2),
+                "loss_low_us": round(part.low * 1e6, 2),
+                "loss_high_us": round(part.high * 1e6, 2),
+            }
+        )
+    return rows
+
+
+def measured(path: Path, device: str) -> set[str]:
+    """The shapes that a results file has of this commit on this machine."""
+    if not path.exists():
+        return set()
+    here = {k: results.environment(device)[k] for k in ("commit", "hardware", "torch", "version")}
+    return {
+        str(row["shape"])
+        for row in steps.read_steps(path)
+        if row["device"] == device and all(row[name] == value for name, value in here.items())
+    }
+
+
+def run(
+    device: str,
+    names: Sequence[str],
+    *,
+    rounds: int | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+) -> int:
+    """Measure shapes; every shape is in ``out`` as soon as it is done."""
+    if rounds is not None and rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {rounds}")
+    if out is not None and out.exists():
+        steps.read_steps(out)  # before anything is measured that could not be added
+    done = measured(out, device) if resume and out is not None else set()
+    for name in names:
+        if name in done:
+            print(f"{name}: measured before at this commit on this machine")
+            continue
+        reason = unavailable(name)
+        if reason is not None:
+            print(f"{name}: not run, {reason}", file=sys.stderr)
+            continue
+        rows = measure_shape(
+            shape(name, device),
+            device,
+            rounds=rounds or (7 if device == "cpu" else 20),
+            seconds=0.4 if device == "cpu" else 1.0,
+        )
+        if out is not None:
+            steps.append_steps(rows, out)
+        print(report.step_table(rows))
+        if device == "cuda" and name == "imagenet":
+            print(*targets.lines(targets.evaluate_steps(rows)), sep="\n")
+    return 0

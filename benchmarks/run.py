@@ -1,0 +1,129 @@
+"""``python -m benchmarks run``: the ladder of a device, kept case by case."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.cases import DTYPES, Case, cases, select
+from benchmarks.peers import PEERS, unavailable
+from dnkd_ext.progress import Progress
+
+# What a quick run leaves out: sizes beyond the caches, and what has to be compiled.
+QUICK_PEERS = ("ours", "noise", "eager")
+QUICK_SECONDS = 0.25
+SECONDS = 0.4
+
+DTYPE_NAMES = {
+    str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+
+
+class NoDevice(RuntimeError):
+    """The device asked for is not there."""
+
+
+@dataclass
+class Outcome:
+    """What a run measured and what it refused."""
+
+    rows: list[results.Row] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def require_device(device: str) -> None:
+    """Say what is missing before anything is computed."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NoDevice("--device cuda needs a GPU: torch.cuda.is_available() is False")
+
+
+def choose_dtypes(names: Sequence[str] | None) -> tuple[torch.dtype, ...]:
+    """Dtypes by name; float32 and bfloat16 where none is named."""
+    for name in names or ():
+        if name not in DTYPE_NAMES:
+            raise ValueError(f"no dtype {name!r}; there are {', '.join(DTYPE_NAMES)}")
+    return tuple(DTYPE_NAMES[name] for name in names) if names else DTYPES
+
+
+def choose_peers(names: Sequence[str] | None, device: str) -> set[str] | None:
+    """Peers by name, with the reason where one cannot run; None for all."""
+    for name in names or ():
+        if name not in PEERS:
+            raise ValueError(f"no peer {name!r}; there are {', '.join(PEERS)}")
+        reason = unavailable(name, device)
+        if reason is not None:
+            raise ValueError(f"peer {name!r} cannot be measured here: {reason}")
+    return {*names} if names else None
+
+
+def plan(
+    device: str,
+    *,
+    patterns: Sequence[str] = (),
+    dtypes: Sequence[str] | None = None,
+    quick: bool = False,
+) -> list[tuple[Case, bool]]:
+    """Cases and whether the allocator is warm; the warm ones last, because they cannot be undone.
+
+    mallopt's settings return to the defaults, but not to the thresholds that adapt themselves.
+    """
+    chosen = select(cases(device, choose_dtypes(dtypes)), patterns)
+    if quick:
+        chosen = [case for case in chosen if not case.large] or chosen
+    order = [(case, False) for case in chosen]
+    if device == "cpu" and not quick:
+        order += [(case, True) for case in chosen if case.large]
+    return order
+
+
+def measured(path: Path, device: str) -> set[tuple[str, str]]:
+    """Cases and allocators that a results file has of this commit on this machine."""
+    if not path.exists():
+        return set()
+    here = {k: results.environment(device)[k] for k in ("commit", "hardware", "torch", "version")}
+    return {
+        (str(row["case"]), str(row["allocator"]))
+        for row in results.read(path)
+        if all(row[name] == value for name, value in here.items())
+    }
+
+
+def run(
+    order: list[tuple[Case, bool]],
+    *,
+    out: Path | None = None,
+    only: Collection[str] | None = None,
+    seconds: float = 1.0,
+    skip: Collection[tuple[str, str]] = (),
+    outcome: Outcome | None = None,
+) -> Outcome:
+    """Measure cases in order; every case is in ``out`` and ``outcome`` as soon as it is done."""
+    outcome = Outcome() if outcome is None else outcome
+    order = [
+        (case, warm)
+        for case, warm in order
+        if (case.name, "warm" if warm or case.device != "cpu" else "default") not in skip
+    ]
+    with Progress(len(order), "benchmarks", unit="case") as progress:
+        for case, warm in order:
+            progress.say(case.name + (", warm allocator" if warm else ""))
+            rows, refused = results.measure_case(case, warm=warm, seconds=seconds, only=only)
+            if out is not None:
+                results.append(rows, out)
+            outcome.rows += rows
+            outcome.refused += refused.values()
+            progress.advance()
+    return outcome
+
+
+def header(rows: Sequence[results.Row]) -> str:
+    """Hardware, versions and commit of a run in a line."""
+    first = rows[0]
+    return (
+        f"{first['hardware']}; torch {first['torch']}; dnkd_ext {first['version']} at "
+        f"{first['commit']}, {first['kernels']} kernels"
+    )

@@ -1,0 +1,267 @@
+"""What compute-sanitizer watches: few rows, but every variant of every CUDA kernel.
+
+``python -m benchmarks.sanitize --loss nd_loss`` runs a loss in every dtype, with and without vector
+accesses, a warp and a block per row, rows that fit into registers and such that do not, indices and
+probabilities as targets, and compares with the reference on the CPU. Exit status 1 where they
+differ, so that a fault that a tool misses may still show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dnkd_ext
+from dnkd_ext._checks import LOSS_DTYPES
+
+# Elements of a row that reach, for every dtype (8, 4 or 2 elements per 16-byte vector), without and
+# with vectors: a warp, a block, and a block whose registers do not hold the row. Odd rows are
+# misaligned, hence read without vectors.
+ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
+# The same, and a block of 256 threads without and with vectors, and rows beyond its shared memory.
+LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 65537, 65536)
+# Rows and classes; the last three have several blocks that finish.
+DIST_SIZES = (
+    (5, 3),
+    (6, 64),
+    (5, 201),
+    (5, 256),
+    (5, 1101),
+    (5, 1104),
+    (5, 2304),
+    (3, 9000),
+    (1100, 16),
+)
+# More rows than one block counts.
+MANY_ROWS = 2100
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of a loss and of its reference: arguments in float64, to be brought to a dtype."""
+
+    what: str
+    fused: Callable[..., Any]
+    reference: Callable[..., Any]
+    arguments: Sequence[Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    differentiable: bool = True
+    upstream: float = 1.0
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=_GENERATOR, dtype=torch.float64)
+
+
+_GENERATOR = torch.Generator()
+
+
+def nd_runs() -> Iterator[Run]:
+    """The ND loss."""
+    for width in ND_WIDTHS:
+        yield from _nd_of_width(width)
+    student, means, target = _draw(MANY_ROWS, 16), _draw(7, 16), torch.arange(MANY_ROWS) % 7
+    yield _nd("many rows", [student, target, means], {"ignore_index": 3})
+
+
+def _nd(what: str, arguments, options, *, upstream: float = 1.0) -> Run:
+    return Run(
+        what, dnkd_ext.nd_loss, dnkd_ext.reference.nd_loss, arguments, options, upstream=upstream
+    )
+
+
+def _nd_of_width(width: int) -> Iterator[Run]:
+    rows, classes = 6, 4
+    student, means = _draw(rows, width), _draw(classes, width)
+    # Clearly longer or shorter than the student, so that rounding does not decide which.
+    teacher = student.flip(0) * torch.where(torch.arange(rows) % 2 == 0, 4.0, 0.25)[:, None]
+    target = torch.arange(rows) % classes
+    soft = 0.9 * F.one_hot(target, classes) + 0.1 / classes
+    for table, kind in ((means, "own"), (means.float(), "float32")):
+        what = f"{width} wide, class means in {kind}"
+        yield _nd(f"{what}, mean", [student, target, table], {"teacher_features": teacher})
+        yield _nd(
+            f"{what}, none, scaled", [student, target.int(), table],
+            {"teacher_norms": teacher.norm(dim=1), "reduction": "none"}, upstream=3.0,
+        )  # fmt: skip
+        yield _nd(
+            f"{what}, sum, ignored rows, scaled", [student, target, table],
+            {"ignore_index": 1, "reduction": "sum"}, upstream=3.0,
+        )  # fmt: skip
+        yield _nd(f"{what}, probabilities", [student, soft, table], {"teacher_features": teacher})
+
+
+def logit_runs(name: str) -> Iterator[Run]:
+    """CE + KD or CE + DKD."""
+    fused, reference = getattr(dnkd_ext, name), getattr(dnkd_ext.reference, name)
+
+    def run(what, arguments, options, upstream=1.0) -> Run:
+        return Run(what, fused, reference, arguments, options, upstream=upstream)
+
+    for classes in LOGIT_WIDTHS:
+        rows = 5 if classes < 10_000 else 2
+        student, teacher = 2 * _draw(rows, classes), 2 * _draw(rows, classes)
+        target = torch.arange(rows) % classes
+        for other, kind in ((teacher, "own"), (teacher.float(), "float32")):
+            what = f"{classes} classes, teacher in {kind}"
+            yield run(f"{what}, mean", [student, other, target], {"temperature": 4.0})
+            yield run(
+                f"{what}, none, scaled", [student, other, target.int()],
+                {"temperature": 3.5, "reduction": "none"}, 3.0,
+            )  # fmt: skip
+        yield run(
+            f"{classes} classes, probabilities, standardized",
+            [student, teacher, _draw(rows, classes).softmax(-1)],
+            {"temperature": 2.0, "logit_standardization": True, "label_smoothing": 0.1}, 3.0,
+        )  # fmt: skip
+    student, teacher = _draw(MANY_ROWS, 5), _draw(MANY_ROWS, 5)
+    target = torch.arange(MANY_ROWS) % 5
+    yield run("many rows", [student, teacher, target], {"ignore_index": 3, "temperature": 1.0})
+
+
+def dist_runs() -> Iterator[Run]:
+    """DIST."""
+    for rows, classes in DIST_SIZES:
+        student, teacher = 2 * _draw(rows, classes), 2 * _draw(rows, classes)
+        for other, kind in ((teacher, "own"), (teacher.float(), "float32")):
+            yield Run(
+                f"{rows}x{classes}, teacher in {kind}", dnkd_ext.dist_loss,
+                dnkd_ext.reference.dist_loss, [student, other],
+                {"beta": 2.0, "gamma": 0.5, "tau": 4.0}, upstream=3.0,
+            )  # fmt: skip
+
+
+def diagnostics_runs() -> Iterator[Run]:
+    """The diagnostics of features, and the class means, which are made of PyTorch operations."""
+    for width in ND_WIDTHS:
+        rows, classes = 6, 4
+        student, means = _draw(rows, width), _draw(classes, width)
+        target = torch.arange(rows) % classes
+        soft = 0.9 * F.one_hot(target, classes) + 0.1 / classes
+        for table, kind in ((means, "own"), (means.float(), "float32")):
+            for labels, word in ((target, "indices"), (soft, "probabilities")):
+                yield Run(
+                    f"{width} wide, class means in {kind}, {word}", dnkd_ext.feature_diagnostics,
+                    dnkd_ext.reference.feature_diagnostics, [student, labels, table, 2 * student],
+                    differentiable=False,
+                )  # fmt: skip
+
+        def means_of(features, labels, classes=classes, width=width):
+            accumulator = dnkd_ext.ClassMeans(classes, width, device=features.device)
+            accumulator.update(features, labels)
+            return accumulator.compute()
+
+        yield Run(
+            f"{width} wide, class means", means_of, means_of, [student, target],
+            differentiable=False,
+        )  # fmt: skip
+
+
+def scale_runs() -> Iterator[Run]:
+    """The kernel that multiplies a gradient by the upstream one, aligned and not."""
+    for count in (1, 1024, 1031):
+        for offset in (0, 1):
+
+            def fused(gradient, upstream, offset=offset):
+                result = gradient.clone()
+                torch.ops.dnkd_ext._scale_(result[offset:], upstream)
+                return result[offset:]
+
+            def reference(gradient, upstream, offset=offset):
+                return gradient[offset:] * upstream
+
+            for factor in (1.0, 3.0):
+                upstream = torch.tensor(factor, dtype=torch.float64)
+                yield Run(
+                    f"{count} elements from {offset}, times {factor:g}", fused, reference,
+                    [_draw(count + offset), upstream], differentiable=False,
+                )  # fmt: skip
+
+
+LOSSES: dict[str, Callable[[], Iterator[Run]]] = {
+    "nd_loss": nd_runs,
+    "ce_kd_loss": lambda: logit_runs("ce_kd_loss"),
+    "ce_dkd_loss": lambda: logit_runs("ce_dkd_loss"),
+    "dist_loss": dist_runs,
+    "diagnostics": diagnostics_runs,
+    "scale": scale_runs,
+}
+
+
+def error(run: Run, dtype: torch.dtype, device: str) -> float:
+    """The largest difference of outputs and gradient from the reference, relative."""
+
+    def evaluate(function, to, where) -> list[Tensor]:
+        def prepare(value, position):
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value.to(where) if isinstance(value, Tensor) else value
+            seen = value.to(dtype) if value.dtype == torch.float64 else value
+            if function is run.fused and run.what.endswith(("times 1", "times 3")) and position:
+                # The upstream gradient of the scaling kernel is in the accumulator's dtype.
+                return seen.to(where, torch.float64 if dtype == torch.float64 else torch.float32)
+            return seen.to(where, to or seen.dtype)
+
+        values = [prepare(value, position) for position, value in enumerate(run.arguments)]
+        options = {key: prepare(value, 0) for key, value in run.options.items()}
+        if run.differentiable:
+            values[0].requires_grad_()
+        result = function(*values, **options)
+        outputs = [result] if isinstance(result, Tensor) else list(result)
+        if run.differentiable:
+            outputs = [outputs[0]]  # the terms beside the loss are parts of it
+            outputs += torch.autograd.grad(run.upstream * outputs[0].sum(), values[0])
+        return [output.detach().double().cpu() for output in outputs]
+
+    pairs = zip(
+        evaluate(run.fused, None, device),
+        evaluate(run.reference, torch.float64, "cpu"),
+        strict=True,
+    )
+    worst = 0.0
+    for got, wanted in pairs:
+        difference = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        worst = max(worst, difference.item()) if difference == difference else float("nan")
+    return worst
+
+
+def check(name: str, device: str, dtypes: Sequence[torch.dtype] = LOSS_DTYPES) -> int:
+    """Run a loss in all dtypes; how many runs differ from the reference."""
+    failed = 0
+    _GENERATOR.manual_seed(0)
+    for run in LOSSES[name]():
+        for dtype in dtypes:
+            bound = 1e-5 if dtype == torch.float32 else 1e-10
+            if dtype.itemsize == 2:
+                bound = 4 * torch.finfo(dtype).eps
+            if "float32" in run.what or name == "diagnostics":
+                bound = max(bound, 1e-5)  # a float32 table's rounding is not the reference's
+            found = error(run, dtype, device)
+            if not found <= bound:
+                failed += 1
+                print(f"FAIL {name} {str(dtype)[6:]}, {run.what}: error {found:.1e} > {bound:.0e}")
+    print(f"{name} on {device}: {failed} runs differ from the reference")
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 where something differs, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
+    parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("sanitize needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
+    failed = sum(check(name, arguments.device) for name in arguments.loss or LOSSES)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""``python -m benchmarks``: run, report, compare, regression, and their errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cases, compare, peers, report, results, run, steps
+from benchmarks.__main__ import main
+from benchmarks.cases import LogitCase, NdCase
+from tests.benchmark_rows import found_in, gpu_rows, rows_of
+
+ROOT = Path(__file__).resolve().parents[1]
+LADDER = [
+    case
+    for dtype in (torch.float32, torch.bfloat16)
+    for case in (NdCase(16, 8, 5, dtype), NdCase(32, 8, 5, dtype), LogitCase(16, 0, 10, dtype))
+]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A ladder of small cases, and no compiler to wait for."""
+    monkeypatch.setattr(
+        run, "cases", lambda device, dtypes: [c for c in LADDER if c.dtype in dtypes]
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(cases, "_COMPILED", {})
+
+
+QUICK = ["--seconds", "0.005"]
+
+
+# -- run ------------------------------------------------------------------------------------------
+
+
+def test_run_measures_prints_and_keeps(small, tmp_path, capsys):
+    out = tmp_path / "a.csv"
+    arguments = ["run", "--case", "nd_loss", "--dtype", "float32", "--out", str(out), *QUICK]
+    assert main(arguments) == 0
+    found = results.measurements(results.read(out))
+    assert [one.case for one in found] == [LADDER[0].name, LADDER[1].name]
+    printed = capsys.readouterr().out
+    assert LADDER[0].name in printed
+    assert "targets: 16 not measured" in printed  # of other sizes
+    # What is in the file is left out, the rest is measured.
+    arguments = ["run", "--dtype", "float32", "--resume", "--out", str(out), *QUICK]
+    assert main(arguments) == 0
+    assert len(results.measurements(results.read(out))) == 3
+    assert main(arguments) == 0
+    assert "nothing left to measure" in capsys.readouterr().out
+
+
+def test_run_takes_peers_by_name(small, tmp_path):
+    out = tmp_path / "a.csv"
+    assert main(["run", "--peers", "ours,eager", "--out", str(out), "--quick", *QUICK]) == 0
+    (first, *_) = results.measurements(results.read(out))
+    assert {peer for _, peer in first.rows} == {"ours", "eager", "copy"}
+
+
+def test_a_planted_wrong_peer_is_refused_and_the_rest_kept(small, tmp_path, monkeypatch, capsys):
+    """By its name, before it is timed; the file stays whole."""
+    right = peers.nd
+    monkeypatch.setattr(peers, "nd", lambda *inputs: 1.01 * right(*inputs))
+    out = tmp_path / "a.csv"
+    assert main(["run", "--dtype", "float32", "--out", str(out), *QUICK]) == 1
+    captured = capsys.readouterr()
+    assert "refused: eager computes" in captured.err
+    assert "refused: compile computes" in captured.err
+    nd, _, logits = results.measurements(results.read(out))
+    assert nd.us("eager") is None
+    assert nd.us("compile") is None
+    assert nd.us("ours") is not None
+    assert logits.us("eager") is not None
+
+
+def test_an_interrupted_run_keeps_what_was_measured(small, tmp_path, monkeypatch, capsys):
+    measure_case, seen = results.measure_case, []
+
+    def interrupted(case, **options):
+        seen.append(case)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return measure_case(case, **options)
+
+    monkeypatch.setattr(results, "measure_case", interrupted)
+    out = tmp_path / "a.csv"
+    assert main(["run", "--out", str(out), *QUICK]) == 130
+    assert len(results.measurements(results.read(out))) == 2
+    captured = capsys.readouterr()
+    assert LADDER[0].name in captured.out  # the table of what there is
+    assert "interrupted; what was measured is kept" in captured.err
+
+
+def test_control_c_leaves_a_valid_file(tmp_path):
+    """The process itself, interrupted by the signal while it measures."""
+    out = tmp_path / "a.csv"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "benchmarks", "run", "--case", "128x100", "--case", "64x64",
+            "--peers", "ours,eager", "--seconds", "1", "--out", str(out),
+        ],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (out.exists() and out.stat().st_size > 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    found = results.measurements(results.read(out))
+    assert 1 <= len(found) < 6
+    assert all(one.us("ours") and one.us("eager") for one in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--case", "nothing"], ["no case matches 'nothing'", "nd_loss 16x8"]),
+        (["--peers", "ours,theirs"], ["no peer 'theirs'", "eager"]),
+        (["--peers", "liger"], ["'liger' cannot be measured here", "GPU"]),
+        (["--peers", "compile-max"], ["'compile-max' cannot", "matrix multiplications"]),
+        (["--dtype", "int8"], ["no dtype 'int8'", "float32, bfloat16"]),
+        (["--resume"], ["--resume needs --out"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_wrong_choice_is_named_with_what_there_is(small, arguments, words, capsys):
+    assert main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["run", "e2e", "regression"])
+def test_without_a_gpu_cuda_is_refused(command, capsys):
+    assert main([command, "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"benchmarks {command}: error: --device cuda needs a GPU")
+    assert error.count("\n") == 1
+
+
+def test_an_unreadable_file_is_found_before_anything_is_measured(small, tmp_path, capsys):
+    out = tmp_path / "a.csv"
+    out.write_text("something else\n")
+    assert main(["run", "--out", str(out)]) == 2
+    assert "other columns" in capsys.readouterr().err
+    assert out.read_text() == "something else\n"
+    assert main(["targets", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["", "run", "e2e", "report", "compare", "regression", "targets"]
+)
+def test_help_names_every_option(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([*filter(None, [command]), "--help"])
+    assert done.value.code == 0
+    printed = capsys.readouterr().out
+    wanted = {
+        "": ["run", "e2e", "report", "compare", "regression", "targets", "130"],
+        "run": ["--device", "--case", "--dtype", "--peers", "--quick", "--out", "--seconds"],
+        "compare": ["A", "B"],
+    }
+    assert all(word in printed for word in wanted.get(command, []))
+
+
+# -- compare and regression -----------------------------------------------------------------------
+
+
+def test_compare_tells_a_change_from_noise(tmp_path, capsys):
+    before, after = tmp_path / "a.csv", tmp_path / "b.csv"
+    results.append(rows_of(("ours", 100), ("noise", 101), ("eager", 500)), before)
+    results.append(rows_of(("ours", 120), ("noise", 119), ("eager", 505)), after)
+    assert main(["compare", str(before), str(after)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ours, eager = (next(x for x in lines if f" {peer} " in x) for peer in ("ours", "eager"))
+    assert ours.endswith("slower")
+    assert " 1.20 " in ours
+    assert eager.endswith("same")
+    # The other way round it got faster; within a noisy run nothing changed.
+    first, second = found_in(results.read(before)), found_in(results.read(after))
+    assert compare.compare(second, first)[0].verdict == "faster"
+    noisy = found_in(rows_of(("ours", 120), ("noise", 160)))
+    assert [change.verdict for change in compare.compare(first, noisy)] == ["same"]
+
+
+def test_compare_needs_something_in_common(tmp_path, capsys):
+    before, after = tmp_path / "a.csv", tmp_path / "b.csv"
+    results.append(rows_of(("ours", 100)), before)
+    results.append(rows_of(("ours", 100), case="nd_loss 1x1 (1) float32 cpu"), after)
+    assert main(["compare", str(before), str(after)]) == 2
+    assert "no case of the same device in common" in capsys.readouterr().err
+
+
+def recorded(path, factor):
+    """What was measured now, as if it had been faster or slower then, on both sides of noise."""
+    rows = results.read(path)
+    path.unlink()
+    for row in rows:
+        if row["peer"] in ("ours", "noise"):
+            for name in ("median_us", "low_us", "high_us"):
+                row[name] *= factor
+        row["low_us"] = row["high_us"] = row["median_us"]
+    results.append(rows, path)
+
+
+def test_regression_finds_what_got_slower_than_recorded(small, tmp_path, capsys):
+    path = tmp_path / "losses.csv"
+    choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
+    assert main(["run", *choice, "--quick", "--seconds", "0.1", "--out", str(path)]) == 0
+    again = ["regression", *choice, "--seconds", "0.1", "--against", str(path)]
+    recorded(path, 0.2)
+    assert main(again) == 1
+    printed = capsys.readouterr().out
+    assert "got slower by more than the noise" in printed
+    assert "slower\n" in printed
+    recorded(path, 25.0)
+    before = path.read_text()
+    assert main(again) == 0
+    assert "none of" in capsys.readouterr().out
+    assert path.read_text() == before  # a regression check records nothing
+
+
+def test_regression_without_a_record_says_so(small, tmp_path, capsys):
+    path = tmp_path / "losses.csv"
+    results.append(rows_of(("ours", 100), ("eager", 500)), path)
+    assert main(["regression", "--against", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing is recorded of" in printed
+    assert "a machine, cpu, 9.9.0" in printed
+
+
+# -- report ---------------------------------------------------------------------------------------
+
+
+def test_the_committed_report_is_that_of_the_committed_results():
+    """Otherwise: python -m benchmarks report."""
+    rows = results.read(results.RESULTS / "losses.csv")
+    text = report.render(rows, steps.read_steps(steps.STEPS))
+    assert (ROOT / "benchmarks/README.md").read_text(encoding="utf-8") == text
+    shown = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert shown
+    assert all((ROOT / "benchmarks" / path).is_file() for path in shown)
+
+
+def test_results_of_another_machine_are_added_once(tmp_path, monkeypatch, capsys):
+    """Those of gpu-check: added to the recorded ones and shown."""
+    folder, recorded_in = tmp_path / "gpu", tmp_path / "results"
+    monkeypatch.setattr(results, "RESULTS", recorded_in)
+    monkeypatch.setattr(steps, "STEPS", recorded_in / "steps.csv")
+    results.append(rows_of(("ours", 10)), recorded_in / "losses.csv")
+    results.append(gpu_rows(), folder / "losses.csv")
+    command = ["report", "--add", str(folder), "--out", str(tmp_path / "out"), "--no-plots"]
+    for count in (len(gpu_rows()), 0):
+        assert main(command) == 0
+        assert f"added {count} rows" in capsys.readouterr().out
+    assert len(results.read(recorded_in / "losses.csv")) == 1 + len(gpu_rows())
+    assert "make gpu-check STAGE=bench" in (tmp_path / "out/README.md").read_text()
+    assert main(["report", "--add", str(tmp_path)]) == 2
+    assert "has neither losses.csv nor steps.csv" in capsys.readouterr().err
+
+
+def test_the_report_says_what_was_not_run():
+    text = report.render(rows_of(("ours", 10), ("eager", 41), ("noise", 11), ("copy", 1)), [])
+    assert text.count("Not run: there is no result of a GPU") == 2
+    assert (
+        "nd_loss 64x64 (100), float32 | 10.0 (9.9-10.1) | 1.10 | 41 (4.1x) | 1.0 | 10 % |" in text
+    )
+    assert "2026-01-01, dnkd_ext 0.0 at abc" in text
+
+
+def test_the_report_of_a_gpu_and_of_steps():
+    step = {
+        **dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda", "shape": "imagenet",
+        "models": "resnet34 -> resnet18", "batch": 256.0, "image": 224.0, "dtype": "bfloat16",
+        "hardware": "a GPU", "rounds": 20.0, "low_ms": 99.0, "high_ms": 102.0,
+    }  # fmt: skip
+    methods = {"CE": (100.0, 40.0), "KD++ loop": (130.0, 30000.0), "KD++ ours": (100.5, 500.0)}
+    group = [
+        {**step, "method": name, "step_ms": ms, "loss_us": us} for name, (ms, us) in methods.items()
+    ]
+    text = report.render(gpu_rows(), group)
+    assert "Not run: there is no result of a GPU" not in text
+    assert "make gpu-check STAGE=bench" in text
+    assert "| KD++ ours | 100.5 (99.0-102.0) | 500 | 60.0x |" in text
+    assert "PASS         ImageNet-shape step with KD++" in text
+
+
+def test_plots_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = []
+    for number, case in enumerate(cases.cases("cpu")):
+        us = 10.0 * (number + 1)
+        for allocator in ("default", "warm"):
+            rows += rows_of(
+                ("copy", us / 3), ("ours", us), ("noise", us), ("eager", 9 * us), ("loop", 90 * us),
+                case=case.name, allocator=allocator, peak_bytes=1e6,
+            )  # fmt: skip
+    written = report.plot(rows, tmp_path)
+    assert [path.name for path in written] == [
+        f"cpu-{kind}.png" for kind in ("time", "bandwidth", "speedup", "memory")
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)

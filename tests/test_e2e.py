@@ -1,0 +1,114 @@
+"""Training steps of the benchmarks: the same but for the loss, and rows that say what was run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import e2e, steps
+from benchmarks.__main__ import main
+
+
+def networks():
+    """A teacher and a student as small as they get, with features of one width."""
+
+    def network(hidden):
+        return nn.Sequential(
+            nn.Conv2d(3, hidden, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(hidden, 12), nn.ReLU(), nn.Linear(12, 5),
+        )  # fmt: skip
+
+    return network(8), network(4)
+
+
+def tiny(name="cifar", dtype=torch.float32, channels_last=False):
+    return e2e.Shape(name, "tiny -> tinier", 6, 8, 5, dtype, channels_last, networks)
+
+
+@pytest.fixture
+def no_compile(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_form_of_the_criterion_gives_the_same_loss(dtype, no_compile):
+    """bfloat16 and channels last are what a GPU gets."""
+    trainer = e2e.Trainer(tiny(dtype=dtype, channels_last=dtype == torch.bfloat16), "cpu")
+    logits, *_ = trainer.forward("CE")
+    assert logits.dtype == dtype
+    losses = trainer.losses()
+    assert {*losses} == {
+        "CE",
+        "KD",
+        *(f"KD++ {form}" for form in ("loop", "eager", "compile", "ours")),
+    }
+    e2e.check(losses)
+    assert losses["CE"] < losses["KD"] < losses["KD++ ours"]
+    with pytest.raises(ValueError, match="KD\\+\\+ ours computes"):
+        e2e.check({**losses, "KD++ ours": 1.1 * losses["KD++ ours"]})
+
+
+def test_a_step_trains_its_own_student_alone(no_compile):
+    trainer = e2e.Trainer(tiny(), "cpu", ["KD++ ours", "KD++ eager"])
+    before = {
+        name: [p.detach().clone() for p in student.parameters()]
+        for name, student in trainer.students.items()
+    }
+    teacher = [p.clone() for p in trainer.teacher.parameters()]
+    first = trainer.step("KD++ ours")
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(
+            before["KD++ ours"], trainer.students["KD++ ours"].parameters(), strict=True
+        )
+    ]
+    assert all(moved)
+    for old, now in (
+        (before["KD++ eager"], trainer.students["KD++ eager"]),
+        (teacher, trainer.teacher),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(old, now.parameters(), strict=True))
+    # The other form takes the same step.
+    torch.testing.assert_close(trainer.step("KD++ eager"), first)
+    for a, b in zip(*(s.parameters() for s in trainer.students.values()), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_and_resumption(no_compile, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(e2e, "shape", lambda name, device: tiny(name))
+    monkeypatch.setattr(
+        e2e, "unavailable", lambda name: "not installed" if name == "imagenet" else None
+    )
+    out = tmp_path / "steps.csv"
+    command = ["e2e", "--rounds", "2", "--out", str(out)]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "imagenet: not run, not installed" in captured.err
+    assert "| KD++ loop |" in captured.out
+    rows = steps.read_steps(out)
+    assert [row["method"] for row in rows] == [*e2e.methods(torch.rand(5, 12))]
+    assert all(row["low_ms"] <= row["step_ms"] <= row["high_ms"] for row in rows)
+    assert all(row["rounds"] == 2 and row["shape"] == "cifar" for row in rows)
+    assert len(steps.latest_steps([*rows, *rows])) == 1
+    assert main([*command, "--resume"]) == 0
+    assert "cifar: measured before" in capsys.readouterr().out
+    assert len(steps.read_steps(out)) == len(rows)
+    assert main(["e2e", "--rounds", "0"]) == 2
+    assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_shapes_are_those_of_the_claims():
+    full, reduced = e2e.shape("imagenet", "cuda"), e2e.shape("imagenet", "cpu")
+    assert (full.batch, full.image, full.dtype, full.channels_last) == (
+        256,
+        224,
+        torch.bfloat16,
+        True,
+    )
+    assert (reduced.batch, reduced.image, reduced.dtype) == (16, 64, torch.float32)
+    cifar = e2e.shape("cifar", "cpu")
+    assert (cifar.batch, cifar.image, cifar.models) == (128, 32, "resnet56 -> resnet20")
+    teacher, student = cifar.make()
+    assert sum(p.numel() for p in teacher.parameters()) == 861_620
+    assert sum(p.numel() for p in student.parameters()) == 278_324

@@ -1,0 +1,264 @@
+"""gpu-check without a GPU: its plan, and stages of harmless commands that stop and go on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import dnkd_ext
+from benchmarks import gpu_check, sanitize
+from benchmarks.gpu_check import Item, State
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def touch(path: Path, *, code: int = 0, seconds: float = 0) -> tuple[str, ...]:
+    """A command that notes that it ran, waits, and exits."""
+    script = (
+        f"import sys, time; open({str(path)!r}, 'a').write('x'); time.sleep({seconds}); "
+        f"sys.exit({code})"
+    )
+    return sys.executable, "-c", script
+
+
+@pytest.fixture
+def state(tmp_path):
+    return State(tmp_path / "state.json", {"device": "a GPU", "sources": "1"})
+
+
+def ran(path: Path) -> int:
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_plans_every_stage_and_refuses_without_a_gpu():
+    """Its plan names files and modules that exist."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", "unused"]
+    planned = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    stages = {line.split(":")[0] for line in planned.stdout.splitlines()}
+    assert stages == {*gpu_check.STAGES}
+    assert "info --check" in planned.stdout
+    assert "benchmarks run --device cuda --resume" in planned.stdout
+    if not torch.cuda.is_available():
+        refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("gpu-check needs a GPU")
+        assert refused.stderr.count("\n") == 1
+        assert not (ROOT / "unused").exists()
+
+
+def test_every_test_file_and_every_loss_under_every_tool(tmp_path):
+    tests = {item.name for item in gpu_check.items("tests", tmp_path)}
+    assert {path.name for path in (ROOT / "tests").glob("test_*.py")} | {"self-check"} == tests
+    names = [item.name for item in gpu_check.items("sanitize", tmp_path)]
+    assert {*names} == {
+        f"{tool} {loss}"
+        for tool in ("memcheck", "racecheck", "initcheck")
+        for loss in sanitize.LOSSES
+    }
+    assert len(names) == len({*names})
+
+
+def test_a_stage_goes_on_where_it_stopped(tmp_path, state):
+    """Killed after the first item: only the others run again."""
+    marks = [tmp_path / name for name in ("a", "b", "c")]
+    planned = [Item(mark.name, touch(mark)) for mark in marks]
+    assert gpu_check.run_stage("tests", planned[:1], tmp_path, state, 60) == "PASS"
+    again = State(state.path, state.key)  # as another process reads it
+    assert gpu_check.status(again.of("tests"), planned) == "UNFINISHED"
+    assert gpu_check.run_stage("tests", planned, tmp_path, again, 60) == "PASS"
+    assert [ran(mark) for mark in marks] == [1, 1, 1]
+    assert "== c" in (tmp_path / "tests.log").read_text()
+
+
+def test_other_sources_or_another_gpu_begin_anew(tmp_path, state):
+    mark = tmp_path / "a"
+    planned = [Item("a", touch(mark))]
+    gpu_check.run_stage("tests", planned, tmp_path, state, 60)
+    for key in ({"device": "a GPU", "sources": "2"}, {"device": "another", "sources": "1"}):
+        assert gpu_check.status(State(state.path, key).of("tests"), planned) == "UNFINISHED"
+    state.path.write_text("{ damaged")
+    assert gpu_check.status(State(state.path, state.key).of("tests"), planned) == "UNFINISHED"
+
+
+def test_what_failed_runs_again_after_what_has_not_run(tmp_path, state):
+    order = tmp_path / "order"
+    planned = [Item("bad", touch(order, code=3)), Item("good", touch(tmp_path / "good"))]
+    assert gpu_check.run_stage("tests", planned, tmp_path, state, 60) == "FAIL"
+    log = tmp_path / "tests.log"
+    assert "exit status 3" in log.read_text()
+    log.unlink()
+    planned.append(Item("new", touch(tmp_path / "new")))
+    assert gpu_check.run_stage("tests", planned, tmp_path, state, 60) == "FAIL"
+    assert ran(tmp_path / "good") == 1
+    text = log.read_text()
+    assert text.index("== new") < text.index("== bad")
+
+
+def test_the_limit_keeps_what_was_done(tmp_path, state):
+    """The slow item is stopped in time, is not called a failure, and runs again."""
+    quick, slow = tmp_path / "quick", tmp_path / "slow"
+    planned = [Item("quick", touch(quick)), Item("slow", touch(slow, seconds=60))]
+    begin = time.monotonic()
+    assert gpu_check.run_stage("tests", planned, tmp_path, state, 3) == "UNFINISHED"
+    assert time.monotonic() - begin < 15
+    known = json.loads(state.path.read_text())["stages"]["tests"]["items"]
+    assert known == {"quick": "PASS"}
+    assert "the stage's time was over" in (tmp_path / "tests.log").read_text()
+
+
+def test_an_item_that_never_fits_is_a_failure(tmp_path, state):
+    """It had the whole stage for itself; one that resumes by itself only goes on later."""
+    slow = touch(tmp_path / "slow", seconds=60)
+    assert gpu_check.run_stage("tests", [Item("slow", slow)], tmp_path, state, 1) == "FAIL"
+    assert "alone needs more than the limit" in (tmp_path / "tests.log").read_text()
+    planned = [Item("run", slow, resumes=True)]
+    assert gpu_check.run_stage("bench", planned, tmp_path, state, 1) == "UNFINISHED"
+
+
+def test_a_stopped_command_may_write_what_it_has(tmp_path, state):
+    """It is interrupted as by Ctrl-C before it is killed."""
+    kept = tmp_path / "kept"
+    script = (
+        "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+        f"    open({str(kept)!r}, 'w').write('measured')"
+    )
+    planned = [Item("run", (sys.executable, "-c", script), resumes=True)]
+    assert gpu_check.run_stage("bench", planned, tmp_path, state, 4) == "UNFINISHED"
+    assert kept.read_text() == "measured"
+
+
+def test_a_missing_tool_is_a_failure(tmp_path, state):
+    planned = [Item("memcheck", (str(tmp_path / "no-such-tool"),))]
+    assert gpu_check.run_stage("sanitize", planned, tmp_path, state, 60) == "FAIL"
+    assert "cannot be started" in (tmp_path / "sanitize.log").read_text()
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """A GPU, and one harmless command per stage that writes the stage's results."""
+    monkeypatch.setattr(gpu_check, "gpu", lambda: ("a GPU", "9.0"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    fails = set()
+
+    def items(stage, out, *, force=False):
+        return [Item(stage, touch(tmp_path / stage, code=1 if stage in fails else 0))]
+
+    monkeypatch.setattr(gpu_check, "items", items)
+    return fails
+
+
+def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, capsys):
+    from benchmarks import results
+    from tests.benchmark_rows import gpu_rows
+
+    out = tmp_path / "out"
+    out.mkdir()
+    results.append([{**row, "hardware": "a GPU"} for row in gpu_rows()], out / "losses.csv")
+    assert gpu_check.main(["--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for stage in gpu_check.STAGES:
+        assert f"PASS {stage}" in printed
+        assert ran(tmp_path / stage) == 1
+    assert "rows_kernel" in printed  # the roofline
+    assert "PASS         no host synchronisation" in printed
+    assert "not measured ImageNet-shape step with KD++" in printed
+    assert len([*out.iterdir()]) <= 8
+    assert (out / "summary.txt").read_text() in printed
+    # Again: nothing runs; with --force everything does.
+    assert gpu_check.main(["--out", str(out)]) == 0
+    assert "tests passed before" in capsys.readouterr().out
+    assert ran(tmp_path / "tests") == 1
+    assert gpu_check.main(["--out", str(out), "--force", "--stage", "tests"]) == 0
+    assert (ran(tmp_path / "tests"), ran(tmp_path / "bench")) == (2, 1)
+
+
+def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys):
+    from benchmarks import results
+    from tests.benchmark_rows import gpu_rows
+
+    out = tmp_path / "out"
+    pretend.add("sanitize")
+    assert gpu_check.main(["--out", str(out), "--stage", "sanitize", "--stage", "tests"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL       sanitize: 0 of 1" in printed
+    assert "failed: sanitize; see sanitize.log" in printed
+    assert "not run    bench" in printed
+    pretend.clear()
+    assert gpu_check.main(["--out", str(out), "--stage", "sanitize"]) == 0
+    rows = [{**row, "hardware": "a GPU"} for row in gpu_rows(syncs=1)]
+    results.append(rows, out / "losses.csv")
+    assert gpu_check.main(["--out", str(out), "--stage", "bench"]) == 1
+    assert "FAIL         no host synchronisation" in capsys.readouterr().out
+
+
+def test_force_measures_again_what_a_file_has(tmp_path):
+    (usual,) = gpu_check.items("bench", tmp_path)
+    (forced,) = gpu_check.items("bench", tmp_path, force=True)
+    assert "--resume" in usual.command
+    assert "--resume" not in forced.command
+
+
+# -- what the sanitizers watch --------------------------------------------------------------------
+
+# 16-byte vectors per element size, and vectors of a row per thread that the kernels keep.
+VECTOR = {2: 8, 4: 4, 8: 2}
+KEPT = {2: 2, 4: 4, 8: 2}
+
+
+@pytest.mark.parametrize("widths", [sanitize.ND_WIDTHS, [c for _, c in sanitize.DIST_SIZES]])
+def test_widths_reach_every_variant_of_the_row_kernels(widths):
+    """By the launchers' rules: vectors or not; a warp, a block, a block that reads again."""
+    for size, vector in VECTOR.items():
+        found = set()
+        for width in widths:
+            step = vector if width % vector == 0 else 1
+            block = width > 32 * KEPT[size] * step
+            again = width > 128 * KEPT[size] * step
+            found.add((step > 1, block, again))
+        readers = ((False, False), (True, False), (True, True))
+        assert found == {(vectors, *reader) for vectors in (True, False) for reader in readers}, (
+            size
+        )
+
+
+def test_classes_reach_every_variant_of_the_logit_kernels():
+    """A warp, a block, a large block, and rows beyond the shared memory of a multiprocessor."""
+    most_shared = 227 << 10
+    for size, vector in VECTOR.items():
+        found = set()
+        for classes in sanitize.LOGIT_WIDTHS:
+            step = vector if classes % vector == 0 else 1
+            vectors = classes // step
+            threads = 32 if vectors <= 128 else 128 if vectors <= 1024 else 256
+            slots = most_shared // (max(threads, 128) * step * 2 * size)
+            found.add((step > 1, threads, -(-vectors // threads) > slots))
+        assert {(v, t, False) for v in (True, False) for t in (32, 128, 256)} <= found, size
+        assert {(True, 256, True), (False, 256, True)} <= found, size
+
+
+needs_library = pytest.mark.skipif(
+    not dnkd_ext.build_info()["loaded"], reason="compiled library not loaded: nothing to compare"
+)
+
+
+@needs_library
+@pytest.mark.parametrize("name", sanitize.LOSSES)
+def test_the_runs_agree_with_the_reference(name, capsys):
+    assert sanitize.main(["--device", "cpu", "--loss", name]) == 0
+    assert f"{name} on cpu: 0 runs differ" in capsys.readouterr().out
+
+
+@needs_library
+def test_a_wrong_kernel_would_be_seen(monkeypatch, capsys):
+    monkeypatch.setattr(
+        dnkd_ext.reference, "dist_loss", lambda *a, **k: 1.001 * dnkd_ext.dist_loss(*a, **k)
+    )
+    assert sanitize.main(["--device", "cpu", "--loss", "dist_loss"]) == 1
+    assert "FAIL dist_loss float32" in capsys.readouterr().out

@@ -1,0 +1,99 @@
+"""The performance targets and the roofline, on made-up results."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import cases, report, results, targets
+from benchmarks.__main__ import main
+from tests.benchmark_rows import found_in, gpu_rows, rows_of
+
+
+def verdict(found, text, device="cpu"):
+    (one,) = [v for v in targets.evaluate(found, device) if v.text.startswith(text)]
+    return one
+
+
+def test_a_target_passes_fails_or_was_not_measured():
+    text = "ND at 64x64: at least 4x eager"
+    assert verdict(found_in(rows_of(("ours", 10), ("eager", 41))), text).status == "PASS"
+    failed = verdict(found_in(rows_of(("ours", 10), ("eager", 39))), text)
+    assert (failed.status, failed.figure, failed.bound) == ("FAIL", "3.90x", "at least 4.00x")
+    assert verdict(found_in(rows_of(("ours", 10))), text).status == "not measured"
+
+
+def test_the_worst_case_counts_and_a_missing_one_is_named():
+    text = "ND at 256x512 and 256x2048"
+    rows = rows_of(("ours", 10), ("eager", 80), case="nd_loss 256x512 (1000) float32 cpu")
+    one = verdict(found_in(rows), text)
+    assert one.status == "not measured"
+    assert "not measured: nd_loss 256x2048" in one.where
+    rows += rows_of(("ours", 10), ("eager", 60), case="nd_loss 256x2048 (1000) float32 cpu")
+    one = verdict(found_in(rows), text)
+    assert (one.status, one.figure) == ("FAIL", "6.00x")
+    assert one.where.startswith("nd_loss 256x2048")
+
+
+def test_the_floor_is_that_of_the_warm_allocator():
+    text = "ND above: at most 1.3x the bytes floor"
+    rows = [
+        row
+        for case in ("nd_loss 8192x1024 (81) float32 cpu", "nd_loss 65536x1024 (1000) float32 cpu")
+        for allocator, us in (("default", 200), ("warm", 125))
+        for row in rows_of(("ours", us), ("copy", 100), case=case, allocator=allocator)
+    ]
+    one = verdict(found_in(rows), text)
+    assert (one.status, one.figure, one.bound) == ("PASS", "1.25x", "at most 1.30x")
+
+
+def test_bfloat16_is_compared_with_float32():
+    rows = []
+    for case in cases.cases("cpu", [torch.float32]):
+        rows += rows_of(("ours", 100), case=case.name)
+        rows += rows_of(("ours", 90), case=case.name.replace("float32", "bfloat16"))
+    assert verdict(found_in(rows), "bfloat16 within").status == "PASS"
+    rows += rows_of(("ours", 106), case="nd_loss 64x64 (100) bfloat16 cpu")
+    one = verdict(found_in(rows), "bfloat16 within")
+    assert (one.status, one.figure) == ("FAIL", "1.06x")
+
+
+def test_the_targets_of_a_gpu():
+    assert {v.status for v in targets.evaluate(found_in(gpu_rows()), "cuda")} == {"PASS"}
+    for change, text in (
+        ({"launches": (3, 4)}, "256x512 to 512x2048: at most two launches forward"),
+        ({"launches": (2, 4)}, "256x512 to 512x2048: at most one launch backward"),
+        ({"syncs": 1}, "no host synchronisation"),
+        ({"graph": "no"}, "capturable in a CUDA graph"),
+        ({"peak": 1 << 33}, "peak extra memory"),
+        ({"copy": 89}, "ND at 65536x2048 and CE+KD at 8192x32768"),
+    ):
+        assert verdict(found_in(gpu_rows(**change)), text, "cuda").status == "FAIL", text
+
+
+def test_the_targets_of_a_step():
+    def step(method, ms, us):
+        return {"shape": "imagenet", "method": method, "step_ms": ms, "loss_us": us}
+
+    rows = [step("CE", 100.0, 50.0), step("KD++ loop", 130.0, 30000.0)]
+    assert {v.status for v in targets.evaluate_steps(rows)} == {"not measured"}
+    good = targets.evaluate_steps([*rows, step("KD++ ours", 100.9, 500.0)])
+    assert [v.status for v in good] == ["PASS", "PASS"]
+    bad = targets.evaluate_steps([*rows, step("KD++ ours", 102.0, 700.0)])
+    assert [v.status for v in bad] == ["FAIL", "FAIL"]
+
+
+def test_targets_of_a_file(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    results.append(rows_of(("ours", 10), ("eager", 41)), path)
+    assert main(["targets", str(path)]) == 0
+    assert "PASS         ND at 64x64: at least 4x eager: 4.10x" in capsys.readouterr().out
+    results.append(rows_of(("ours", 10), ("eager", 39)), path)
+    assert main(["targets", str(path)]) == 1
+
+
+def test_a_roofline_line_per_kernel():
+    rows = gpu_rows()
+    lines = report.roofline(found_in(rows))
+    assert len(lines) == 4  # two kernels in two dtypes
+    assert "97.0 of 98.0 us" in lines[0]
+    assert "97 % of the copy's" in lines[0]
