@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch import nn
 
 import dnkd_ext
 from dnkd_ext.train import models
+
+# With 100 classes, read off mdistiller's own networks: parameters, entries of the state
+# dictionary, a digest of its names and shapes, the width of the features, and the stages' maps.
+TABLE = {
+    "resnet20": (278_324, 128, "0386434ca6f34c26", 64, "16x32 32x16 64x8"),
+    "resnet32": (472_756, 200, "9e5592f61f0020a8", 64, "16x32 32x16 64x8"),
+    "resnet44": (667_188, 272, "df3dce284c7a26b4", 64, "16x32 32x16 64x8"),
+    "resnet56": (861_620, 344, "fa692cabb2e3a217", 64, "16x32 32x16 64x8"),
+    "resnet110": (1_736_564, 668, "9ca5a9542fb3a343", 64, "16x32 32x16 64x8"),
+    "resnet8x4": (1_233_540, 62, "b2ead61a142ef3af", 256, "64x32 128x16 256x8"),
+    "resnet32x4": (7_433_860, 206, "99154b2aea1aeb59", 256, "64x32 128x16 256x8"),
+    "resnet50": (23_705_252, 320, "d5367c1bcc2c22ea", 2048, "256x32 512x16 1024x8 2048x4"),
+    "wrn_16_2": (703_284, 83, "2266f04469bf5dd9", 128, "32x32 64x16 128x8"),
+    "wrn_40_1": (569_780, 226, "01abc5646d8c075c", 64, "16x32 32x16 64x8"),
+    "wrn_40_2": (2_255_156, 227, "595ec0db20d1ca1c", 128, "32x32 64x16 128x8"),
+    "mobilenetv2": (812_836, 320, "54501c9a7e317631", 1280, "12x16 16x8 48x4 160x2"),
+    "shufflenetv1": (949_258, 296, "1282e767b3e9c6cd", 960, "240x16 480x8 960x4"),
+    "shufflenetv2": (1_355_528, 338, "9b7750ae03289b13", 1024, "116x16 232x8 464x4"),
+    "vgg8": (3_965_028, 37, "7f85b8479109415f", 512, "128x16 256x8 512x4 512x4"),
+    "vgg13": (9_462_180, 72, "5778ceb5832ef6a7", 512, "128x16 256x8 512x4 512x4"),
+}
+CLASSIFIERS = {"resnet50": "linear", "mobilenetv2": "classifier.0", "vgg8": "classifier"}
+CLASSIFIERS |= {"shufflenetv1": "linear", "shufflenetv2": "linear", "vgg13": "classifier"}
 
 # Parameters with 100 classes, as mdistiller's networks have them, and the width of the features.
 PARAMETERS = {
@@ -83,3 +111,284 @@ def test_a_depth_that_does_not_exist_is_refused():
     for depth in (2, 21):
         with pytest.raises(ValueError, match=f"depth must be 6 n .* got {depth}"):
             models.CifarResNet(depth, (16, 16, 32, 64), 10)
+
+
+def named(model, images):
+    """What every part gives, run one after another by its name."""
+    return model(images), model.forward_stages(images), dnkd_ext.features(model, images)
+
+
+def spread(model):
+    """BatchNorm layers that are not the identity, so that their place is seen."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+def test_the_table_has_every_model():
+    assert sorted(models.model_names()) == sorted(f"cifar_{name}" for name in TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_state_dictionaries_are_those_of_mdistiller(name):
+    parameters, entries, digest, _, _ = TABLE[name]
+    model = models.create_model(f"cifar_{name}")
+    state = model.state_dict()
+    lines = sorted(f"{key} {tuple(value.shape)}" for key, value in state.items())
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert len(lines) == entries
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_interface_of_timm_and_the_stages(name, generator):
+    _, _, _, width, sizes = TABLE[name]
+    torch.manual_seed(0)
+    model = spread(models.create_model(f"cifar_{name}", num_classes=7)).double().eval()
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        logits, stages, (features, again) = named(model, images)
+        maps = model.forward_features(images)
+        torch.testing.assert_close(model.forward_head(maps), logits)
+        pooled = model.forward_head(maps, pre_logits=True)
+    assert logits.shape == (2, 7)
+    assert model.num_features == model.head_hidden_size == maps.shape[1] == width
+    torch.testing.assert_close(pooled, maps.mean((2, 3)))
+    assert (pooled >= 0).all()
+    for found in (features, stages.pooled):
+        torch.testing.assert_close(found, pooled)
+    for found in (again, stages.logits, model.get_classifier()(pooled)):
+        torch.testing.assert_close(found, logits)
+    shapes = [tuple(map(int, size.split("x"))) for size in sizes.split()]
+    assert [tuple(m.shape[1:]) for m in stages.maps] == [(c, s, s) for c, s in shapes]
+    assert [(i["num_chs"], 32 // i["reduction"]) for i in model.feature_info] == shapes
+    for information in model.feature_info:
+        model.get_submodule(information["module"])
+    classifier = CLASSIFIERS.get(name, "fc")
+    assert model.pretrained_cfg["classifier"] == classifier
+    assert model.get_classifier() is model.get_submodule(classifier)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_maps_before_the_activation(name, generator):
+    """Hooks on the modules see the same maps, and the activation leads from one to the other."""
+    torch.manual_seed(0)
+    model = spread(models.create_model(f"cifar_{name}")).double().eval()
+    images = torch.randn(2, 3, 32, 32, generator=generator, dtype=torch.float64)
+    seen = {}
+    for information in model.feature_info:
+        module = information["module"]
+        model.get_submodule(module).register_forward_hook(
+            lambda _, __, output, module=module: seen.update({module: output})
+        )
+    with torch.no_grad():
+        model(images)
+        hooked = list(seen.values())
+        before = model.forward_stages(images).maps
+        after = model.forward_stages(images, pre_activation=False).maps
+    assert len(hooked) == len(before) == len(after) == len(model.feature_info)
+    if name.startswith("wrn"):  # the next BatchNorm is what stands before the activation
+        norms = [model.block2.layer[0].bn1, model.block3.layer[0].bn1, model.bn1]
+        expected = [norm(x) for norm, x in zip(norms, after, strict=True)]
+    elif name == "mobilenetv2":
+        expected = after
+    elif name == "shufflenetv2":  # half of the channels are activated, then both are shuffled
+        halves = [x.chunk(2, 1) for x in before]
+        mixed = [torch.stack([k, a.relu()], 2).flatten(1, 2) for k, a in halves]
+        torch.testing.assert_close(after, mixed)
+        expected = before
+    else:
+        torch.testing.assert_close(after, [x.relu() for x in before])
+        expected = before
+    torch.testing.assert_close(before, expected)
+    torch.testing.assert_close(hooked, before if name.startswith("vgg") else after)
+    if name not in ("mobilenetv2",):
+        assert all((x < 0).any() for x in before)
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "wrn_16_2", "shufflenetv2", "vgg8"])
+def test_batchnorm_runs_once_for_the_stages(name):
+    torch.manual_seed(0)
+    model = models.create_model(f"cifar_{name}").train()
+    model.forward_stages(torch.randn(4, 3, 32, 32))
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {int(norm.num_batches_tracked) for norm in norms} == {1}
+
+
+@pytest.mark.parametrize("name", ["wrn_16_2", "mobilenetv2", "vgg8", "resnet20"])
+def test_reset_classifier(name):
+    model = models.create_model(f"cifar_{name}", num_classes=5).double()
+    width, images = model.num_features, torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert model(images).shape == (2, 5)
+    model.reset_classifier(9)
+    assert model.num_classes == 9
+    assert model(images).shape == (2, 9)
+    if name in ("wrn_16_2", "mobilenetv2", "vgg8"):  # as it was initialised
+        assert not model.get_classifier().bias.any()
+    assert set(model.state_dict()) == set(models.create_model(f"cifar_{name}").state_dict())
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), nn.Identity)
+    assert model(images).shape == (2, width)
+    none = models.create_model(f"cifar_{name}", num_classes=0)
+    assert none(images.float()).shape == (2, width)
+    with pytest.raises(ValueError, match="num_classes must be at least 0, got -1"):
+        model.reset_classifier(-1)
+    with pytest.raises(ValueError, match="global_pool must be 'avg' or None, got 'max'"):
+        model.reset_classifier(3, global_pool="max")
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_initial_deviation_of_the_convolutions(name):
+    """He's by output channels, whatever the groups; PyTorch's own in the ShuffleNets."""
+    torch.manual_seed(0)
+    model = models.create_model(f"cifar_{name}")
+    checked = 0
+    for layer in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        if layer.weight.numel() < 4000:
+            continue
+        area = layer.kernel_size[0] ** 2
+        inputs = layer.in_channels // layer.groups * area
+        expected = (2 / (area * layer.out_channels)) ** 0.5
+        if name.startswith("shufflenet"):
+            expected = (1 / (3 * inputs)) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.1)
+        checked += 1
+    assert checked >= 4
+
+
+def test_other_channels():
+    model = models.create_model("cifar_vgg8", num_classes=3, in_chans=1)
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert model.pretrained_cfg["input_size"] == (1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "resnet20",
+            "no model 'resnet20'; did you mean 'cifar_resnet20'\\? There are: .*cifar_vgg8",
+        ),
+        ("cifar_resnet21", "did you mean 'cifar_resnet"),
+        ("zzz", "no model 'zzz'\\. There are: cifar_resnet20, cifar_resnet32"),
+    ],
+)
+def test_unknown_name(name, message):
+    with pytest.raises(ValueError, match=message):
+        models.create_model(name)
+
+
+@pytest.mark.parametrize("depth", [4, 17, 18])
+def test_a_wide_depth_that_does_not_exist_is_refused(depth):
+    with pytest.raises(ValueError, match=f"depth must be 6 n .* got {depth}"):
+        models.WideResNet(depth, 2, 10)
+
+
+# -- timm -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_timm_registry(name):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(f"cifar_{name}", num_classes=11)
+    assert type(model) is type(models.create_model(f"cifar_{name}"))
+    assert model.num_classes == 11
+    assert f"cifar_{name}" in timm.list_models("cifar_*")
+    assert timm.data.resolve_data_config(model=model)["mean"] == (0.5071, 0.4867, 0.4408)
+
+
+def test_timm_options(tmp_path):
+    timm = pytest.importorskip("timm")
+    assert timm.create_model("cifar_resnet20").num_classes == 100
+    assert timm.create_model("cifar_resnet20", in_chans=1).conv1.in_channels == 1
+    with pytest.raises(ValueError, match="cifar_resnet20 has no weights to download"):
+        timm.create_model("cifar_resnet20", pretrained=True)
+    source = models.resnet20(6)
+    torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
+    loaded = timm.create_model(
+        "cifar_resnet20", num_classes=6, checkpoint_path=str(tmp_path / "x.pth")
+    )
+    torch.testing.assert_close(loaded.state_dict(), source.state_dict())
+
+
+def test_without_timm():
+    """The import neither needs timm nor hides a broken one's absence from create_model."""
+    code = (
+        "import sys; sys.modules['timm'] = None\n"
+        "from dnkd_ext.train import models\n"
+        "print(models.create_model('cifar_resnet8x4', 5).fc.out_features)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "5\n"
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["mdistiller", "state", "state_dict", "parallel", "safetensors"])
+def test_load_weights(form, tmp_path):
+    torch.manual_seed(0)
+    source, model = spread(models.resnet8x4(5)), models.resnet8x4(5)
+    state, path = source.state_dict(), tmp_path / "weights.pth"
+    if form == "safetensors":
+        from safetensors.torch import save_file
+
+        path = path.with_suffix(".safetensors")
+        save_file(state, path)
+    else:
+        content = {
+            "mdistiller": {"epoch": 240, "model": state, "best_acc": 72.34},
+            "state": state,
+            "state_dict": {"state_dict": state},
+            "parallel": {"model": {f"module.{k}": v for k, v in state.items()}},
+        }
+        torch.save(content[form], path)
+    models.load_weights(model, path)
+    torch.testing.assert_close(model.state_dict(), state)
+
+
+def test_weights_of_another_network(tmp_path):
+    path, model = tmp_path / "x.pth", models.resnet20(100)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for other, message in (
+        (models.resnet32(100), "layer1.3.conv1.weight is not in the model; .* and 69 more"),
+        (models.resnet20(10), r"fc.weight has shape \[10, 64\], wanted \[100, 64\]; fc.bias"),
+        (models.wrn_40_1(100), "bn1.* is missing|is missing.* more"),
+    ):
+        torch.save({"model": other.state_dict()}, path)
+        with pytest.raises(ValueError, match=f"x.pth holds the weights of another .*{message}"):
+            models.load_weights(model, path)
+    torch.testing.assert_close(model.state_dict(), before)
+
+
+class Command:
+    """Unpickled, it would run."""
+
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_files_that_are_no_weights(tmp_path, capsys):
+    model, path = models.resnet20(100), tmp_path / "x.pth"
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*x\.pth"):
+        models.load_weights(model, path)
+    torch.save({"model": Command()}, path)
+    with pytest.raises(ValueError, match=r"x\.pth is not a PyTorch file of weights alone"):
+        models.load_weights(model, path)
+    for content in (b"", b"not a checkpoint", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.pth is not a PyTorch file of weights alone"):
+            models.load_weights(model, path)
+    for content in ({"epoch": 3}, [torch.zeros(2)], {"model": {"a": 1}}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"x\.pth holds no state dictionary"):
+            models.load_weights(model, path)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a safetensors file"):
+        models.load_weights(model, path)
+    assert "ran" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Residual networks for 32 x 32 images, as in "Deep Residual Learning" (arXiv 1512.03385), 4.2.
+"""Residual networks for 32 x 32 images, as in "Deep Residual Learning" (arXiv 1512.03385).
 
 Parameters have the names and shapes that mdistiller's checkpoints have, so that those load.
 """
@@ -8,16 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dnkd_ext.train.models.base import (
+    CifarModel,
+    init_convolutions,
+    linear_or_identity,
+    through_stage,
+)
+
 __all__ = [
+    "CifarBottleneckResNet",
     "CifarResNet",
     "resnet8x4",
     "resnet20",
     "resnet32",
     "resnet32x4",
     "resnet44",
+    "resnet50",
     "resnet56",
     "resnet110",
 ]
+
+
+def _projection(channels: int, width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
 
 class _Block(nn.Module):
@@ -34,40 +47,78 @@ class _Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample: nn.Module | None = None
         if stride > 1 or channels != width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width)
-            )
+            self.downsample = _projection(channels, width, stride)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """The output before and after its activation."""
+        shortcut = maps if self.downsample is None else self.downsample(maps)
+        inner = torch.relu(self.bn1(self.conv1(maps)))
+        before = self.bn2(self.conv2(inner)) + shortcut
+        return before, torch.relu(before)
+
+    def forward(self, maps: Tensor) -> Tensor:
         """Maps to maps."""
-        shortcut = images if self.downsample is None else self.downsample(images)
-        inner = torch.relu(self.bn1(self.conv1(images)))
-        return torch.relu(self.bn2(self.conv2(inner)) + shortcut)
+        return self.both(maps)[1]
 
 
-class CifarResNet(nn.Module):
+class _Bottleneck(nn.Module):
+    """A 3 x 3 convolution between two of 1 x 1, the second four times as wide, and a shortcut."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        wide = 4 * width
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, wide, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(wide)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != wide:
+            self.shortcut = _projection(channels, wide, stride)
+
+    def both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """The output before and after its activation."""
+        inner = torch.relu(self.bn1(self.conv1(maps)))
+        inner = torch.relu(self.bn2(self.conv2(inner)))
+        before = self.bn3(self.conv3(inner)) + self.shortcut(maps)
+        return before, torch.relu(before)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps to maps."""
+        return self.both(maps)[1]
+
+
+class CifarResNet(CifarModel):
     """Three stages of residual blocks after a convolution, averaged to a feature.
 
     Args:
         depth: layers with weights along the longest path, 6 n + 2 for n blocks per stage.
         widths: channels of the first convolution and of the stages.
-        num_classes: width of the logits.
+        num_classes: width of the logits; 0 for a network without a classifier.
+        in_chans: channels of the images.
 
     Shape:
-        images (N, 3, H, W), H and W at least 4 (32 in CIFAR), to logits (N, num_classes). The
-        features that ``fc`` reads are (N, widths[-1]), and not negative.
+        images (N, in_chans, H, W), H and W at least 4 (32 in CIFAR), to logits (N, num_classes).
+        The features that ``fc`` reads are (N, widths[-1]), and not negative.
 
     Raises:
         ValueError: a depth that is not 6 n + 2.
     """
 
-    def __init__(self, depth: int, widths: tuple[int, int, int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        depth: int,
+        widths: tuple[int, int, int, int],
+        num_classes: int,
+        in_chans: int = 3,
+    ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 6 n + 2 with n at least 1, got {depth}")
         channels = widths[0]
-        self.conv1 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         stages = []
         for number, width in enumerate(widths[1:]):
@@ -77,49 +128,93 @@ class CifarResNet(nn.Module):
                 channels = width
             stages.append(nn.Sequential(*stage))
         self.layer1, self.layer2, self.layer3 = stages
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.fc = linear_or_identity(channels, num_classes)
+        init_convolutions(self)
+        names = [(f"layer{i + 1}", width, 2**i) for i, width in enumerate(widths[1:])]
+        self._describe("fc", channels, num_classes, in_chans, names)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images to logits."""
+    def _body(self, images: Tensor, stages: list[tuple[Tensor, Tensor]] | None) -> Tensor:
         maps = torch.relu(self.bn1(self.conv1(images)))
-        maps = self.layer3(self.layer2(self.layer1(maps)))
-        return self.fc(torch.flatten(self.pool(maps), 1))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            maps = through_stage(stage, maps, stages)
+        return maps
 
 
-def resnet20(num_classes: int = 100) -> CifarResNet:
+class CifarBottleneckResNet(CifarModel):
+    """ImageNet's residual network of bottlenecks with a 3 x 3 stem of stride 1 and no pooling.
+
+    Args:
+        blocks: of every one of the four stages.
+        num_classes: width of the logits; 0 for a network without a classifier.
+        in_chans: channels of the images.
+
+    Shape:
+        images (N, in_chans, H, W), H and W at least 8 (32 in CIFAR), to logits (N, num_classes).
+        The features that ``linear`` reads are (N, 2048), and not negative.
+    """
+
+    def __init__(
+        self, blocks: tuple[int, int, int, int], num_classes: int, in_chans: int = 3
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        channels, stages = 64, []
+        for number, count in enumerate(blocks):
+            width, stage = 64 * 2**number, []
+            for position in range(count):
+                stride = 2 if number > 0 and position == 0 else 1
+                stage.append(_Bottleneck(channels, width, stride))
+                channels = 4 * width
+            stages.append(nn.Sequential(*stage))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.linear = linear_or_identity(channels, num_classes)
+        init_convolutions(self)
+        names = [(f"layer{i + 1}", 256 * 2**i, 2**i) for i in range(4)]
+        self._describe("linear", channels, num_classes, in_chans, names)
+
+    def _body(self, images: Tensor, stages: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        maps = torch.relu(self.bn1(self.conv1(images)))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps = through_stage(stage, maps, stages)
+        return maps
+
+
+def resnet20(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """3 blocks per stage of 16, 32 and 64 channels."""
-    return CifarResNet(20, (16, 16, 32, 64), num_classes)
+    return CifarResNet(20, (16, 16, 32, 64), num_classes, in_chans)
 
 
-def resnet32(num_classes: int = 100) -> CifarResNet:
+def resnet32(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """5 blocks per stage of 16, 32 and 64 channels."""
-    return CifarResNet(32, (16, 16, 32, 64), num_classes)
+    return CifarResNet(32, (16, 16, 32, 64), num_classes, in_chans)
 
 
-def resnet44(num_classes: int = 100) -> CifarResNet:
+def resnet44(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """7 blocks per stage of 16, 32 and 64 channels."""
-    return CifarResNet(44, (16, 16, 32, 64), num_classes)
+    return CifarResNet(44, (16, 16, 32, 64), num_classes, in_chans)
 
 
-def resnet56(num_classes: int = 100) -> CifarResNet:
+def resnet56(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """9 blocks per stage of 16, 32 and 64 channels."""
-    return CifarResNet(56, (16, 16, 32, 64), num_classes)
+    return CifarResNet(56, (16, 16, 32, 64), num_classes, in_chans)
 
 
-def resnet110(num_classes: int = 100) -> CifarResNet:
+def resnet110(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """18 blocks per stage of 16, 32 and 64 channels."""
-    return CifarResNet(110, (16, 16, 32, 64), num_classes)
+    return CifarResNet(110, (16, 16, 32, 64), num_classes, in_chans)
 
 
-def resnet8x4(num_classes: int = 100) -> CifarResNet:
+def resnet8x4(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """1 block per stage of 64, 128 and 256 channels."""
-    return CifarResNet(8, (32, 64, 128, 256), num_classes)
+    return CifarResNet(8, (32, 64, 128, 256), num_classes, in_chans)
 
 
-def resnet32x4(num_classes: int = 100) -> CifarResNet:
+def resnet32x4(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
     """5 blocks per stage of 64, 128 and 256 channels."""
-    return CifarResNet(32, (32, 64, 128, 256), num_classes)
+    return CifarResNet(32, (32, 64, 128, 256), num_classes, in_chans)
+
+
+def resnet50(num_classes: int = 100, in_chans: int = 3) -> CifarBottleneckResNet:
+    """3, 4, 6 and 3 bottlenecks of 256, 512, 1024 and 2048 channels."""
+    return CifarBottleneckResNet((3, 4, 6, 3), num_classes, in_chans)

@@ -1,0 +1,77 @@
+"""Weights of a network from a file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["load_weights"]
+
+# Under which name checkpoints keep the state; mdistiller's say "model".
+KEYS = ("model", "state_dict")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put the weights of a file into the model, all of them and nothing else.
+
+    Reads safetensors files, PyTorch files of a state dictionary, and checkpoints that hold one
+    under ``model`` (mdistiller's) or ``state_dict``; the prefix ``module.`` of DataParallel is
+    dropped. Nothing in the file is executed. The model is untouched where an error is raised.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or the weights of another network: the first names and shapes
+            that differ are told.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    state = _read(path)
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    wanted = model.state_dict()
+    problems = [f"{name} is missing" for name in wanted if name not in state]
+    problems += [f"{name} is not in the model" for name in state if name not in wanted]
+    problems += [
+        f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{path} holds the weights of another network than {type(model).__name__}: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a PyTorch file of weights alone: {first}") from error
+    for key in KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise ValueError(
+            f"{path} holds no state dictionary, neither as a whole nor under {' or '.join(KEYS)}"
+        )
+    return dict(content)
