@@ -6,7 +6,7 @@ from dnkd_ext._extension import build_info, empty_cache  # first: its warning po
 
 # isort: split
 from dnkd_ext import reference
-from dnkd_ext.adapters import extract_features
+from dnkd_ext.adapters import extract_features, features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus
 from dnkd_ext.diagnostics import feature_diagnostics
@@ -38,6 +38,7 @@ __all__ = [
     "empty_cache",
     "extract_features",
     "feature_diagnostics",
+    "features",
     "hcl_loss",
     "kd_loss",
     "nd_loss",

@@ -8,7 +8,8 @@ from torch import nn
 
 import dnkd_ext
 from dnkd_ext import extract_features
-from dnkd_ext.adapters import find_classifier
+from dnkd_ext.adapters import _is_split, _listen, features, find_classifier
+from dnkd_ext.train import models
 
 
 def plain():
@@ -224,6 +225,136 @@ def test_hooks_of_others_stay(images):
     assert len(seen) == 2
     assert hooks(model) == [model[4]]
     assert len(model[4]._forward_hooks) == 1
+
+
+# -- models of three parts, as timm's -------------------------------------------------------------
+
+
+class Split(nn.Module):
+    """timm's interface by hand; counts which way it was run."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.head = nn.Linear(12, 9), nn.Linear(9, classes)
+        self.drop = nn.Dropout(0.5)
+        self.calls = 0
+
+    def get_classifier(self):
+        return self.head
+
+    def forward_features(self, images):
+        return self.stem(images.flatten(1)).tanh()
+
+    def forward_head(self, x, pre_logits=False):
+        x = self.drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x):
+        x = self.forward_features(x)
+        return self.forward_head(x)
+
+
+def test_it_is_one_function_of_two_names():
+    assert dnkd_ext.features is dnkd_ext.extract_features
+    assert "features" in dnkd_ext.__all__
+
+
+def test_parts_are_run_without_a_hook(images):
+    """The logits are those of the features given, with one draw of the dropout."""
+    model = Split()
+    model.head.register_forward_hook = None  # would fail if it were called
+    features, logits = dnkd_ext.features(model, images)
+    assert (features == 0).any()
+    assert torch.equal(logits, model.head(features))
+    model.eval()
+    features, logits = dnkd_ext.features(model, images)
+    assert torch.equal(features, model.forward_features(images))
+    assert torch.equal(logits, model(images))
+
+
+@pytest.mark.parametrize("make", [Split, models.resnet8x4, models.mobilenetv2])
+def test_parts_compile_without_a_break(make, generator):
+    model = make().eval()
+    shape = (2, 3, 2, 2) if isinstance(model, Split) else (2, 3, 32, 32)
+    images = torch.randn(shape, generator=generator)
+    run = torch.compile(
+        lambda x: dnkd_ext.features(model, x), fullgraph=True, backend="eager", dynamic=False
+    )
+    torch.testing.assert_close(run(images), dnkd_ext.features(model, images))
+
+
+def scaled(model):
+    """What surrounds the model doubles the images; its parts know nothing of that."""
+    double = lambda module, inputs: (inputs[0] * 2,)  # noqa: E731
+    model.register_forward_pre_hook(double)
+    return model
+
+
+class Overridden(Split):
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x * 2))
+
+
+class Calls(Split):
+    def forward(self, x):
+        return super().forward(x.mul(2))
+
+
+def patched(model):
+    original = model.forward
+    model.forward = lambda x: original(x * 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: scaled(Split()), Overridden, Calls, lambda: patched(Split())],
+    ids=["a hook", "a subclass", "a subclass that calls its base", "a replaced forward"],
+)
+def test_what_surrounds_the_parts_is_run(make, images):
+    model = make().eval()
+    features, logits = dnkd_ext.features(model, images)
+    torch.testing.assert_close(features, model.stem(2 * images.flatten(1)).tanh())
+    assert torch.equal(logits, model(images))
+
+
+def test_an_auxiliary_head_is_not_left_out(images):
+    """As timm's VOLO: logits that the classifier alone does not give are refused."""
+
+    class Auxiliary(Split):
+        def __init__(self):
+            super().__init__()
+            self.aux_head = nn.Linear(9, 5)
+
+        def forward_head(self, x, pre_logits=False):
+            return x if pre_logits else self.head(x) + self.aux_head(x)
+
+        def forward(self, x):
+            x = self.forward_features(x)
+            return self.forward_head(x)
+
+    with pytest.raises(ValueError, match="did not produce the model's output"):
+        dnkd_ext.features(Auxiliary(), images)
+
+
+def test_a_compiled_model_is_not_run_uncompiled():
+    """Its parts would be, silently."""
+    assert _is_split(Split())
+    assert not _is_split(torch.compile(Split(), backend="eager"))
+    model = Split()
+    model.compile(backend="eager")
+    assert not _is_split(model)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "regnety_002"])
+def test_parts_of_timm_are_what_a_hook_sees(name, generator):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=7).eval()
+    images = torch.randn(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        assert _is_split(model)
+        torch.testing.assert_close(features(model, images), _listen(model, images, None))
 
 
 # -- errors ---------------------------------------------------------------------------------------
