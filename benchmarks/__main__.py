@@ -145,7 +145,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if outcome.rows:
             print(run.header(outcome.rows))
             print(results.table(outcome.rows))
-            rows = outcome.rows if not arguments.resume else results.read(arguments.out)
+            rows = outcome.rows
+            if arguments.resume:
+                rows = results.of_now(results.read(arguments.out))
             for found in results.latest(results.measurements(rows)).values():
                 print(*targets.lines(targets.evaluate(found, arguments.device)), sep="\n")
         elif arguments.resume:
