@@ -27,10 +27,10 @@ Peers take turns in blocks of about 20 calls, or fewer where they take long; the
 median over blocks, in brackets the 20 and 80 % quantiles. Inputs are random and rotate where they
 exceed the caches. Every peer's loss and gradient are compared with the reference before it is
 timed. "again" is ours timed a second time as if it were another peer: its distance from 1 is the
-noise. Peak memory is what one forward and backward pass holds at most beyond its inputs. On a CPU ours keeps the memory
-of freed gradients for the next ones, up to 256 MiB, so that the page faults of fresh memory, which
-are part of the others' times with the default allocator, are not part of ours; what is kept so is
-not in the peak memory. The copy moves as many bytes as
+noise. Peak memory is what one forward and backward pass holds at most beyond its inputs. On a CPU
+ours keeps the memory of freed gradients for the next ones, up to 256 MiB, so that the page faults
+of fresh memory, which are part of the others' times with the default allocator, are not part of
+ours; what is kept so is not in the peak memory. The copy moves as many bytes as
 must be moved at least (both inputs and the gradient once; DIST reads both twice), in the same run.
 
 | peer | what it is |
