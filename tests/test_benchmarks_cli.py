@@ -169,10 +169,23 @@ def test_help_names_every_option(command, capsys):
     printed = capsys.readouterr().out
     wanted = {
         "": ["run", "e2e", "report", "compare", "regression", "targets", "130"],
-        "run": ["--device", "--case", "--dtype", "--peers", "--quick", "--out", "--seconds"],
+        "run": [
+            "--device",
+            "--case",
+            "--dtype",
+            "--peers",
+            "--quick",
+            "--out",
+            "--seconds",
+            "--resume",
+        ],
+        "e2e": ["--device", "--shape", "--rounds", "--out", "--resume"],
+        "report": ["--out", "--add", "--no-plots"],
         "compare": ["A", "B"],
+        "regression": ["--device", "--case", "--dtype", "--against", "--seconds"],
+        "targets": ["CSV", "--steps"],
     }
-    assert all(word in printed for word in wanted.get(command, []))
+    assert all(word in printed for word in wanted[command])
 
 
 # -- compare and regression -----------------------------------------------------------------------
