@@ -30,8 +30,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=(
             "Benchmarks of the losses: a ladder of peers over a registry of cases, training steps, "
-            "reports and comparisons. Exit status: 0 done, 1 a peer was refused or something got "
-            "slower, 2 wrong usage, 130 interrupted (what was measured is kept)."
+            "reports and comparisons. Exit status: 0 done, 1 a peer was refused (run), something "
+            "got slower (regression) or a target failed (targets), 2 wrong usage, 130 interrupted "
+            "(what was measured is kept). run prints the targets, but does not fail for them."
         ),
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -145,7 +146,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if outcome.rows:
             print(run.header(outcome.rows))
             print(results.table(outcome.rows))
-            rows = outcome.rows if not arguments.resume else results.read(arguments.out)
+            rows = outcome.rows
+            if arguments.resume:
+                rows = results.of_now(results.read(arguments.out))
             for found in results.latest(results.measurements(rows)).values():
                 print(*targets.lines(targets.evaluate(found, arguments.device)), sep="\n")
         elif arguments.resume:

@@ -10,17 +10,24 @@ by then is kept. Needs no network; uses the Python it runs in.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from benchmarks.peers import unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "kernels", "tests", "sanitize", "bench", "e2e")
@@ -33,7 +40,11 @@ LOGS = {
 }  # fmt: skip
 STATE, SUMMARY, LADDER, STEPS = "state.json", "summary.txt", "losses.csv", "steps.csv"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-SANITIZED = ("nd_loss", "ce_kd_loss", "ce_dkd_loss", "dist_loss", "diagnostics", "scale")
+# In one process each: it takes as long to import torch under the sanitizer as to run a loss.
+SANITIZED = (("nd_loss", "diagnostics", "scale"), ("ce_kd_loss", "ce_dkd_loss", "dist_loss"))
+# compile-max and ours in a compiled step take minutes to compile and answer no target:
+# `python -m benchmarks run --device cuda` has them.
+BENCHED = ("ours", "noise", "module", "loop", "eager", "compile", "liger", "copy")
 # How long an interrupted command has to write what it measured.
 GRACE = 10.0
 
@@ -70,27 +81,40 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
             Item("self-check", (python, "-m", "dnkd_ext", "info", "--check")),
             *(
                 Item(path.name, (*pytest, f"tests/{path.name}"))
-                for path in sorted((ROOT / "tests").glob("test_*.py"))
+                # First those that run on every device.
+                for path in sorted(
+                    (ROOT / "tests").glob("test_*.py"),
+                    key=lambda path: ("device" not in path.read_text(), path.name),
+                )
             ),
         ]
     if stage == "sanitize":
-        tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
+        homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+        beside_nvcc = os.pathsep.join(str(Path(home) / "bin") for home in homes if home)
+        tool = (
+            shutil.which("compute-sanitizer")
+            or shutil.which("compute-sanitizer", path=beside_nvcc)
+            or "compute-sanitizer"
+        )
         return [
             Item(
-                f"{check} {loss}",
+                f"{check} {' '.join(losses)}",
                 (
                     tool, "--tool", check, "--error-exitcode", "9", python, "-m",
-                    "benchmarks.sanitize", "--loss", loss,
+                    "benchmarks.sanitize", *(word for loss in losses for word in ("--loss", loss)),
                 ),
                 # Blocks of the caching allocator would hide accesses beyond a tensor.
                 (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
             )
             for check in SANITIZERS
-            for loss in SANITIZED
+            for losses in SANITIZED
         ]  # fmt: skip
     command, file = ("run", LADDER) if stage == "bench" else ("e2e", STEPS)
     measure = (python, "-m", "benchmarks", command, "--device", "cuda")
     measure += () if force else ("--resume",)
+    if stage == "bench":
+        there = [peer for peer in BENCHED if unavailable(peer, "cuda") is None]
+        measure += ("--peers", ",".join(there))
     return [Item(command, (*measure, "--out", str(out / file)), resumes=True)]
 
 
@@ -135,39 +159,69 @@ def status(record: dict[str, Any], planned: Sequence[Item]) -> str:
     return PASSED if all(result == PASSED for result in results) else FAILED
 
 
-def run_stage(stage: str, planned: Sequence[Item], out: Path, state: State, limit: float) -> str:
-    """Run the items that have not passed, the new ones first, until the limit."""
+def run_stage(
+    stage: str, planned: Sequence[Item], out: Path, state: State, limit: float, jobs: int = 1
+) -> str:
+    """Run the items that have not passed, the new ones first, until the limit.
+
+    With ``jobs`` more than 1 as many run at a time, and each enters the log when it has ended.
+    """
     record = state.of(stage)
-    deadline = time.monotonic() + limit
+    start = time.monotonic()
     left = [item for item in planned if record["items"].get(item.name) != PASSED]
     left.sort(key=lambda item: item.name in record["items"])  # those that failed come last
-    with (out / LOGS[stage]).open("a") as log:
-        for number, item in enumerate(left):
-            begin = time.monotonic()
-            remaining = deadline - begin
-            if remaining <= 0:
-                break
-            print(f"{stage}: {item.name}", file=sys.stderr, flush=True)
-            code = _run(item, log, remaining)
+    lock, cancelled = threading.Lock(), threading.Event()
+
+    def work(item: Item, log: IO[str], own: IO[str]) -> None:
+        begin = time.monotonic()
+        remaining = start + limit - begin
+        if remaining <= 0 or cancelled.is_set():
+            return
+        print(f"{stage}: {item.name}", file=sys.stderr, flush=True)
+        code = _run(item, own, remaining, cancelled)
+        with lock:
+            if own is not log:
+                own.seek(0)
+                shutil.copyfileobj(own, log)
             record["seconds"] += time.monotonic() - begin
             if code is not None:
                 record["items"][item.name] = PASSED if code == 0 else FAILED
-            elif number == 0 and not item.resumes:
+            elif item is left[0] and jobs == 1 and not item.resumes and not cancelled.is_set():
                 # It had all the time there is: it would never finish.
                 record["items"][item.name] = FAILED
                 log.write(f"{item.name} alone needs more than the limit of {limit:.0f} s\n")
+            log.flush()
             state.save()
-            if code is None:
-                break
+
+    def work_apart(item: Item, log: IO[str]) -> None:
+        with tempfile.TemporaryFile("w+", errors="replace") as own:
+            work(item, log, own)
+
+    with (out / LOGS[stage]).open("a") as log:
+        if jobs == 1:
+            for item in left:
+                work(item, log, log)
+                if item.name not in record["items"]:
+                    break  # the time is over
+            return status(record, planned)
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for done in [pool.submit(work_apart, item, log) for item in left]:
+                    done.result()
+            except BaseException:
+                cancelled.set()
+                raise
     return status(record, planned)
 
 
-def _run(item: Item, log, remaining: float) -> int | None:
+def _run(item: Item, log: IO[str], remaining: float, cancelled: threading.Event) -> int | None:
     """The exit status; None where it was stopped because the time was over."""
     log.write(f"\n== {item.name}\n$ {' '.join(item.command)}\n")
     log.flush()
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "DNKD_CUDA": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "2",  # several tests run at a time
+        **os.environ, "PYTHONUNBUFFERED": "1", "DNKD_CUDA": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "DNKD_REQUIRE_EXT": "1" if item.name not in ("build", "kernels") else "0",
         **dict(item.environment),
     }  # fmt: skip
@@ -180,11 +234,13 @@ def _run(item: Item, log, remaining: float) -> int | None:
         log.write(f"cannot be started: {error}\n")
         return 127
     grace = min(GRACE, remaining / 4)
+    end = time.monotonic() + remaining - grace
     try:
-        code = process.wait(timeout=max(0.1, remaining - grace))
-        log.write(f"exit status {code}\n")
-        return code
-    except subprocess.TimeoutExpired:
+        while time.monotonic() < end and not cancelled.is_set():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(timeout=min(0.5, max(0.01, end - time.monotonic())))
+                log.write(f"exit status {code}\n")
+                return code
         log.write("stopped: the stage's time was over\n")
         return None
     finally:
@@ -195,12 +251,14 @@ def _stop(process: subprocess.Popen, grace: float) -> None:
     """End a command and what it started: first as Ctrl-C does, then at once."""
     for number in (signal.SIGINT, signal.SIGKILL):
         if process.poll() is not None:
-            return
+            break
         os.killpg(process.pid, number)
         try:
             process.wait(timeout=grace)
         except subprocess.TimeoutExpired:
             continue
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it started and left behind
 
 
 def closing(out: Path, device: str) -> list[str]:
@@ -209,8 +267,9 @@ def closing(out: Path, device: str) -> list[str]:
 
     ladder, walked = out / LADDER, out / STEPS
     try:
-        rows = results.read(ladder) if ladder.exists() else []
-        walked_rows = steps.read_steps(walked) if walked.exists() else []
+        # What older sources or another torch gave says nothing about these.
+        rows = results.of_now(results.read(ladder) if ladder.exists() else [])
+        walked_rows = results.of_now(steps.read_steps(walked) if walked.exists() else [])
     except results.ResultsError as error:
         return [f"FAIL {error}"]
     found: results.Latest = {}
@@ -245,6 +304,8 @@ def summarise(out: Path, state: State, device: str, heading: str) -> tuple[list[
         lines.append(f"{text}; see {LOGS[stage]}")
     lines += closing(out, device)
     good = good and not any(line.startswith("FAIL ") for line in lines)
+    if all(stage in state.stages for stage in ("bench", "e2e")):
+        good = good and not any(line.startswith("not measured") for line in lines)
     return lines, good
 
 
@@ -258,6 +319,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="SECONDS",
         help="time for each stage (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--total", type=float, default=math.inf, metavar="SECONDS",
+        help="time for all stages together (default: none)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     return parser.parse_args(argv)
@@ -276,6 +341,7 @@ def gpu() -> tuple[str, str] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages: 0 all passed, 1 one failed or is unfinished, 2 no GPU."""
     arguments = _arguments(argv)
+    begin = time.monotonic()
     stages = arguments.stage or STAGES
     out = arguments.out.resolve()
     if arguments.dry_run:
@@ -301,13 +367,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
     )
     for stage in stages:
-        if arguments.force:
+        if arguments.force or stage == "build":  # which is nothing where it is up to date
             state.forget(stage)
         planned = items(stage, out, force=arguments.force)
         if status(state.of(stage), planned) == PASSED:
             print(f"{stage} passed before with these sources on this GPU (--force does it again)")
             continue
-        word = run_stage(stage, planned, out, state, arguments.limit)
+        # Tests are bound by the host; what is measured or watched has the machine to itself.
+        jobs = max(1, min(8, (os.cpu_count() or 1) // 2)) if stage == "tests" else 1
+        limit = min(arguments.limit, begin + arguments.total - time.monotonic())
+        if limit <= 0:
+            break
+        word = run_stage(stage, planned, out, state, limit, jobs)
         state.save()
         print(f"{word} {stage}", flush=True)
         lines, _ = summarise(out, state, device, heading)
@@ -326,6 +397,8 @@ def _print_tail(log: Path, count: int = 20) -> None:
 
 
 if __name__ == "__main__":
+    # What is running is stopped with it, as by Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -38,6 +38,10 @@ def unavailable(peer: str, device: str) -> str | None:
             return "Liger-Kernel has Triton kernels only, for GPUs"
         if importlib.util.find_spec("liger_kernel") is None:
             return "liger_kernel is not installed"
+        try:
+            liger_ce_kd()
+        except Exception as error:  # it imports much, of versions of its own
+            return f"liger_kernel does not load: {type(error).__name__}: {error}"
     return None
 
 
@@ -72,9 +76,11 @@ def nd_loop(student: Tensor, class_means: Tensor, teacher: Tensor, target: Tenso
     for f_s, f_t, label in zip(student, teacher, target, strict=True):
         center = class_means[label.item()]
         unit = center / center.norm()
-        longest = max(f_s.norm().item(), f_t.norm().item())
-        if f_s.norm().item() >= longest:  # the student's norm is part of the graph
-            losses.append(1 - torch.dot(f_s, unit) / f_s.norm())
+        norm = f_s.norm()
+        own, teachers = norm.item(), f_t.norm().item()
+        longest = max(own, teachers)
+        if own >= longest:  # the student's norm is part of the graph
+            losses.append(1 - torch.dot(f_s, unit) / norm)
         else:
             losses.append(1 - torch.dot(f_s, unit) / torch.tensor(longest, device=f_s.device))
     return torch.stack(losses).mean()
@@ -101,18 +107,19 @@ def ce_kd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def ce_dkd(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy and DKD in the usual form: binary probabilities, and a mask of -1000."""
+    """Cross entropy and DKD as published: binary probabilities, and -1000 at the label."""
     student, teacher = student.float(), teacher.float()
-    mask = F.one_hot(target, student.shape[-1])
+    label = target.unsqueeze(-1)
+    mask = torch.zeros_like(student, dtype=torch.bool).scatter_(-1, label, True)
     u, v = student / TEMPERATURE, teacher / TEMPERATURE
-    p = F.softmax(u, dim=-1).gather(-1, target.unsqueeze(-1))
-    q = F.softmax(v, dim=-1).gather(-1, target.unsqueeze(-1))
+    p = F.softmax(u, dim=-1).gather(-1, label)
+    q = F.softmax(v, dim=-1).gather(-1, label)
     binary = F.kl_div(
         torch.cat([p, 1 - p], dim=-1).log(), torch.cat([q, 1 - q], dim=-1), reduction="batchmean"
     )
     rest = F.kl_div(
-        F.log_softmax(u - 1000.0 * mask, dim=-1),
-        F.softmax(v - 1000.0 * mask, dim=-1),
+        F.log_softmax(u.masked_fill(mask, -1000.0), dim=-1),
+        F.softmax(v.masked_fill(mask, -1000.0), dim=-1),
         reduction="batchmean",
     )
     return F.cross_entropy(student, target) + TEMPERATURE**2 * (ALPHA * binary + BETA * rest)

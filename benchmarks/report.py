@@ -23,11 +23,14 @@ are of one run on one machine; absolute times of different machines or days do n
 
 ## How it is measured
 
-Peers take turns in blocks of about 20 calls after a warm-up; the figure is the median over blocks,
-in brackets the 20 and 80 % quantiles. Inputs are random and rotate where they exceed the caches.
-Every peer's loss and gradient are compared with the reference before it is timed. "again" is ours
-timed a second time as if it were another peer: its distance from 1 is the noise. Peak memory is
-what one forward and backward pass holds at most beyond its inputs. The copy moves as many bytes as
+Peers take turns in blocks of about 20 calls, or fewer where they take long; the figure is the
+median over blocks, in brackets the 20 and 80 % quantiles. Inputs are random and rotate where they
+exceed the caches. Every peer's loss and gradient are compared with the reference before it is
+timed. "again" is ours timed a second time as if it were another peer: its distance from 1 is the
+noise. Peak memory is what one forward and backward pass holds at most beyond its inputs. On a CPU
+ours keeps the memory of freed gradients for the next ones, up to 256 MiB, so that the page faults
+of fresh memory, which are part of the others' times with the default allocator, are not part of
+ours; what is kept so is not in the peak memory. The copy moves as many bytes as
 must be moved at least (both inputs and the gradient once; DIST reads both twice), in the same run.
 
 | peer | what it is |

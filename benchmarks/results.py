@@ -81,7 +81,8 @@ def commit() -> str:
     if not revision:
         return f"files-{source_hash()}"
     generated = (":!benchmarks/results", ":!benchmarks/README.md")
-    changed = git("status", "--porcelain", "--", "csrc", "dnkd_ext", "benchmarks", *generated)
+    sources = ("csrc", "dnkd_ext", "benchmarks", "setup.py", "pyproject.toml")
+    changed = git("status", "--porcelain", "--", *sources, *generated)
     return revision + (f"+{source_hash()}" if changed else "")
 
 
@@ -89,10 +90,11 @@ def source_hash() -> str:
     """What the sources are, whether committed or not."""
     digest = hashlib.sha1(usedforsecurity=False)
     suffixes = {".py", ".cpp", ".cu", ".h", ".cuh", ".inc"}
+    paths = [ROOT / "setup.py", ROOT / "pyproject.toml"]
     for folder in ("benchmarks", "csrc", "dnkd_ext", "tests"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in suffixes:
-                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+        paths += [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes]
+    for path in paths:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:10]
 
 
@@ -211,7 +213,11 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
     writer.writerows(rows)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, text.getvalue().encode())
+        before, wanted = os.fstat(descriptor).st_size, text.getvalue().encode()
+        written = os.write(descriptor, wanted)
+        if written != len(wanted):  # as on a full disk
+            os.ftruncate(descriptor, before)
+            raise ResultsError(f"{path}: only {written} of {len(wanted)} bytes could be written")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -340,6 +346,12 @@ def measurements(rows: Iterable[Row]) -> list[Measurement]:
 
 
 Latest = dict[tuple[str, str], Measurement]
+
+
+def of_now(rows: Iterable[Row]) -> list[Row]:
+    """The rows that were measured with the sources and the torch that are here."""
+    here = {"commit": commit(), "torch": str(torch.__version__)}
+    return [row for row in rows if all(row[name] == value for name, value in here.items())]
 
 
 def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:

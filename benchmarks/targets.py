@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.cases import Case, KdPlusPlusCase, LogitCase, NdCase, all_cases, cases
+from benchmarks.cases import CACHE, Case, KdPlusPlusCase, LogitCase, NdCase, all_cases, cases
 from benchmarks.results import FORWARD, Latest, Measurement, Row
 
 PASS, FAIL, NOT_MEASURED = "PASS", "FAIL", "not measured"
@@ -82,6 +82,11 @@ class Target:
         return Verdict(self.text, status, self._number(worst[0]), bound, where)
 
     @property
+    def asked(self) -> tuple[tuple[str, str], ...]:
+        """The cases that it needs."""
+        return self.cases
+
+    @property
     def is_cpu(self) -> bool:
         return self.device == "cpu"
 
@@ -107,7 +112,9 @@ def _bandwidth(_: Latest, one: Measurement) -> float | None:
 def _of_float32(found: Latest, one: Measurement) -> float | None:
     """Time relative to float32 inputs of the same shape."""
     other = found.get((one.case.replace(" bfloat16 ", " float32 "), one.allocator))
-    ours, wide = one.us(), None if other is None else other.us()
+    if other is None or other.common["commit"] != one.common["commit"]:
+        return None
+    ours, wide = one.us(), other.us()
     return None if ours is None or not wide else ours / wide
 
 
@@ -209,6 +216,14 @@ def _cpu() -> list[Target]:
         target(
             "KD++ at 512x1000 with 2048 features: at least 3x torch.compile",
             [case for case in plain if isinstance(case, KdPlusPlusCase)], compiled, 3,
+        ),
+        target(
+            "CE+KD and CE+DKD at 128x100: at least 4x eager",
+            [c for c in logits if (c.rows, c.classes) == (128, 100)], eager, 4,
+        ),
+        target(
+            f"peak extra memory: the gradients, {ROW_SCALARS} bytes per row and 64 KiB",
+            [case for case in everything if case.bytes <= CACHE], _memory, 1, least=False,
         ),
         target(
             "bfloat16 within 5% of float32 inputs of the same shape, or faster",

@@ -35,4 +35,3 @@ def test_loss(case, benchmark):
         measured, rounds=7 if case.large else 30, iterations=1 if case.large else 20,
         warmup_rounds=1,
     )  # fmt: skip
-    assert benchmark.stats["median"] > 0

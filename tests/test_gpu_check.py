@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import dnkd_ext
-from benchmarks import gpu_check, sanitize
+from benchmarks import gpu_check, results, sanitize, steps
 from benchmarks.gpu_check import Item, State
+from tests.benchmark_rows import gpu_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,12 +58,10 @@ def test_every_test_file_and_every_loss_under_every_tool(tmp_path):
     tests = {item.name for item in gpu_check.items("tests", tmp_path)}
     assert {path.name for path in (ROOT / "tests").glob("test_*.py")} | {"self-check"} == tests
     names = [item.name for item in gpu_check.items("sanitize", tmp_path)]
-    assert {*names} == {
-        f"{tool} {loss}"
-        for tool in ("memcheck", "racecheck", "initcheck")
-        for loss in sanitize.LOSSES
-    }
     assert len(names) == len({*names})
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        losses = [loss for name in names if name.startswith(tool) for loss in name.split()[1:]]
+        assert sorted(losses) == sorted(sanitize.LOSSES)
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path, state):
@@ -113,6 +112,26 @@ def test_the_limit_keeps_what_was_done(tmp_path, state):
     assert "the stage's time was over" in (tmp_path / "tests.log").read_text()
 
 
+def test_several_at_a_time(tmp_path, state):
+    """They overlap, each has its part of the log, and the limit stops them all."""
+    planned = [
+        Item(name, (sys.executable, "-c", f"import time; time.sleep(2); print('{name} was here')"))
+        for name in ("a", "b", "c")
+    ]
+    begin = time.monotonic()
+    assert gpu_check.run_stage("tests", planned, tmp_path, state, 60, jobs=3) == "PASS"
+    assert time.monotonic() - begin < 6
+    log = (tmp_path / "tests.log").read_text()
+    for name in ("a", "b", "c"):
+        part = log[log.index(f"== {name}") :].split("\n\n==")[0]
+        assert f"{name} was here\nexit status 0" in part
+    slow = [Item(name, touch(tmp_path / name, seconds=60)) for name in ("d", "e", "f")]
+    assert gpu_check.run_stage("tests", slow, tmp_path, state, 3, jobs=2) == "UNFINISHED"
+    assert {name: state.of("tests")["items"].get(name) for name in "adef"} == {
+        "a": "PASS", "d": None, "e": None, "f": None
+    }  # fmt: skip
+
+
 def test_an_item_that_never_fits_is_a_failure(tmp_path, state):
     """It had the whole stage for itself; one that resumes by itself only goes on later."""
     slow = touch(tmp_path / "slow", seconds=60)
@@ -154,14 +173,31 @@ def pretend(monkeypatch, tmp_path):
     return fails
 
 
-def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, capsys):
-    from benchmarks import results
-    from tests.benchmark_rows import gpu_rows
+def here(rows):
+    """As if measured on this GPU with these sources."""
+    now = {"hardware": "a GPU", "commit": results.commit(), "torch": str(torch.__version__)}
+    return [{**row, **now} for row in rows]
 
+
+def step_rows():
+    common = {**dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda", "shape": "imagenet"}
+    return [
+        {**common, "method": method, "step_ms": step, "loss_us": loss}
+        for method, step, loss in (
+            ("CE", 100, 50),
+            ("KD++ ours", 100.5, 100),
+            ("KD++ loop", 400, 9000),
+        )
+    ]
+
+
+def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
-    results.append([{**row, "hardware": "a GPU"} for row in gpu_rows()], out / "losses.csv")
-    assert gpu_check.main(["--out", str(out)]) == 0
+    results.append(here(gpu_rows()), out / "losses.csv")
+    # Of other sources, which say nothing about these.
+    steps.append_steps([{**row, "commit": "older"} for row in here(step_rows())], out / "steps.csv")
+    assert gpu_check.main(["--out", str(out)]) == 1
     printed = capsys.readouterr().out
     for stage in gpu_check.STAGES:
         assert f"PASS {stage}" in printed
@@ -172,17 +208,18 @@ def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, cap
     assert len([*out.iterdir()]) <= 8
     assert (out / "summary.txt").read_text() in printed
     # Again: nothing runs; with --force everything does.
+    steps.append_steps(here(step_rows()), out / "steps.csv")
     assert gpu_check.main(["--out", str(out)]) == 0
-    assert "tests passed before" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tests passed before" in printed
+    assert "PASS         ImageNet-shape step with KD++" in printed
+    assert ran(tmp_path / "build") == 2  # which is nothing where it is up to date
     assert ran(tmp_path / "tests") == 1
     assert gpu_check.main(["--out", str(out), "--force", "--stage", "tests"]) == 0
     assert (ran(tmp_path / "tests"), ran(tmp_path / "bench")) == (2, 1)
 
 
 def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys):
-    from benchmarks import results
-    from tests.benchmark_rows import gpu_rows
-
     out = tmp_path / "out"
     pretend.add("sanitize")
     assert gpu_check.main(["--out", str(out), "--stage", "sanitize", "--stage", "tests"]) == 1
@@ -192,8 +229,7 @@ def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys)
     assert "not run    bench" in printed
     pretend.clear()
     assert gpu_check.main(["--out", str(out), "--stage", "sanitize"]) == 0
-    rows = [{**row, "hardware": "a GPU"} for row in gpu_rows(syncs=1)]
-    results.append(rows, out / "losses.csv")
+    results.append(here(gpu_rows(syncs=1)), out / "losses.csv")
     assert gpu_check.main(["--out", str(out), "--stage", "bench"]) == 1
     assert "FAIL         no host synchronisation" in capsys.readouterr().out
 

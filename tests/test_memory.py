@@ -160,9 +160,10 @@ def test_limit(limit, kept):
     assert int(done.stdout) == kept << 20
 
 
-def test_bad_limit():
+@pytest.mark.parametrize("program", [PROGRAM, "import dnkd_ext; dnkd_ext.empty_cache()"])
+def test_bad_limit(program):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", program],
         env={**os.environ, "DNKD_CPU_CACHE_MB": "1.5"},
         capture_output=True,
         text=True,

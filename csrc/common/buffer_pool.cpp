@@ -86,7 +86,10 @@ void BufferPool::give(Block block) {
 }
 
 size_t BufferPool::clear() {
-  const std::lock_guard lock(mutex_);
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    return 0;
+  }
   const size_t kept = kept_;
   trim(0);
   return kept;

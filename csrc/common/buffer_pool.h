@@ -29,7 +29,8 @@ class BufferPool {
   // A block of at least so many bytes, and at most a quarter more; new where none is kept.
   Block take(size_t bytes);
   void give(Block block);
-  // Frees everything kept; returns how many bytes that was.
+  // Frees everything kept and returns how many bytes that was; nothing while another thread takes
+  // or gives.
   size_t clear();
 
  private:
