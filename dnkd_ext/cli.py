@@ -56,7 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--overwrite", action="store_true", help="replace the results of an earlier run in --out"
     )
+    # Their options are those of dataclasses and are parsed elsewhere, --help among them.
+    for name, help_text in TRAINING.items():
+        commands.add_parser(name, help=help_text, add_help=False)
     return parser
+
+
+TRAINING = {
+    "train": "train a model, alone or from a teacher, by the paper's recipes or your own",
+    "presets": "list the recipes",
+    "class-means": "gather a teacher's class means",
+    "eval": "evaluate trained weights",
+    "plot": "draw the curves of runs",
+}
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -88,12 +100,28 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _training(name: str, options: Sequence[str]) -> int:
+    try:
+        from dnkd_ext.train.arguments import COMMANDS
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"dnkd {name} needs the training extras ({error}); install them with "
+            "pip install 'dnkd_ext[train]'"
+        ) from error
+    return COMMANDS[name](options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a wrong input is one line on standard error and exit status 2."""
-    arguments = _parser().parse_args(argv)
-    command = {"info": _info, "demo": _demo}[arguments.command]
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in TRAINING:
+        arguments = argparse.Namespace(command=argv[0])
+    else:
+        arguments = _parser().parse_args(argv)
     try:
-        return command(arguments)
+        if arguments.command in TRAINING:
+            return _training(arguments.command, argv[1:])
+        return {"info": _info, "demo": _demo}[arguments.command](arguments)
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"dnkd {arguments.command}: error: {error}", file=sys.stderr)
         return 2

@@ -31,20 +31,39 @@ class Progress:
         total: steps.
         description: what the bar is called.
         unit: what a step is.
+        initial: steps that were done before.
+        enabled: without, nothing is shown.
     """
 
-    def __init__(self, total: int, description: str, *, unit: str = "it") -> None:
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        *,
+        unit: str = "it",
+        initial: int = 0,
+        enabled: bool = True,
+    ) -> None:
+        self._enabled = enabled
         try:
             from tqdm import tqdm
         except ImportError:
             self._bar = None
         else:
             self._bar = tqdm(
-                total=total, desc=description, unit=unit, dynamic_ncols=True, file=sys.stderr
+                total=total,
+                desc=description,
+                unit=unit,
+                initial=initial,
+                disable=not enabled,
+                dynamic_ncols=True,
+                file=sys.stderr,
             )
 
     def say(self, stage: str) -> None:
         """Show what is being done."""
+        if not self._enabled:
+            return
         if self._bar is None:
             print(stage, file=sys.stderr, flush=True)
         else:

@@ -1,0 +1,255 @@
+"""Options of the training commands, from dataclasses by tyro; help and types come from those."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from dnkd_ext.train.config import (
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    TrainConfig,
+    replace,
+)
+from dnkd_ext.train.engine import Interrupted
+from dnkd_ext.train.jobs import plan_jobs, run_class_means, run_eval, run_jobs, run_plot
+from dnkd_ext.train.presets import describe, expand, format_presets, load_preset
+from dnkd_ext.train.world import join_world
+
+__all__ = ["COMMANDS"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class Train:
+    """Train a model, alone or from a teacher, and keep log, checkpoints, weights and plots.
+
+    A preset gives the numbers of one of the paper's experiments (dnkd presets lists them); every
+    option overrides its own. Under torchrun all processes share every batch.
+    """
+
+    out: str
+    """Folder for the results; several presets or seeds get folders of their own in it."""
+    preset: str = ""
+    """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'."""
+    seeds: str = ""
+    """Several seeds, one run each: 0,1,2."""
+    resume: bool = False
+    """Go on with what --out holds, exactly where it stopped; begin where there is nothing."""
+    overwrite: bool = False
+    """Replace the run that --out holds."""
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass
+class Presets:
+    """List the presets, or show what one consists of."""
+
+    pattern: Annotated[str, tyro.conf.Positional] = "*"
+    """Only those that match, as 'cifar100/resnet56-*/*'."""
+    show: bool = False
+    """All settings of each, with source, conflicts between sources, and published accuracy."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass
+class ClassMeansArguments:
+    """Gather the mean feature of every class over the training images, as they are.
+
+    The file is what --class-means of dnkd train and dnkd_ext.ClassMeans.load read.
+    """
+
+    model: str
+    """The teacher: a cifar_* name, or any name that timm knows."""
+    weights: str
+    """File of its weights, or the folder of the run that trained it."""
+    out: str
+    """File to write (safetensors)."""
+    overwrite: bool = False
+    """Replace the file."""
+    data: DataOptions = field(default_factory=DataOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass
+class Eval:
+    """Evaluate trained weights on the test images, and print JSON."""
+
+    model: str
+    """A cifar_* name, or any name that timm knows."""
+    weights: str
+    """File of the weights, or a run's folder, whose best weights are taken."""
+    data: DataOptions = field(default_factory=DataOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass
+class Plot:
+    """Draw the curves of one or several runs into one picture, curves.png."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs."""
+    out: str = "."
+    """Folder for the picture."""
+
+
+def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = None) -> T:
+    return tyro.cli(
+        kind,
+        prog=f"dnkd {name}",
+        description=kind.__doc__,
+        args=list(argv),
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def _arguments_of(preset: str, out: str) -> Train:
+    """What the command is when only the preset is given."""
+    config = TrainConfig()
+    if preset:
+        config = replace(config, {"preset": preset, **load_preset(preset).settings})
+    return Train(
+        out,
+        preset,
+        data=config.data,
+        model=config.model,
+        method=config.method,
+        optim=config.optim,
+        run=config.run,
+    )
+
+
+def train(argv: Sequence[str]) -> int:
+    """``dnkd train``."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="")
+    pattern = first.parse_known_args(argv)[0].preset
+    names = expand(pattern) if pattern else [""]
+    configs, arguments = [], None
+    for name in names:
+        # Parsed once per preset: options replace the preset's own numbers.
+        default: Any = _arguments_of(name, tyro.MISSING)
+        arguments = _parse(Train, "train", argv, default)
+        config = TrainConfig(
+            name,
+            arguments.data,
+            arguments.model,
+            arguments.method,
+            arguments.optim,
+            arguments.run,
+        )
+        configs.append((config, load_preset(name).published if name else None))
+    assert arguments is not None
+    seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
+    if arguments.resume and arguments.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
+    out = Path(arguments.out)
+    with join_world(arguments.run.device) as world:
+        try:
+            run_jobs(
+                plan_jobs(configs, seeds, out),
+                out,
+                world,
+                resume=arguments.resume,
+                overwrite=arguments.overwrite,
+            )
+        except Interrupted as stopped:
+            if world.is_first:
+                print(f"dnkd train: {stopped}", flush=True)
+            return 128 + (stopped.signal or signal.SIGTERM)
+    return 0
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds must be different integers from 0 on, as 0,1,2; got {text!r}")
+    return seeds
+
+
+def presets(argv: Sequence[str]) -> int:
+    """``dnkd presets``."""
+    arguments = _parse(Presets, "presets", argv)
+    names = expand(arguments.pattern)
+    if arguments.json:
+        found = [load_preset(name) for name in names]
+        print(json.dumps([vars(preset) for preset in found], indent=2))
+    elif arguments.show:
+        print("\n\n".join(describe(name) for name in names))
+    else:
+        print(format_presets(names))
+    return 0
+
+
+def class_means(argv: Sequence[str]) -> int:
+    """``dnkd class-means``."""
+    arguments = _parse(ClassMeansArguments, "class-means", argv)
+    config = TrainConfig(data=arguments.data, run=arguments.run)
+    out = Path(arguments.out)
+    with join_world(arguments.run.device) as world:
+        config.check(world.size)
+        means = run_class_means(
+            arguments.model,
+            arguments.weights,
+            config,
+            out,
+            world,
+            overwrite=arguments.overwrite,
+        )
+        if world.is_first:
+            counts = means.counts
+            print(
+                f"{out}: {means.num_classes} classes x {means.num_features} features of "
+                f"{int(counts.sum())} images"
+            )
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """``dnkd eval``."""
+    arguments = _parse(Eval, "eval", argv)
+    config = TrainConfig(data=arguments.data, run=arguments.run)
+    with join_world(arguments.run.device) as world:
+        config.check(world.size)
+        result = run_eval(arguments.model, arguments.weights, config, world)
+        if world.is_first:
+            print(json.dumps(result, indent=2))
+    return 0
+
+
+def plot(argv: Sequence[str]) -> int:
+    """``dnkd plot``."""
+    arguments = _parse(Plot, "plot", argv)
+    if not arguments.runs:
+        raise ValueError("name at least one run's folder")
+    print(run_plot([Path(run) for run in arguments.runs], Path(arguments.out)))
+    return 0
+
+
+COMMANDS = {
+    "train": train,
+    "presets": presets,
+    "class-means": class_means,
+    "eval": evaluate,
+    "plot": plot,
+}

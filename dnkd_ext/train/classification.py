@@ -1,0 +1,483 @@
+"""Classifiers of small images that are held in memory: students, and the teachers they learn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dnkd_ext.adapters import features
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
+from dnkd_ext.diagnostics import feature_diagnostics
+from dnkd_ext.projector import FeatureProjector
+from dnkd_ext.review import stage_maps
+from dnkd_ext.train.batches import EvalBatches, TrainBatches
+from dnkd_ext.train.config import DataOptions, MethodOptions, TrainConfig
+from dnkd_ext.train.data import ImageSet
+from dnkd_ext.train.engine import Task
+from dnkd_ext.train.image_files import load_images
+from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.world import World
+
+__all__ = [
+    "Classification",
+    "Distillation",
+    "Teacher",
+    "build_model",
+    "evaluate",
+    "gather_class_means",
+    "load_data",
+    "load_teacher",
+]
+
+TERMS = ("loss", "ce", "kd", "nd", "top1")
+
+
+# -- the step -------------------------------------------------------------------------------------
+
+
+class Distillation(nn.Module):
+    """A student with all that is trained beside it, from images to the terms of the loss.
+
+    Args:
+        student: the classifier to train.
+        criterion: one of dnkd_ext's, or None for cross entropy alone.
+        teacher: in evaluation mode, without gradients; no part of this module's state.
+        projector: of the student's features, where the class means are of another width.
+        method: as the configuration names it.
+        label_smoothing: of the cross entropy alone; a criterion has its own.
+
+    Shape:
+        images (N, channels, H, W), target (N,) int64 and ramp, 0-dim, to
+        (loss, ce, kd, nd, top1): 0-dim, top1 in percent.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        criterion: nn.Module | None,
+        teacher: nn.Module | None,
+        projector: nn.Module | None,
+        method: str,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.criterion = criterion
+        self.projector = projector
+        self.method = method
+        self.label_smoothing = label_smoothing
+        # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
+        self._teacher = (teacher,)
+
+    def forward(self, images: Tensor, target: Tensor, ramp: Tensor) -> tuple[Tensor, ...]:
+        """The terms of a batch."""
+        (teacher,) = self._teacher
+        if self.criterion is None or teacher is None:
+            logits = self.student(images)
+            loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+            none = torch.zeros_like(loss)
+            return loss, loss.detach(), none, none, _top1(logits, target)
+        if self.method == "reviewkd":
+            with torch.no_grad():
+                wanted, teacher_features, _ = stage_maps(teacher, images, pre_activation=True)
+            maps, student_features, logits = stage_maps(self.student, images)
+            compared = (maps, wanted, logits)
+        else:
+            with torch.no_grad():
+                teacher_features, teacher_logits = features(teacher, images)
+            student_features, logits = features(self.student, images)
+            compared = (logits, teacher_logits)
+        if self.projector is not None:
+            student_features = self.projector(student_features)
+        terms = self.criterion(
+            *compared, student_features, target, teacher_features=teacher_features, kd_ramp=ramp
+        )
+        return *terms, _top1(logits, target)
+
+
+def _top1(logits: Tensor, target: Tensor) -> Tensor:
+    return 100 * (logits.argmax(1) == target).float().mean()
+
+
+# -- teacher --------------------------------------------------------------------------------------
+
+
+class Teacher(NamedTuple):
+    """A trained model, the digest of its weights, and the mean of its features per class."""
+
+    model: nn.Module
+    digest: str
+    class_means: ClassMeans | None
+
+
+def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
+    """A model with fresh weights: one of ours by its name ``cifar_*``, or one of timm's.
+
+    Raises:
+        ValueError: no such model.
+        ModuleNotFoundError: the name is timm's, and timm is not installed.
+    """
+    if name in model_names() or name.startswith("cifar_"):
+        return create_model(name, num_classes, channels)
+    try:
+        import timm
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{name!r} is none of {', '.join(model_names())}; for timm's models install timm"
+        ) from error
+    if not timm.is_model(name):
+        raise ValueError(
+            f"no model {name!r}, neither timm's nor one of {', '.join(model_names())}"
+        )
+    return timm.create_model(name, num_classes=num_classes, in_chans=channels)
+
+
+def weights_file(path: str) -> Path:
+    """The file itself, or the best weights of a run's folder.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    place = Path(path)
+    if place.is_dir():
+        place = place / "best.safetensors"
+        if not place.is_file():
+            raise FileNotFoundError(f"{path} is a folder without best.safetensors")
+    if not place.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    return place
+
+
+def load_teacher(
+    name: str, weights: str, data: ImageSet, device: torch.device, *, channels_last: bool = False
+) -> Teacher:
+    """A trained model in evaluation mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: no such model, or weights of another one.
+    """
+    path = weights_file(weights)
+    model = build_model(name, len(data.classes), data.channels)
+    load_weights(model, path)
+    model = model.eval().requires_grad_(False).to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return Teacher(model, hashlib.sha256(path.read_bytes()).hexdigest()[:16], None)
+
+
+def gather_class_means(
+    model: nn.Module,
+    data: ImageSet,
+    options: DataOptions,
+    world: World,
+    *,
+    batch_size: int = 500,
+    progress: bool = True,
+    metadata: dict[str, str] | None = None,
+) -> ClassMeans:
+    """Mean features of the training images as they are, every process seeing its part."""
+    batches = EvalBatches(
+        data.train,
+        batch_size,
+        mean=options.mean,
+        std=options.std,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    # What fills up the last batch counts nowhere.
+    loader = ((images, target.where(mask, -100)) for images, target, mask in batches)
+    means = ClassMeans.from_model(
+        model,
+        _Sized(loader, len(batches)),
+        num_classes=len(data.classes),
+        progress=progress and world.is_first,
+        metadata=metadata,
+    )
+    return means.all_reduce()
+
+
+@dataclass
+class _Sized:
+    """An iterator that tells its length to a progress bar."""
+
+    items: Iterator[Any]
+    length: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def read_class_means(path: str, model: nn.Module, data: ImageSet) -> ClassMeans:
+    """Class means from a file, of as many classes as the data have and as wide as the teacher.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of other classes or another teacher.
+    """
+    means = (ClassMeans.from_json if path.endswith(".json") else ClassMeans.load)(path)
+    if means.num_classes != len(data.classes):
+        raise ValueError(
+            f"--class-means {path} has {means.num_classes} classes, but the data have "
+            f"{len(data.classes)}"
+        )
+    width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+    if width is not None and means.num_features != width:
+        raise ValueError(
+            f"--class-means {path} is {means.num_features} wide, but the teacher's features are "
+            f"{width}: it is of another teacher"
+        )
+    return means
+
+
+# -- data and evaluation --------------------------------------------------------------------------
+
+
+def load_data(options: DataOptions, seed: int, *, progress: bool = True) -> ImageSet:
+    """The images that the configuration names, in memory."""
+    data = load_images(
+        options.data, limit=options.limit, seed=seed, cache=options.cache, progress=progress
+    )
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if len(values) != data.channels:
+            raise ValueError(
+                f"--{name} must have a value for each of {data.channels} channels, got "
+                f"{len(values)}"
+            )
+    return data
+
+
+class Evaluated(NamedTuple):
+    """Accuracies in percent over the test images of all processes, and this process's features."""
+
+    top1: float
+    top5: float
+    features: Tensor
+    target: Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: EvalBatches, classes: int, autocast: Any, world: World
+) -> Evaluated:
+    """A model in evaluation mode over test images; its mode is restored. Collective."""
+    from torchmetrics.classification import MulticlassAccuracy
+
+    device = world.device
+    accuracies = [
+        MulticlassAccuracy(
+            classes, top_k=k, average="micro", ignore_index=-1, validate_args=False
+        ).to(device)
+        for k in (1, min(5, classes))
+    ]
+    was_training = model.training
+    model.eval()
+    taken, targets = [], []
+    try:
+        for images, target, mask in batches:
+            with autocast:
+                feature, logits = features(model, images)
+            for accuracy in accuracies:
+                accuracy.update(logits.float(), target.where(mask, -1))
+            taken.append(feature.float())
+            targets.append(target.where(mask, -100))
+    finally:
+        model.train(was_training)
+    top1, top5 = (100 * float(accuracy.compute()) for accuracy in accuracies)
+    return Evaluated(top1, top5, torch.cat(taken), torch.cat(targets))
+
+
+# -- the task -------------------------------------------------------------------------------------
+
+
+def _criterion(
+    options: MethodOptions,
+    class_means: Tensor | None,
+    student: nn.Module,
+    teacher: nn.Module,
+    world: World,
+) -> nn.Module:
+    shared = {
+        "ce_weight": options.ce_weight,
+        "kd_weight": options.kd_weight,
+        "nd_weight": options.nd_weight,
+        "label_smoothing": options.label_smoothing,
+    }
+    makers: dict[str, Callable[[], nn.Module]] = {
+        # Cross entropy and the ND loss without a distillation of logits.
+        "ce": lambda: KDPlusPlus(class_means, **{**shared, "kd_weight": 0.0}),
+        "kd": lambda: KDPlusPlus(
+            class_means,
+            **shared,
+            temperature=options.temperature,
+            logit_standardization=options.logit_standardization,
+        ),
+        "dkd": lambda: DKDPlusPlus(
+            class_means,
+            **shared,
+            alpha=options.alpha,
+            beta=options.beta,
+            temperature=options.temperature,
+            logit_standardization=options.logit_standardization,
+        ),
+        "dist": lambda: DISTPlusPlus(
+            class_means,
+            **shared,
+            beta=options.beta,
+            gamma=options.gamma,
+            tau=options.temperature,
+            process_group=torch.distributed.group.WORLD if world.size > 1 else None,
+        ),
+        "reviewkd": lambda: ReviewKDPlusPlus.from_models(student, teacher, class_means, **shared),
+    }
+    return makers[options.method]()
+
+
+class Classification(Task):
+    """A student, its data and its teacher, as the engine trains them."""
+
+    terms = TERMS
+    metric = "test_top1"
+
+    def __init__(
+        self, config: TrainConfig, data: ImageSet, teacher: Teacher | None, world: World
+    ) -> None:
+        self.world = world
+        self.data = data
+        run, device = config.run, world.device
+        torch.manual_seed(run.seed)  # the same weights for every method, on every process
+        student = build_model(config.model.student, len(data.classes), data.channels)
+        criterion = projector = None
+        if config.needs_teacher:
+            assert teacher is not None
+            means = None if teacher.class_means is None else teacher.class_means.compute()
+            if config.method.nd_weight:
+                assert means is not None
+                width = getattr(student, "head_hidden_size", None) or student.num_features
+                if width != means.shape[1]:
+                    projector = FeatureProjector(width, means.shape[1], config.model.dropout)
+            criterion = _criterion(config.method, means, student, teacher.model, world)
+        self.step = Distillation(
+            student,
+            criterion,
+            teacher.model if teacher else None,
+            projector,
+            config.method.method,
+            config.method.label_smoothing,
+        ).to(device)
+        if run.channels_last:
+            self.step.to(memory_format=torch.channels_last)
+        self.model = student
+        shared = {
+            "mean": config.data.mean,
+            "std": config.data.std,
+            "rank": world.rank,
+            "world_size": world.size,
+            "channels_last": bool(run.channels_last),
+        }
+        self._train = TrainBatches(
+            data.train,
+            config.optim.batch_size,
+            seed=run.seed,
+            pad=config.data.pad,
+            flip=config.data.flip,
+            **shared,
+        )
+        self._test = EvalBatches(data.test, run.eval_batch_size, **shared)
+        self.steps_per_epoch = len(self._train)
+        self.batch_size = config.optim.batch_size
+        self.identity = {"student": config.model.student}
+        if teacher:
+            self.identity["teacher"] = f"{config.model.teacher} {teacher.digest}"
+        self._autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
+        )
+        self._teacher = teacher
+        self._teacher_norms: Tensor | None = None
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """Cut, mirrored and normalised images, and their classes."""
+        return self._train.epoch(epoch, start)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracies, and where there are class means the features' norms and directions."""
+        classes = len(self.data.classes)
+        result = evaluate(self.model, self._test, classes, self._autocast, self.world)
+        figures = {"test_top1": result.top1, "test_top5": result.top5}
+        if self._teacher is None or self._teacher.class_means is None:
+            return figures
+        if self._teacher_norms is None:
+            of_teacher = evaluate(
+                self._teacher.model, self._test, classes, self._autocast, self.world
+            )
+            self._teacher_norms = of_teacher.features.norm(dim=1)
+        return {**figures, **self._diagnostics(result)}
+
+    @torch.no_grad()
+    def _projected(self, student: Tensor) -> Tensor:
+        """The student's features as the loss sees them."""
+        projector = self.step.projector
+        if projector is None:
+            return student
+        projector.eval()
+        try:
+            return projector(student)
+        finally:
+            projector.train()
+
+    @torch.no_grad()
+    def _diagnostics(self, result: Evaluated) -> dict[str, float]:
+        assert self._teacher_norms is not None
+        student, means = self._projected(result.features), self.step.criterion.class_means
+        if student.shape[1] != means.shape[1]:
+            return {}  # the widths differ, and nothing projects one to the other
+        own = feature_diagnostics(student, result.target, means, teacher_norms=self._teacher_norms)
+        counted = result.target != -100
+        # Means over this process's images become sums, those of all processes means again.
+        count = counted.sum()
+        norms = self._teacher_norms[counted].sum()
+        sums = torch.stack(
+            [own.norm_ratio * norms, norms, own.cosine * count, own.reached * count, count]
+        ).double()
+        if not count:
+            sums = torch.zeros_like(sums)
+        student_norm, teacher_norm, cosine, reached, total = self.world.sum(sums).tolist()
+        return {
+            "norm_ratio": student_norm / teacher_norm,
+            "cosine": cosine / total,
+            "reached": reached / total,
+        }
+
+    def feature_figures(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Norms, and cosines to the class means, of the test images' features, by model.
+
+        Empty without class means. Of this process's images only.
+        """
+        if self._teacher is None or self._teacher.class_means is None:
+            return {}, {}
+        means = self._teacher.class_means.compute().to(self.world.device)
+        norms, cosines = {}, {}
+        for name, model in (("teacher", self._teacher.model), ("student", self.model)):
+            classes = len(self.data.classes)
+            result = evaluate(model, self._test, classes, self._autocast, self.world)
+            own = result.features
+            if name == "student":
+                own = self._projected(own)
+            kept = result.target != -100
+            norms[name] = own[kept].norm(dim=1).cpu().numpy()
+            if own.shape[1] == means.shape[1]:
+                cosine = F.cosine_similarity(own[kept], means[result.target[kept]], dim=1)
+                cosines[name] = cosine.cpu().numpy()
+        return norms, cosines

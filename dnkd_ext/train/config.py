@@ -1,0 +1,316 @@
+"""What a training run is told: typed, with every field an option of the command line.
+
+The fields are grouped for reading alone; their names are unique, so that options, recipes and files
+are flat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin
+
+__all__ = [
+    "DataOptions",
+    "MethodOptions",
+    "ModelOptions",
+    "OptimOptions",
+    "RunOptions",
+    "TrainConfig",
+    "flatten",
+    "replace",
+]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images and what is done to them."""
+
+    task: Literal["cifar"] = "cifar"
+    """Which trainer: cifar is for small images that are held in memory."""
+    data: str = ""
+    """Folder of the data set: CIFAR-100 as torchvision unpacks it, or train/CLASS/* and test/."""
+    limit: int | None = None
+    """Use at most this many training images, as many of every class, and a third as many test
+    images."""
+    cache: str | None = None
+    """Safetensors file in which decoded images are kept for the next run."""
+    pad: int = 4
+    """Black border, in pixels, from which training images are cut at random."""
+    flip: bool = True
+    """Mirror every second training image."""
+    mean: tuple[float, ...] = (0.5071, 0.4867, 0.4408)
+    """Mean of every channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = (0.2675, 0.2565, 0.2761)
+    """Standard deviation of every channel."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Student and teacher."""
+
+    student: str = "cifar_resnet20"
+    """Model to train: a cifar_* name, or any name that timm knows."""
+    teacher: str | None = None
+    """Model to learn from, likewise; none for cross entropy alone."""
+    teacher_weights: str | None = None
+    """File of the teacher's weights (safetensors or PyTorch), or the folder of the run that
+    trained it, whose best weights are taken."""
+    class_means: str | None = None
+    """File of the teacher's class means (dnkd class-means, or the authors' JSON); without one they
+    are gathered first and kept in the run's folder."""
+    dropout: float = 0.5
+    """Of the projector, which is there where student and class means differ in width."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD) + nd_weight ND."""
+
+    method: Literal["ce", "kd", "dkd", "dist", "reviewkd"] = "ce"
+    """What is distilled beside the features; ce: nothing. The ++ of a method is its nd_weight."""
+    ce_weight: float = 1.0
+    """Weight of the cross entropy."""
+    kd_weight: float = 1.0
+    """Weight of KD, DKD, DIST or ReviewKD."""
+    nd_weight: float = 0.0
+    """Weight of the norm-and-direction loss; 0 leaves it out."""
+    kd_warm_up: int = 0
+    """Epochs over which the weight of the distillation grows from 0."""
+    temperature: float = 4.0
+    """Of KD, DKD and DIST."""
+    alpha: float = 1.0
+    """DKD: weight of the target class's part."""
+    beta: float = 1.0
+    """DKD: weight of the other classes' part. DIST: weight of the correlation over classes."""
+    gamma: float = 1.0
+    """DIST: weight of the correlation over samples."""
+    label_smoothing: float = 0.0
+    """Of the cross entropy."""
+    logit_standardization: bool = False
+    """KD and DKD: standardise each row of logits before the temperature."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """SGD and its schedule."""
+
+    epochs: int = 240
+    """How long to train."""
+    batch_size: int = 128
+    """Images per step, of all processes together."""
+    accumulate: int = 1
+    """Parts in which a process takes its share of a batch one after another."""
+    lr: float = 0.1
+    """Learning rate at the start, not scaled by anything."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of the momentum."""
+    weight_decay: float = 5e-4
+    """Of all parameters."""
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    """How the learning rate falls: at the milestones, or along a half cosine, every step."""
+    milestones: tuple[int, ...] = (150, 180, 210)
+    """Epochs at which the learning rate is multiplied by lr_decay."""
+    lr_decay: float = 0.1
+    """See milestones."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How it is run."""
+
+    seed: int = 0
+    """Of weights, order, augmentation and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where; auto: a GPU where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: autocast, the weights stay float32; auto: that on a GPU which has it."""
+    channels_last: bool | None = None
+    """Memory format of images and weights; by default on a GPU."""
+    compile: bool = False
+    """torch.compile of teacher, student and loss."""
+    cuda_graph: bool = False
+    """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
+    deterministic: bool = False
+    """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
+    eval_batch_size: int = 500
+    """Images per step of the evaluation, of all processes together."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always has one."""
+    log_every: int = 50
+    """Steps between looks at the loss, which wait for the device."""
+    tensorboard: bool = True
+    """Write TensorBoard's files, too."""
+    progress: bool = True
+    """Show a progress bar."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    preset: str = ""
+    """Where the numbers come from; see dnkd presets."""
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def check(self, world_size: int = 1) -> None:
+        """ValueError for values out of range or at odds with each other, naming the option."""
+        flat = flatten(self)
+        for name, least in LEAST.items():
+            value = flat[name]
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"--{_option(name)} must be at least {least:g}, got {value}")
+        for name in ("lr", "lr_decay", "temperature"):
+            if not (math.isfinite(flat[name]) and flat[name] > 0):
+                raise ValueError(f"--{_option(name)} must be greater than 0, got {flat[name]}")
+        for name in ("dropout", "label_smoothing"):
+            if not 0 <= flat[name] <= 1:
+                raise ValueError(f"--{_option(name)} must be between 0 and 1, got {flat[name]}")
+        if not 0 <= self.optim.momentum < 1:
+            raise ValueError(f"--momentum must be in [0, 1), got {self.optim.momentum}")
+        if self.optim.nesterov and self.optim.momentum == 0:
+            raise ValueError("--nesterov wants a --momentum greater than 0, got 0")
+        steps = self.optim.milestones
+        if list(steps) != sorted(set(steps)) or any(step < 1 for step in steps):
+            raise ValueError(f"--milestones must be growing epochs from 1 on, got {steps}")
+        share = world_size * self.optim.accumulate
+        if self.optim.batch_size % share:
+            raise ValueError(
+                f"--batch-size must be a multiple of {world_size} processes times --accumulate "
+                f"{self.optim.accumulate}, got {self.optim.batch_size}"
+            )
+        if self.run.eval_batch_size % world_size:
+            raise ValueError(
+                f"--eval-batch-size must be a multiple of {world_size} processes, got "
+                f"{self.run.eval_batch_size}"
+            )
+        if not self.data.data:
+            raise ValueError("--data must name the folder of the data set, got nothing")
+        if self.needs_teacher:
+            if self.model.teacher is None:
+                raise ValueError(
+                    f"--method {self.method.method} with --nd-weight {self.method.nd_weight:g} "
+                    "needs a --teacher, got none"
+                )
+            if self.model.teacher_weights is None:
+                raise ValueError(
+                    f"--teacher-weights must name the trained weights of {self.model.teacher}, or "
+                    "the folder of the run that trained it; got nothing"
+                )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss looks at a teacher."""
+        return self.method.method != "ce" or self.method.nd_weight != 0
+
+
+# The smallest value of an option.
+LEAST = {
+    "limit": 1,
+    "pad": 0,
+    "ce_weight": 0,
+    "kd_weight": 0,
+    "nd_weight": 0,
+    "alpha": 0,
+    "beta": 0,
+    "gamma": 0,
+    "kd_warm_up": 0,
+    "epochs": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "weight_decay": 0,
+    "seed": 0,
+    "eval_batch_size": 1,
+    "checkpoint_every": 1,
+    "log_every": 1,
+}
+
+# Options that do not change what is computed, beyond rounding: a run may go on with other ones.
+FREE = {
+    "data",
+    "cache",
+    "teacher_weights",  # the checkpoint says by their digest which they are
+    "class_means",
+    "device",
+    "channels_last",
+    "compile",
+    "cuda_graph",
+    "deterministic",
+    "eval_batch_size",
+    "checkpoint_every",
+    "log_every",
+    "tensorboard",
+    "progress",
+}
+
+GROUPS = ("data", "model", "method", "optim", "run")
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """All fields of all groups by their name; tuples become lists, as JSON has them."""
+    flat: dict[str, Any] = {"preset": config.preset}
+    for group in GROUPS:
+        for name, value in dataclasses.asdict(getattr(config, group)).items():
+            flat[name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def replace(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
+    """The configuration with some fields, by their flat names, set to other values.
+
+    Raises:
+        ValueError: a name that does not exist, or a value of another type.
+    """
+    settings = dict(settings)
+    preset = settings.pop("preset", config.preset)
+    groups = {}
+    for group in GROUPS:
+        options = getattr(config, group)
+        hints = typing.get_type_hints(type(options))
+        changes = {name: settings.pop(name) for name in hints if name in settings}
+        groups[group] = dataclasses.replace(
+            options, **{name: _typed(name, hints[name], value) for name, value in changes.items()}
+        )
+    if settings:
+        raise ValueError(f"no such option of a training run: {', '.join(sorted(settings))}")
+    return TrainConfig(preset, **groups)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """The value as the field's type has it."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not type(None))
+        return _typed(name, kind, value)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        wanted = f"one of {', '.join(map(str, arguments))}"
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_typed(name, arguments[0], item) for item in value)
+        wanted = "a list"
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        wanted = "a number"
+    else:
+        if type(value) is kind:
+            return value
+        wanted = {int: "an integer", bool: "true or false", str: "a text"}[kind]
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")

@@ -1,0 +1,505 @@
+"""The training loop that all tasks share: epochs, checkpoints, logs, several processes.
+
+A task says what a batch is, what its loss is and how it is evaluated; nothing here knows of images.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dnkd_ext.progress import Progress
+from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
+from dnkd_ext.train.config import OptimOptions, RunOptions
+from dnkd_ext.train.files import write_csv, write_weights
+from dnkd_ext.train.world import World
+
+__all__ = ["Interrupted", "Task", "learning_rate", "ramp", "train"]
+
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+LOG = "log.csv"
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by ``signal`` and has written a checkpoint."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+class Task(ABC):
+    """What is trained.
+
+    Attributes:
+        step: called with a batch and the ramp of the distillation (a 0-dim float32 tensor on the
+            device); returns a 0-dim tensor for each of ``terms``, the loss to minimise first. All
+            its parameters are trained, all its state is in the checkpoints.
+        model: the part of ``step`` that is wanted in the end.
+        terms: what ``step`` returns, by name; means over the batch.
+        metric: which of the figures of :meth:`evaluate` is to become large.
+        steps_per_epoch: batches of an epoch.
+        batch_size: images of a batch, of all processes together.
+        identity: what a checkpoint must have been made with to be gone on from.
+    """
+
+    step: nn.Module
+    model: nn.Module
+    terms: tuple[str, ...]
+    metric: str
+    steps_per_epoch: int
+    batch_size: int
+    identity: dict[str, str]
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        """This process's batches of an epoch, from number ``start`` on; no state is kept."""
+
+    def split(self, batch: tuple[Tensor, ...], parts: int) -> list[tuple[Tensor, ...]]:
+        """A batch in equal parts, for accumulated gradients."""
+        return list(zip(*(tensor.chunk(parts) for tensor in batch), strict=True))
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the model as it is, the same on all processes; a collective call."""
+
+
+def learning_rate(options: OptimOptions, time: float) -> float:
+    """The learning rate ``time`` epochs after the start, between 0 and ``options.epochs``."""
+    if options.schedule == "cosine":
+        return options.lr * 0.5 * (1 + math.cos(math.pi * time / options.epochs))
+    passed = sum(time >= milestone for milestone in options.milestones)
+    return options.lr * options.lr_decay**passed
+
+
+def ramp(warm_up: int, epoch: int) -> float:
+    """The distillation's share in an epoch, counted from 0: 0 in the first, 1 after ``warm_up``."""
+    return min(1.0, epoch / warm_up) if warm_up else 1.0
+
+
+class _Meter:
+    """Means of the terms since the last reset, and the first that was not finite, on the device."""
+
+    NONE = 2**62
+
+    def __init__(self, terms: int, device: torch.device) -> None:
+        self.sums = torch.zeros(terms + 1, dtype=torch.float64, device=device)
+        self.bad = torch.full((terms,), self.NONE, dtype=torch.int64, device=device)
+        # The step of the epoch, counted on the device so that a recorded step counts on.
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def reset(self, step: int = 0) -> None:
+        self.sums.zero_()
+        self.bad.fill_(self.NONE)
+        self.step.fill_(step)
+
+    @torch.no_grad()
+    def add(self, terms: Tensor) -> None:
+        """Count a step's terms (terms,) float32; waits for nothing."""
+        self.sums[:-1] += terms
+        self.sums[-1] += 1
+        first = torch.where(terms.isfinite(), self.NONE, self.step)
+        torch.minimum(self.bad, first, out=self.bad)
+        self.step += 1
+
+    def read(self, world: World) -> tuple[list[float], list[int | None]]:
+        """Means, and the first step at which each was not finite, over all processes; waits."""
+        sums = world.sum(self.sums.clone()).tolist()
+        bad = world.smallest(self.bad.clone()).tolist()
+        means = [value / max(1.0, sums[-1]) for value in sums[:-1]]
+        return means, [None if step == self.NONE else step for step in bad]
+
+
+class _Recorded:
+    """A function of a batch that is run three times and then recorded as a CUDA graph.
+
+    The runs before are part of the training like any other. All batches have the same shapes.
+    """
+
+    EAGER = 3
+
+    def __init__(self, body: Callable[[tuple[Tensor, ...]], None]) -> None:
+        self.body = body
+        self.runs = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.static: tuple[Tensor, ...] = ()
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, batch: tuple[Tensor, ...]) -> None:
+        if self.runs < self.EAGER:
+            self.runs += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.body(batch)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if self.graph is None:
+            self.static = tuple(tensor.clone() for tensor in batch)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.body(self.static)
+            self.graph = graph
+        for own, given in zip(self.static, batch, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+
+
+class _Signals:
+    """SIGINT and SIGTERM as a wish to stop, while the context lasts; a second SIGINT interrupts."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: nothing is caught
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    task: Task,
+    optim: OptimOptions,
+    run: RunOptions,
+    out: Path,
+    world: World,
+    *,
+    kd_warm_up: int = 0,
+    resume: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Train a task and keep its log, checkpoints and weights in ``out``.
+
+    Every epoch is evaluated and adds a row to ``log.csv``; ``best.safetensors`` and
+    ``last.safetensors`` hold the model's weights, ``checkpoint.pt`` all that is needed to go on.
+    With ``resume`` the run continues from there as if it had never stopped: after a signal at the
+    very step, otherwise at the last epoch that was kept.
+
+    Returns:
+        ``rows`` of the log, ``best`` and ``best_epoch`` of the task's metric, ``seconds`` of
+        training, evaluation left out, over all parts of the run.
+
+    Raises:
+        FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
+            the last checkpoint is from before.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step is written.
+        ValueError: the checkpoint is damaged, or of another training.
+    """
+    return _Training(task, optim, run, out, world, kd_warm_up, metadata or {}).run_all(resume)
+
+
+class _Training:
+    def __init__(
+        self,
+        task: Task,
+        optim: OptimOptions,
+        run: RunOptions,
+        out: Path,
+        world: World,
+        kd_warm_up: int,
+        metadata: dict[str, str],
+    ) -> None:
+        self.task = task
+        self.optim = optim
+        self.run = run
+        self.out = out
+        self.world = world
+        self.kd_warm_up = kd_warm_up
+        self.metadata = metadata
+        device = world.device
+        self.lr = torch.tensor(optim.lr, device=device)
+        self.ramp = torch.tensor(1.0, device=device)
+        self.parameters = [p for p in task.step.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(
+            self.parameters,
+            lr=self.lr,
+            momentum=optim.momentum,
+            nesterov=optim.nesterov,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
+        self.meter = _Meter(len(task.terms), device)
+        self.module = task.step
+        if run.compile:
+            task.step.compile()
+        if world.size > 1:
+            self.module = nn.parallel.DistributedDataParallel(
+                task.step, device_ids=[device] if device.type == "cuda" else None
+            )
+        self.autocast = torch.autocast(
+            device.type,
+            torch.bfloat16,
+            enabled=run.precision == "bfloat16",
+            cache_enabled=not run.cuda_graph,
+        )
+        self.do_step: Callable[[tuple[Tensor, ...]], None] = self._step
+        if run.cuda_graph:
+            self.do_step = _Recorded(self._step)
+        self.epoch = 0
+        self.start = 0
+        self.rows: list[dict[str, Any]] = []
+        self.best = -math.inf
+        self.best_epoch = 0
+        self.seconds = 0.0
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def _step(self, batch: tuple[Tensor, ...]) -> None:
+        """Gradients of a batch, the step of the optimiser, and the terms counted."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.task.split(batch, self.optim.accumulate)
+        terms: Tensor | None = None
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            # Only the last part's backward exchanges gradients.
+            waits = (
+                self.module.no_sync()
+                if self.world.size > 1 and not is_last
+                else contextlib.nullcontext()
+            )
+            with waits:
+                with self.autocast:
+                    values = self.module(*part, self.ramp)
+                loss = values[0] if len(parts) == 1 else values[0] / len(parts)
+                loss.backward()
+            row = torch.stack([value.detach().float() for value in values])
+            terms = row if terms is None else terms + row
+        assert terms is not None
+        self.optimizer.step()
+        self.meter.add(terms / len(parts))
+
+    def _check_finite(self, epoch: int) -> list[float]:
+        """The means so far; FloatingPointError naming the first term that was not finite."""
+        means, bad = self.meter.read(self.world)
+        steps = [step for step in bad if step is not None]
+        if steps:
+            first = min(steps)
+            # The sum is not finite because a term is not: that is the one to name.
+            names = [n for n, s in zip(self.task.terms, bad, strict=True) if s == first]
+            names = [name for name in names if name != "loss"] or names
+            kept = "no checkpoint was written yet"
+            if self.epoch or self.start:
+                kept = f"the checkpoint after {self.epoch} epochs is kept"
+            raise FloatingPointError(
+                f"epoch {epoch + 1}, step {first + 1} of {self.task.steps_per_epoch}: "
+                f"{' and '.join(names)} is not finite; {kept} (a smaller --lr or weight of that "
+                "term, or --precision float32, may help)"
+            )
+        return means
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def _save(self, epoch: int, start: int) -> None:
+        """A checkpoint from which training goes on in ``epoch`` before step ``start``."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state()
+        meters = {"sums": self.meter.sums.cpu(), "bad": self.meter.bad.cpu()}
+        of_ranks = self.world.gather({"random": random, "meter": meters})
+        with self.world.first_alone():
+            if self.world.is_first:
+                save_checkpoint(
+                    self.out,
+                    {
+                        "identity": self.task.identity,
+                        "epoch": epoch,
+                        "start": start,
+                        "step": self.task.step.state_dict(),
+                        "optimizer": self.optimizer.state_dict(),
+                        "rows": self.rows,
+                        "best": self.best,
+                        "best_epoch": self.best_epoch,
+                        "seconds": self.seconds,
+                        "ranks": of_ranks,
+                    },
+                )
+        self.epoch, self.start = epoch, start
+
+    def _load(self) -> bool:
+        """Go on from a checkpoint, if there is one."""
+        state = load_checkpoint(self.out)
+        if state is None:
+            return False
+        differs = [
+            f"{name} is {self.task.identity.get(name)}, in the checkpoint {value}"
+            for name, value in state["identity"].items()
+            if self.task.identity.get(name) != value
+        ]
+        if differs:
+            raise ValueError(f"{self.out} holds another training: {'; '.join(differs)}")
+        self.task.step.load_state_dict(state["step"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        self.epoch, self.start = state["epoch"], state["start"]
+        self.rows, self.seconds = state["rows"], state["seconds"]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        if self.start:
+            if len(state["ranks"]) != self.world.size:
+                raise ValueError(
+                    f"{self.out} was left within an epoch by {len(state['ranks'])} processes, and "
+                    f"can go on with as many only, got {self.world.size}"
+                )
+            own = state["ranks"][self.world.rank]
+            self.meter.reset(self.start)
+            self.meter.sums.copy_(own["meter"]["sums"])
+            self.meter.bad.copy_(own["meter"]["bad"])
+            torch.set_rng_state(own["random"]["cpu"])
+            if self.world.device.type == "cuda" and "cuda" in own["random"]:
+                torch.cuda.set_rng_state(own["random"]["cuda"])
+        return True
+
+    def _seed(self, epoch: int) -> None:
+        """Everything random of an epoch depends on seed, epoch and process alone."""
+        state = np.random.SeedSequence([self.run.seed, epoch, self.world.rank, 1])
+        torch.manual_seed(int(state.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    # -- epochs --------------------------------------------------------------------------------
+
+    def run_all(self, resume: bool) -> dict[str, Any]:
+        if resume:
+            self._load()
+        total = self.optim.epochs * self.task.steps_per_epoch
+        done = self.epoch * self.task.steps_per_epoch + self.start
+        shown = self.run.progress and self.world.is_first
+        writer = self._tensorboard()
+        with (
+            _Signals() as signals,
+            Progress(total, "train", unit="step", initial=done, enabled=shown) as bar,
+            contextlib.closing(writer) if writer else contextlib.nullcontext(),
+        ):
+            for epoch in range(self.epoch, self.optim.epochs):
+                self._epoch(epoch, bar, signals)
+                row = self.rows[-1]
+                if writer:
+                    for name, value in row.items():
+                        if name != "epoch":
+                            writer.add_scalar(name, value, row["epoch"])
+        self._write_weights(LAST)
+        return {
+            "rows": self.rows,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+        }
+
+    def _epoch(self, epoch: int, bar: Progress, signals: _Signals) -> None:
+        task, world = self.task, self.world
+        start = self.start if epoch == self.epoch else 0
+        if not start:
+            self.meter.reset()
+            self._seed(epoch)
+        self.ramp.fill_(ramp(self.kd_warm_up, epoch))
+        task.step.train()
+        began, before = time.perf_counter(), self.seconds
+        step = start
+        for batch in task.batches(epoch, start):
+            if self.optim.schedule == "cosine" or step == start:
+                self.lr.fill_(learning_rate(self.optim, epoch + step / task.steps_per_epoch))
+            self.do_step(batch)
+            step += 1
+            bar.advance()
+            looks = step % self.run.log_every == 0 or step == task.steps_per_epoch
+            if looks:
+                means = self._check_finite(epoch)
+                self.seconds = before + time.perf_counter() - began
+                speed = (step - start) * task.batch_size / (time.perf_counter() - began)
+                bar.say(self._postfix(epoch, means[0], speed))
+            # Alone a process stops at once, together they agree where they meet anyway.
+            stop = bool(signals.received) and world.size == 1
+            if looks and world.size > 1:
+                stop = world.any(bool(signals.received))
+            if stop and step < task.steps_per_epoch:
+                self._check_finite(epoch)
+                self.seconds = before + time.perf_counter() - began
+                self._save(epoch, step)
+                self._stop(signals, f"in epoch {epoch + 1} after step {step}")
+        world.average_batch_norm(task.step)
+        figures = task.evaluate()
+        self._finish(epoch, means, figures, speed)
+        stop = world.any(bool(signals.received))
+        last = epoch + 1 == self.optim.epochs
+        if stop or last or (epoch + 1) % self.run.checkpoint_every == 0:
+            self._save(epoch + 1, 0)
+        if stop and not last:
+            self._stop(signals, f"after epoch {epoch + 1}")
+
+    def _stop(self, signals: _Signals, where: str) -> None:
+        number = signals.received or signal.SIGTERM
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name} {where}; the checkpoint is in {self.out}, "
+            "--resume goes on from there",
+            number,
+        )
+
+    def _finish(
+        self, epoch: int, means: list[float], figures: dict[str, float], speed: float
+    ) -> None:
+        """The epoch's row, and its weights where they are the best."""
+        metric = figures[self.task.metric]
+        is_best = metric > self.best
+        if is_best:
+            self.best, self.best_epoch = metric, epoch + 1
+        self.rows.append(
+            {
+                "epoch": epoch + 1,
+                "lr": learning_rate(self.optim, epoch),
+                "kd_ramp": ramp(self.kd_warm_up, epoch),
+                **{f"train_{n}": v for n, v in zip(self.task.terms, means, strict=True)},
+                **figures,
+                "images_per_second": round(speed, 1),
+                "seconds": round(self.seconds, 3),
+            }
+        )
+        if is_best:
+            self._write_weights(BEST)
+        with self.world.first_alone():
+            if self.world.is_first:
+                write_csv(self.out / LOG, self.rows)
+
+    def _write_weights(self, name: str) -> None:
+        with self.world.first_alone():
+            if self.world.is_first:
+                epoch = self.best_epoch if name == BEST else self.optim.epochs
+                write_weights(
+                    self.out / name, self.task.model, {**self.metadata, "epoch": str(epoch)}
+                )
+
+    def _postfix(self, epoch: int, loss: float, speed: float) -> str:
+        best = f", best {self.task.metric} {self.best:.2f}" if self.rows else ""
+        return f"epoch {epoch + 1}/{self.optim.epochs}, {speed:.0f} img/s, loss {loss:.3f}{best}"
+
+    def _tensorboard(self) -> Any:
+        if not (self.run.tensorboard and self.world.is_first):
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                f"--tensorboard needs the training extras ({error}); install them with pip install "
+                "'dnkd_ext[train]', or pass --no-tensorboard"
+            ) from error
+        # What an interrupted run wrote behind its checkpoint does not count.
+        return SummaryWriter(os.fspath(self.out / "tensorboard"), purge_step=self.epoch + 1)

@@ -1,0 +1,492 @@
+"""The commands: train, class-means, eval, plot. Everything is checked before anything is written."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dnkd_ext
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train.batches import EvalBatches
+from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
+from dnkd_ext.train.classification import (
+    Classification,
+    Teacher,
+    build_model,
+    evaluate,
+    gather_class_means,
+    load_data,
+    load_teacher,
+    read_class_means,
+    weights_file,
+)
+from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
+from dnkd_ext.train.data import ImageSet
+from dnkd_ext.train.engine import BEST, LAST, LOG, train
+from dnkd_ext.train.files import write_csv, write_json
+from dnkd_ext.train.models import load_weights
+from dnkd_ext.train.plots import plot_curves, plot_features
+from dnkd_ext.train.world import World
+
+__all__ = ["Job", "plan_jobs", "run_class_means", "run_eval", "run_jobs", "run_plot"]
+
+CONFIG = "config.json"
+RESULT = "result.json"
+CLASS_MEANS = "class_means.safetensors"
+CURVES = "curves.png"
+FEATURES = "features.png"
+# What a run writes, apart from the folder tensorboard/.
+OWN_FILES = (
+    CONFIG,
+    RESULT,
+    CLASS_MEANS,
+    CURVES,
+    FEATURES,
+    LOG,
+    BEST,
+    LAST,
+    CHECKPOINT,
+    "checkpoint.previous.pt",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its configuration, its folder, and the accuracy that was published, in percent."""
+
+    config: TrainConfig
+    out: Path
+    published: float | None = None
+
+
+def resolve(options: RunOptions, world: World) -> RunOptions:
+    """The options with what the automatic ones come to on this device.
+
+    Raises:
+        ValueError: an option that this device or number of processes does not allow.
+    """
+    on_gpu = world.device.type == "cuda"
+    precision = options.precision
+    if precision == "auto":
+        precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    if options.cuda_graph and not on_gpu:
+        raise ValueError("--cuda-graph needs a GPU, and the device is the CPU")
+    if options.cuda_graph and world.size > 1:
+        raise ValueError(f"--cuda-graph is for one process, got {world.size}")
+    return dataclasses.replace(
+        options,
+        device=world.device.type,
+        precision=precision,
+        channels_last=on_gpu if options.channels_last is None else options.channels_last,
+    )
+
+
+# -- train ----------------------------------------------------------------------------------------
+
+
+def plan_jobs(
+    configs: list[tuple[TrainConfig, float | None]], seeds: list[int], out: Path
+) -> list[Job]:
+    """A job for every configuration and seed; several get folders of their own below ``out``."""
+    if len(configs) * len(seeds) == 1:
+        config, published = configs[0]
+        return [Job(replace(config, {"seed": seeds[0]}), out, published)]
+    return [
+        Job(
+            replace(config, {"seed": seed}),
+            out / (config.preset or "run") / f"seed-{seed}",
+            published,
+        )
+        for config, published in configs
+        for seed in seeds
+    ]
+
+
+def run_jobs(
+    jobs: list[Job], out: Path, world: World, *, resume: bool = False, overwrite: bool = False
+) -> list[dict[str, Any]]:
+    """Train one after another; data, teachers and class means are read once.
+
+    Returns:
+        What the ``result.json`` of every job holds.
+
+    Raises:
+        FileExistsError: a folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        ValueError, FileNotFoundError: a wrong option or input; what can be told beforehand is told
+            before the first job begins, and nothing is written then.
+        FloatingPointError, Interrupted: see :func:`dnkd_ext.train.engine.train`.
+    """
+    ready = []
+    for job in jobs:
+        job.config.check(world.size)
+        config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
+        ready.append(dataclasses.replace(job, config=config))
+    states = world.from_first([_look(job, resume, overwrite) for job in ready])
+    shared = _Shared(world)
+    for job in ready:
+        shared.teacher(job.config)  # and the data
+    results = []
+    for job, is_done in zip(ready, states, strict=True):
+        if is_done:
+            results.append(json.loads((job.out / RESULT).read_text(encoding="utf-8")))
+        else:
+            results.append(_run(job, shared, world, resume, overwrite))
+    if len(jobs) > 1 and world.is_first:
+        rows = summary(results)
+        write_csv(out / "summary.csv", rows)
+        print(format_summary(rows))
+    return results
+
+
+def _look(job: Job, resume: bool, overwrite: bool) -> bool:
+    """Whether the job is finished already; an error where its folder must not be touched."""
+    out = job.out
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out {out} is a file")
+    present = [name for name in OWN_FILES if (out / name).exists()]
+    if not present or overwrite:
+        return False
+    if not resume:
+        raise FileExistsError(
+            f"{out} already holds a run ({', '.join(present)}); go on with it by --resume, choose "
+            "another --out, or replace it by --overwrite"
+        )
+    if not (out / CONFIG).exists():
+        raise ValueError(f"{out} holds {', '.join(present)} but no {CONFIG}; nothing to resume")
+    try:
+        before = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+        differs = [
+            f"{name} is {value!r}, was {before[name]!r}"
+            for name, value in flatten(job.config).items()
+            if name not in FREE and before[name] != value
+        ]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / CONFIG} is damaged: {type(error).__name__}: {error}") from error
+    if differs:
+        raise ValueError(
+            f"{out} holds a run of another configuration: {'; '.join(differs)}. Resume it with the "
+            "same options, or choose another --out"
+        )
+    return (out / RESULT).exists()
+
+
+class _Shared:
+    """Data, teachers and class means, each read once for all jobs of a call."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._data: dict[Any, ImageSet] = {}
+        self._teachers: dict[Any, Teacher] = {}
+
+    def data(self, config: TrainConfig) -> ImageSet:
+        options = config.data
+        key = (options.data, options.limit, options.cache, options.mean, options.std)
+        if key not in self._data:
+            # The choice of a limited set does not depend on the seed: all seeds see the same.
+            data = load_data(options, 0, progress=config.run.progress and self.world.is_first)
+            self._data[key] = data.to(self.world.device)
+        return self._data[key]
+
+    def _key(self, config: TrainConfig) -> Any:
+        model, data = config.model, config.data
+        return (
+            (model.teacher, model.teacher_weights, model.class_means),
+            (data.data, data.limit, data.mean, data.std, config.run.channels_last),
+        )
+
+    def teacher(self, config: TrainConfig) -> Teacher | None:
+        """The teacher, with class means where a file of them is named."""
+        data = self.data(config)
+        if not config.needs_teacher:
+            return None
+        key = self._key(config)
+        if key not in self._teachers:
+            assert config.model.teacher is not None
+            assert config.model.teacher_weights is not None
+            teacher = load_teacher(
+                config.model.teacher,
+                config.model.teacher_weights,
+                data,
+                self.world.device,
+                channels_last=bool(config.run.channels_last),
+            )
+            if config.model.class_means is not None:
+                means = read_class_means(config.model.class_means, teacher.model, data)
+                teacher = teacher._replace(class_means=means)
+            self._teachers[key] = teacher
+        return self._teachers[key]
+
+    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
+        """The teacher with its class means, gathered now unless ``out`` or a file has them."""
+        teacher = self.teacher(config)
+        if teacher is None:
+            return None
+        if teacher.class_means is None:
+            data, means = self.data(config), None
+            notes = {
+                "teacher": f"{config.model.teacher} {teacher.digest}",
+                "dataset": f"{data.name}, {len(data.train)} images",
+            }
+            if (out / CLASS_MEANS).exists():
+                means = ClassMeans.load(out / CLASS_MEANS)
+                if any(means.metadata.get(name) != note for name, note in notes.items()):
+                    means = None
+            if means is None:
+                means = gather_class_means(
+                    teacher.model,
+                    data,
+                    config.data,
+                    self.world,
+                    batch_size=config.run.eval_batch_size,
+                    progress=config.run.progress,
+                    metadata=notes,
+                )
+            teacher = teacher._replace(class_means=means)
+            self._teachers[self._key(config)] = teacher
+        with self.world.first_alone():
+            if self.world.is_first:
+                teacher.class_means.save(out / CLASS_MEANS)
+        return teacher
+
+
+def _run(
+    job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool
+) -> dict[str, Any]:
+    config, out = job.config, job.out
+    with world.first_alone():
+        if world.is_first:
+            if overwrite:
+                for name in OWN_FILES:
+                    (out / name).unlink(missing_ok=True)
+                shutil.rmtree(out / "tensorboard", ignore_errors=True)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / CONFIG, flatten(config))
+    if world.device.type == "cuda":
+        if config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        torch.backends.cudnn.benchmark = not config.run.deterministic
+    teacher = shared.teacher_with_means(config, out)
+    data = shared.data(config)
+    task = Classification(config, data, teacher, world)
+    if world.is_first:
+        print(_heading(job, data, world), flush=True)
+    log = train(
+        task,
+        config.optim,
+        config.run,
+        out,
+        world,
+        kd_warm_up=config.method.kd_warm_up,
+        resume=resume,
+        metadata={"model": config.model.student, "dataset": data.name},
+    )
+    last = log["rows"][-1]
+    result = {
+        "preset": config.preset,
+        "seed": config.run.seed,
+        "published_top1": job.published,
+        "best_top1": log["best"],
+        "best_epoch": log["best_epoch"],
+        "last_top1": last["test_top1"],
+        "last": last,
+        "training_seconds": log["seconds"],
+        "train_images": len(data.train),
+        "test_images": len(data.test),
+        "processes": world.size,
+        "machine": machine(world),
+        "config": flatten(config),
+        "versions": dnkd_ext.build_info(),
+    }
+    norms, cosines = task.feature_figures()
+    with world.first_alone():
+        if world.is_first:
+            name = config.preset or config.model.student
+            plot_curves({name: log["rows"]}, out / CURVES)
+            if norms:
+                plot_features(norms, cosines, f"{name}: features of the test images", out / FEATURES)
+            # Last, so that it stands for a complete folder.
+            write_json(out / RESULT, result)
+            print(_line(result, out), flush=True)
+    return result
+
+
+def _heading(job: Job, data: ImageSet, world: World) -> str:
+    config = job.config
+    method = config.method
+    words = [f"{config.preset or 'no preset'}, seed {config.run.seed}:"]
+    words.append(f"{config.model.student}")
+    if config.needs_teacher:
+        words.append(f"from {config.model.teacher} by {method.method}, nd {method.nd_weight:g},")
+    words.append(f"on {len(data.train)} images of {data.name}, {config.optim.epochs} epochs;")
+    words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
+    return " ".join(words)
+
+
+def _line(result: dict[str, Any], out: Path) -> str:
+    published = result["published_top1"]
+    beside = "" if published is None else f" (published, on all data: {published:.2f})"
+    return (
+        f"{result['preset'] or 'run'}, seed {result['seed']}: best top-1 {result['best_top1']:.2f} "
+        f"in epoch {result['best_epoch']}, last {result['last_top1']:.2f}{beside}; "
+        f"{result['training_seconds']:.0f} s; results in {out}"
+    )
+
+
+def machine(world: World) -> dict[str, Any]:
+    """What it ran on."""
+    return {
+        "device": (
+            torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+        ),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per preset: best and last accuracy over its seeds, in percent, and the published."""
+    rows = []
+    for preset in dict.fromkeys(result["preset"] for result in results):
+        own = [result for result in results if result["preset"] == preset]
+        row: dict[str, Any] = {"preset": preset, "seeds": len(own)}
+        for name in ("best_top1", "last_top1"):
+            values = [result[name] for result in own]
+            row[name] = round(statistics.fmean(values), 3)
+            row[f"{name}_std"] = round(statistics.stdev(values), 3) if len(values) > 1 else None
+        row["published_top1"] = own[0]["published_top1"]
+        row["training_seconds"] = round(sum(r["training_seconds"] for r in own) / len(own), 1)
+        rows.append(row)
+    return rows
+
+
+def format_summary(rows: list[dict[str, Any]]) -> str:
+    """The table for the terminal."""
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        spread = row[f"{name}_std"]
+        return f"{row[name]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+    width = max(len("preset"), *(len(row["preset"]) for row in rows))
+    lines = [
+        f"{'preset':{width}}  seeds  {'best top-1':>14}  {'last top-1':>14}  published  seconds/run"
+    ]
+    for row in rows:
+        published = "-" if row["published_top1"] is None else f"{row['published_top1']:.2f}"
+        lines.append(
+            f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best_top1'):>14}  "
+            f"{cell(row, 'last_top1'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
+        )
+    lines.append("accuracies in percent, mean ± std over seeds; published: best epoch, all data")
+    return "\n".join(lines)
+
+
+# -- class-means, eval, plot ----------------------------------------------------------------------
+
+
+def run_class_means(
+    model: str, weights: str, config: TrainConfig, out: Path, world: World, *, overwrite: bool
+) -> ClassMeans:
+    """Gather a teacher's class means and write their file.
+
+    Raises:
+        FileExistsError: ``out`` exists, and ``overwrite`` is not given.
+        ValueError, FileNotFoundError: a wrong option or input.
+    """
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
+    run = resolve(config.run, world)
+    data = load_data(config.data, 0, progress=run.progress and world.is_first).to(world.device)
+    teacher = load_teacher(model, weights, data, world.device)
+    means = gather_class_means(
+        teacher.model,
+        data,
+        config.data,
+        world,
+        batch_size=run.eval_batch_size,
+        progress=run.progress,
+        metadata={
+            "teacher": f"{model} {teacher.digest}",
+            "dataset": f"{data.name}, {len(data.train)} images",
+        },
+    )
+    with world.first_alone():
+        if world.is_first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            means.save(out)
+    return means
+
+
+def run_eval(
+    model: str, weights: str, config: TrainConfig, world: World
+) -> dict[str, float | int | str]:
+    """Accuracy of trained weights over the test images, in percent."""
+    run = resolve(config.run, world)
+    data = load_data(config.data, 0, progress=run.progress and world.is_first).to(world.device)
+    path = weights_file(weights)
+    network = build_model(model, len(data.classes), data.channels)
+    load_weights(network, path)
+    network.to(world.device)
+    batches = EvalBatches(
+        data.test,
+        run.eval_batch_size,
+        mean=config.data.mean,
+        std=config.data.std,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    autocast = torch.autocast(
+        world.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
+    )
+    result = evaluate(network, batches, len(data.classes), autocast, world)
+    return {
+        "model": model,
+        "weights": str(path),
+        "test_images": len(data.test),
+        "test_top1": result.top1,
+        "test_top5": result.top5,
+    }
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Configuration and log of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or one without a finished epoch.
+        ValueError: a damaged file.
+    """
+    for name in (CONFIG, LOG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; it is no run, or has no epoch yet")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with (folder / LOG).open(newline="", encoding="utf-8") as file:
+            rows = [
+                {name: float(value) for name, value in row.items() if value}
+                for row in csv.DictReader(file)
+            ]
+    except ValueError as error:
+        raise ValueError(f"{folder}: a damaged {CONFIG} or {LOG}: {error}") from error
+    return config, rows
+
+
+def run_plot(folders: list[Path], out: Path) -> Path:
+    """The curves of several runs in one picture, ``out/curves.png``."""
+    runs = {}
+    for folder in folders:
+        config, rows = read_run(folder)
+        name = f"{config.get('preset') or config.get('student')}, seed {config.get('seed')}"
+        runs[name if name not in runs else f"{name} ({folder})"] = rows
+    out.mkdir(parents=True, exist_ok=True)
+    plot_curves(runs, out / CURVES)
+    return out / CURVES

@@ -1,0 +1,142 @@
+"""The processes that train together: one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["World", "join_world"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all, and its device.
+
+    Every method is a collective call: all processes make it, or none.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def smallest(self, values: Tensor) -> Tensor:
+        """The minimum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MIN)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """What the first process has."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """A part that only the first process does (``if world.is_first``): its errors reach all.
+
+        The others, which would wait for it for ever, raise RuntimeError.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        told = self.from_first(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if told is not None:
+            raise RuntimeError(f"the first process failed: {told}")
+
+    @torch.no_grad()
+    def average_batch_norm(self, model: nn.Module) -> None:
+        """Give all processes the mean of their running statistics, which each saw a part of."""
+        if self.size == 1:
+            return
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                for statistic in (module.running_mean, module.running_var):
+                    dist.all_reduce(statistic)
+                    statistic /= self.size
+
+
+@contextlib.contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """This process's world, for as long as the context lasts.
+
+    Under torchrun (RANK and WORLD_SIZE in the environment) that is a process group, NCCL on GPUs
+    and gloo on CPUs.
+
+    Args:
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: no GPU where one is asked for, or fewer than processes on this machine.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch.cuda.is_available() is False")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if "RANK" not in os.environ or size == 1:
+        yield World(0, 1, torch.device("cuda" if use_cuda else "cpu"))
+        return
+    place = torch.device("cpu")
+    if use_cuda:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local} of this machine finds {torch.cuda.device_count()} GPUs; start at "
+                "most as many processes, or pass --device cpu"
+            )
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo", device_id=place if use_cuda else None
+        )
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        if own:
+            dist.destroy_process_group()
