@@ -8,7 +8,7 @@ from dnkd_ext._extension import build_info, empty_cache  # first: its warning po
 from dnkd_ext import reference
 from dnkd_ext.adapters import extract_features, features
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus
+from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.losses import (
     NDLoss,
@@ -21,6 +21,7 @@ from dnkd_ext.losses import (
     nd_loss,
 )
 from dnkd_ext.projector import FeatureProjector
+from dnkd_ext.review import StageMaps, stage_maps
 
 __all__ = [
     "ClassMeans",
@@ -29,6 +30,8 @@ __all__ = [
     "FeatureProjector",
     "KDPlusPlus",
     "NDLoss",
+    "ReviewKDPlusPlus",
+    "StageMaps",
     "__version__",
     "build_info",
     "ce_dkd_loss",
@@ -43,4 +46,5 @@ __all__ = [
     "kd_loss",
     "nd_loss",
     "reference",
+    "stage_maps",
 ]
