@@ -97,7 +97,7 @@ def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, pa
 PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "Loss",
-        "weighted loss per image (nat)",
+        "weighted loss, mean per image",
         "log",
         {"train_loss": "training", "test_loss": "test"},
     ),
@@ -144,6 +144,7 @@ def plot_curves(
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = _figure(1.2 + 4.4 * columns, 0.8 + 3.4 * rows, rows, columns)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     cells = np.atleast_1d(axes).ravel()
     for unused in cells[len(panels) :]:
         unused.remove()
@@ -194,6 +195,17 @@ def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarra
     return {name: np.asarray(values, float)[order] for name, values in table.items()}
 
 
+def _plain_numbers():
+    """The ticks that matplotlib would label on a logarithmic axis, as 0.2 and not 2 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return Plain()
+
+
 def _draw_panel(axis, panel, curves: dict[str, dict[str, np.ndarray]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -236,6 +248,8 @@ def _draw_panel(axis, panel, curves: dict[str, dict[str, np.ndarray]]) -> None:
     positive = positive[np.isfinite(positive)]
     if scale == "log" and positive.min() > 0 and positive.max() > 1.5 * positive.min():
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(_plain_numbers())
+        axis.yaxis.set_minor_formatter(_plain_numbers())
     words = [columns[column] for column in used]
     if len(used) > 1:
         name += f" ({words[0]}; thin: {words[1]})"
