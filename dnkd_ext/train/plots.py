@@ -1,30 +1,37 @@
-"""PNG plots of a distillation run."""
+"""PNG plots of training runs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["plot_accuracy", "plot_features"]
+__all__ = ["plot_accuracy", "plot_curves", "plot_features"]
+
+# Okabe and Ito's colours, which are told apart without red or green; a dash and a marker besides.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def _figure(width: float, height: float, columns: int = 1):
-    import matplotlib
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure and its axes, apart from pyplot, whose backend and open figures stay as they are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
-    return plt, figure, axes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
 
 
 def plot_accuracy(
     accuracies: dict[str, list[float]], teacher: float, title: str, path: Path
 ) -> None:
     """Test accuracy of every seed of every method, mean and deviation, and the teacher's."""
-    plt, figure, axes = _figure(6.4, 4.2)
+    figure, axes = _figure(6.4, 4.2)
     for position, values in enumerate(accuracies.values()):
         percent = 100 * np.asarray(values)
         spread = percent.std(ddof=1) if len(percent) > 1 else 0.0
@@ -32,7 +39,14 @@ def plot_accuracy(
             position, percent.mean(), yerr=spread, fmt="o", color="black", capsize=6, zorder=3
         )
         offsets = np.linspace(-0.12, 0.12, len(percent)) if len(percent) > 1 else [0.12]
-        axes.scatter(position + np.asarray(offsets), percent, s=18, alpha=0.6, zorder=2)
+        axes.scatter(
+            position + np.asarray(offsets),
+            percent,
+            s=18,
+            alpha=0.6,
+            color=COLOURS[position % len(COLOURS)],
+            zorder=2,
+        )
     axes.axhline(
         100 * teacher, linestyle="--", color="grey", label=f"teacher {100 * teacher:.2f} %"
     )
@@ -44,12 +58,11 @@ def plot_accuracy(
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, title="dots: seeds; bar: mean ± std")
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, path: Path) -> None:
     """Distributions of the feature norm and of the cosine to the class mean, per model."""
-    plt, figure, (left, right) = _figure(10.5, 4.2, columns=2)
+    figure, (left, right) = _figure(10.5, 4.2, columns=2)
     for axes, values, label in (
         (left, norms, "feature norm"),
         (right, cosines, "cosine to the mean teacher feature of the class"),
@@ -65,7 +78,7 @@ def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, pa
                 density=True,
                 histtype="step",
                 linewidth=2 if is_teacher else 1.5,
-                color="black" if is_teacher else f"C{students.index(name)}",
+                color="black" if is_teacher else COLOURS[students.index(name) % len(COLOURS)],
                 linestyle="--" if is_teacher else "-",
                 label=f"{name} (mean {np.mean(value):.2f})",
             )
@@ -75,4 +88,177 @@ def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, pa
         axes.legend(loc="best")
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+
+# -- curves over the epochs -----------------------------------------------------------------------
+
+# Of every panel its title, the label of its axis, its scale, and the columns that are drawn in it,
+# each with the word that tells it from others in the legend. Panels without a column are left out.
+PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    (
+        "Loss",
+        "weighted loss, mean per image",
+        "log",
+        {"train_loss": "training", "test_loss": "test"},
+    ),
+    ("Cross entropy", "cross entropy (nat)", "log", {"ce": ""}),
+    ("Distillation", "distillation term, unweighted", "log", {"kd": ""}),
+    ("Feature direction and norm", "ND loss, unweighted", "linear", {"nd": ""}),
+    ("Accuracy", "top-1 accuracy (%)", "linear", {"test_top1": "test", "train_top1": "training"}),
+    ("Learning rate", "learning rate", "log", {"lr": ""}),
+)
+
+
+def plot_curves(
+    rows_by_run: Mapping[str, Iterable[Mapping[str, Any]]], path: Path | str, title: str = ""
+) -> None:
+    """Losses, accuracy and learning rate over the epochs, all runs over one another.
+
+    A panel per quantity: the weighted loss, its terms, the accuracy, with the best epoch's marked
+    and in the legend, and the learning rate. A panel that no run has a value for is left out.
+
+    Args:
+        rows_by_run: per name of a run its logged rows, one per epoch and in any order. A row has
+            ``epoch``, counted from 0, and any of ``lr``, ``train_loss``, ``test_loss``, ``ce``,
+            ``kd``, ``nd`` (or ``train_ce``, ``train_kd``, ``train_nd``), ``train_top1`` and
+            ``test_top1`` in percent; numbers, or their text as a CSV file has it. What is missing,
+            None, empty or not finite leaves a gap; other columns are passed over.
+        path: of the PNG file.
+        title: above the panels.
+
+    Raises:
+        ValueError: no run, a row without an epoch or with a value that is no number, or nothing
+            to draw.
+    """
+    curves = {run: _columns(run, rows) for run, rows in rows_by_run.items()}
+    if not curves:
+        raise ValueError("rows_by_run must have at least one run")
+    panels = [
+        panel
+        for panel in PANELS
+        if any(np.isfinite(c[name]).any() for c in curves.values() for name in panel[3])
+    ]
+    if not panels:
+        known = ", ".join(name for panel in PANELS for name in panel[3])
+        raise ValueError(f"no run has a finite value in any of the columns {known}")
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = _figure(1.2 + 4.4 * columns, 0.8 + 3.4 * rows, rows, columns)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    cells = np.atleast_1d(axes).ravel()
+    for unused in cells[len(panels) :]:
+        unused.remove()
+    for axis, panel in zip(cells, panels, strict=False):
+        _draw_panel(axis, panel, curves)
+    handles = [_line(run, i) for i, run in enumerate(curves)]
+    if len(handles) > 1:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        figure.suptitle(title)
+    else:
+        figure.suptitle(title or next(iter(curves)))
+    figure.savefig(path, dpi=130)
+
+
+def _style(position: int) -> dict[str, Any]:
+    """Colour and dash of a run: new dashes when the colours are used up."""
+    return {
+        "color": COLOURS[position % len(COLOURS)],
+        "linestyle": DASHES[position // len(COLOURS) % len(DASHES)],
+    }
+
+
+def _line(run: str, position: int):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], label=run, **_style(position))
+
+
+def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The rows by epoch as one float64 array per column, NaN where nothing is."""
+    rows = list(rows)
+    names = [name for panel in PANELS for name in panel[3]]
+    table = {name: [] for name in ("epoch", *names)}
+    for number, row in enumerate(rows):
+        for name, values in table.items():
+            value = row.get(name)
+            if value in (None, "") and name in ("ce", "kd", "nd"):
+                value = row.get(f"train_{name}")
+            try:
+                values.append(math.nan if value in (None, "") else float(value))
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"row {number} of run {run!r} has {name}={value!r}, which is no number"
+                ) from None
+        if not math.isfinite(table["epoch"][-1]):
+            raise ValueError(f"row {number} of run {run!r} has no epoch")
+    order = np.argsort(table["epoch"], kind="stable")
+    return {name: np.asarray(values, float)[order] for name, values in table.items()}
+
+
+def _plain_numbers():
+    """The ticks that matplotlib would label on a logarithmic axis, as 0.2 and not 2 x 10^-1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    return Plain()
+
+
+def _draw_panel(axis, panel, curves: dict[str, dict[str, np.ndarray]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    name, label, scale, columns = panel
+    drawn: list[np.ndarray] = []
+    used = [c for c in columns if any(np.isfinite(one[c]).any() for one in curves.values())]
+    for position, (run, curve) in enumerate(curves.items()):
+        for column in used:
+            values = np.where(np.isfinite(curve[column]), curve[column], np.nan)
+            if np.isnan(values).all():
+                continue
+            drawn.append(values)
+            # The second of two columns is drawn thin: its colour says whose it is.
+            is_first = column == used[0]
+            axis.plot(
+                curve["epoch"],
+                values,
+                linewidth=1.6 if is_first else 0.8,
+                alpha=1.0 if is_first else 0.7,
+                # A single epoch would draw no line.
+                marker="." if np.isfinite(values).sum() == 1 else None,
+                **_style(position),
+            )
+            if column == "test_top1":
+                best = int(np.nanargmax(values))
+                axis.plot(
+                    curve["epoch"][best],
+                    values[best],
+                    marker=MARKERS[position % len(MARKERS)],
+                    markersize=8,
+                    markeredgecolor="black",
+                    color=_style(position)["color"],
+                    linestyle="none",
+                    zorder=3,
+                    label=f"{run + ': ' if len(curves) > 1 else ''}best {values[best]:.2f} % "
+                    f"in epoch {curve['epoch'][best]:.0f}",
+                )
+    # What is 0 in the ramp's first epoch, or constant, has no place on a logarithmic axis.
+    positive = np.concatenate(drawn)
+    positive = positive[np.isfinite(positive)]
+    if scale == "log" and positive.min() > 0 and positive.max() > 1.5 * positive.min():
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(_plain_numbers())
+        axis.yaxis.set_minor_formatter(_plain_numbers())
+    words = [columns[column] for column in used]
+    if len(used) > 1:
+        name += f" ({words[0]}; thin: {words[1]})"
+    elif words[0]:
+        name += f" ({words[0]})"
+    axis.set_title(name)
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="best", fontsize="small")
