@@ -103,7 +103,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _training(name: str, options: Sequence[str]) -> int:
     try:
         from dnkd_ext.train.arguments import COMMANDS
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"dnkd {name} needs the training extras ({error}); install them with "
             "pip install 'dnkd_ext[train]'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import signal
 from collections.abc import Sequence
@@ -113,7 +114,7 @@ def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = No
     return tyro.cli(
         kind,
         prog=f"dnkd {name}",
-        description=kind.__doc__,
+        description=inspect.cleandoc(kind.__doc__ or ""),
         args=list(argv),
         default=default,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),

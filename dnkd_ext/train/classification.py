@@ -295,7 +295,8 @@ def evaluate(
             targets.append(target.where(mask, -100))
     finally:
         model.train(was_training)
-    top1, top5 = (100 * float(accuracy.compute()) for accuracy in accuracies)
+    # They come in float32: a ratio of two counts is exact to a few more digits than are kept.
+    top1, top5 = (round(100 * float(accuracy.compute()), 4) for accuracy in accuracies)
     return Evaluated(top1, top5, torch.cat(taken), torch.cat(targets))
 
 
@@ -406,6 +407,24 @@ class Classification(Task):
         )
         self._teacher = teacher
         self._teacher_norms: Tensor | None = None
+
+    @staticmethod
+    def check(config: TrainConfig, data: ImageSet, teacher: Teacher | None) -> None:
+        """What would fail once training begins, told before.
+
+        Raises:
+            ValueError: no such student, stages that do not fit the teacher's, too large a batch.
+            ModuleNotFoundError: the student is timm's, and timm is not installed.
+        """
+        if config.optim.batch_size > len(data.train):
+            raise ValueError(
+                f"--batch-size must be at most the {len(data.train)} training images, got "
+                f"{config.optim.batch_size}"
+            )
+        student = build_model(config.model.student, len(data.classes), data.channels)
+        if config.method.method == "reviewkd":
+            assert teacher is not None
+            ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""

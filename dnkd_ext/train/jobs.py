@@ -1,4 +1,4 @@
-"""The commands: train, class-means, eval, plot. Everything is checked before anything is written."""
+"""The commands train, class-means, eval and plot. Checks come before anything is written."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def run_jobs(
     states = world.from_first([_look(job, resume, overwrite) for job in ready])
     shared = _Shared(world)
     for job in ready:
-        shared.teacher(job.config)  # and the data
+        data = shared.data(job.config)
+        Classification.check(job.config, data, shared.teacher(job.config))
     results = []
     for job, is_done in zip(ready, states, strict=True):
         if is_done:
@@ -314,7 +315,8 @@ def _run(
             name = config.preset or config.model.student
             plot_curves({name: log["rows"]}, out / CURVES)
             if norms:
-                plot_features(norms, cosines, f"{name}: features of the test images", out / FEATURES)
+                title = f"{name}: features of the test images"
+                plot_features(norms, cosines, title, out / FEATURES)
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
             print(_line(result, out), flush=True)

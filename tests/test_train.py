@@ -1,0 +1,587 @@
+"""Training runs: against a plain loop, interrupted and gone on with, by two processes, refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("tyro", reason="the training extras are not installed")
+pytest.importorskip("torchmetrics", reason="the training extras are not installed")
+pytest.importorskip("tensorboard", reason="the training extras are not installed")
+np = pytest.importorskip("numpy")
+Image = pytest.importorskip("PIL.Image", reason="the training extras are not installed")
+
+import dnkd_ext
+from dnkd_ext import ClassMeans
+from dnkd_ext.cli import main
+from dnkd_ext.train.batches import TrainBatches
+from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
+from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.config import TrainConfig, flatten, replace
+from dnkd_ext.train.data import load_image_folder
+from dnkd_ext.train.engine import _Meter, learning_rate, ramp
+from dnkd_ext.train.models import create_model, load_weights
+from dnkd_ext.train.world import World
+
+CLASSES, SIZE, TRAIN, TEST = 3, 16, 24, 6
+# Columns of the log that say how long something took.
+TIMES = ("images_per_second", "seconds")
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Class folders of noisy stripes, one direction per class."""
+    folder = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        for label in range(CLASSES):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                wave = np.sin((x * label + y * (CLASSES - label)) / 2 + random.uniform(0, 6))
+                noise = random.normal(0, 20, (SIZE, SIZE, 3))
+                pixels = 128 + 60 * wave[..., None] + noise
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    place / f"{number}.png"
+                )
+    return folder
+
+
+def options(images: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("train", "--data", str(images), "--out", str(out), "--no-progress", "--device", "cpu"),
+        *("--student", "cifar_resnet20", "--epochs", "3", "--batch-size", "12", "--lr", "0.05"),
+        *("--milestones", "2", "--eval-batch-size", "10", "--no-tensorboard", "--pad", "2"),
+        *more,
+    ]
+
+
+def run(images: Path, out: Path, *more: str) -> list[dict[str, str]]:
+    assert main(options(images, out, *more)) == 0
+    return log(out)
+
+
+def log(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open(newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name not in TIMES}
+            for row in csv.DictReader(file)
+        ]
+
+
+def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / f"{name}.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.fixture(scope="module")
+def teacher(images, tmp_path_factory):
+    """The folder of a trained teacher."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    run(images, out, "--student", "cifar_resnet32", "--epochs", "4")
+    return out
+
+
+def of(teacher: Path, method: str, nd: float = 0.0, *more: str) -> list[str]:
+    return [
+        *("--teacher", "cifar_resnet32", "--teacher-weights", str(teacher)),
+        *("--method", method, "--nd-weight", str(nd), "--kd-warm-up", "2", *more),
+    ]
+
+
+# -- the loop ---------------------------------------------------------------------------------------
+
+
+def test_a_run_equals_a_plain_loop(images, teacher, tmp_path):
+    """KD++ by the command against PyTorch's own losses, optimiser and schedule.
+
+    The steps are small: with large ones a rounding that turns one ReLU grows thirtyfold per step.
+    """
+    rows = run(images, tmp_path / "run", *of(teacher, "kd", 1.5, "--seed", "3", "--lr", "0.001"))
+
+    data = load_image_folder(images, progress=False)
+    mean, std = (torch.tensor(v) for v in ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)))
+    normalise = lambda pixels: (  # noqa: E731
+        (pixels.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    )
+    other = create_model("cifar_resnet32", CLASSES).eval()
+    load_weights(other, teacher / "best.safetensors")
+    with torch.no_grad():
+        features = other.forward_head(other.forward_features(normalise(data.train.pixels)), True)
+        means = torch.stack([features[data.train.target == c].mean(0) for c in range(CLASSES)])
+    kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
+    torch.testing.assert_close(kept.compute(), means, rtol=1e-5, atol=1e-6)
+
+    torch.manual_seed(3)
+    student = create_model("cifar_resnet20", CLASSES)
+    sgd = torch.optim.SGD(student.parameters(), 0.001, 0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [2], 0.1)
+    batches = TrainBatches(data.train, 12, mean=mean.tolist(), std=std.tolist(), seed=3, pad=2)
+    for epoch in range(3):
+        losses = []
+        assert float(rows[epoch]["lr"]) == pytest.approx(sgd.param_groups[0]["lr"])
+        assert float(rows[epoch]["kd_ramp"]) == epoch / 2
+        for x, target in batches.epoch(epoch):
+            with torch.no_grad():
+                wanted = other.forward_head(other.forward_features(x), True)
+                soft = F.softmax(other.fc(wanted) / 4, 1)
+            own = student.forward_head(student.forward_features(x), True)
+            logits = student.fc(own)
+            kd = F.kl_div(F.log_softmax(logits / 4, 1), soft, reduction="batchmean") * 16
+            unit = F.normalize(means[target], dim=1)
+            longest = torch.maximum(own.norm(dim=1), wanted.norm(dim=1))
+            nd = (1 - (own * unit).sum(1) / longest).mean()
+            loss = F.cross_entropy(logits, target) + min(1, epoch / 2) * kd + 1.5 * nd
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            losses.append(loss.item())
+        schedule.step()
+        assert float(rows[epoch]["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "nd"),
+    [("ce", 2.0), ("kd", 0.0), ("dkd", 0.5), ("dist", 1.0), ("reviewkd", 0.0), ("reviewkd", 1.0)],
+)
+def test_every_method_trains(images, teacher, tmp_path, method, nd):
+    rows = run(images, tmp_path / "run", *of(teacher, method, nd, "--epochs", "2"))
+    assert len(rows) == 2
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert (float(rows[1]["train_nd"]) > 0) == (nd > 0)
+    assert float(rows[1]["train_kd"]) > 0
+    first, second = (float(row["train_loss"]) for row in rows)
+    ce, kd, nd_term = (float(rows[1][f"train_{name}"]) for name in ("ce", "kd", "nd"))
+    share = 0.0 if method == "ce" else 0.5
+    assert second == pytest.approx(ce + share * kd + nd * nd_term, rel=1e-4)
+    assert first != second
+    for name in ("config.json", "result.json", "curves.png", "features.png", "best.safetensors"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+
+
+def test_unequal_widths_get_a_projector(images, teacher, tmp_path):
+    more = ("--student", "cifar_wrn_16_2", "--epochs", "1")  # 128 features, the teacher's are 64
+    rows = run(images, tmp_path / "run", *of(teacher, "kd", 1.0, *more))
+    assert float(rows[0]["train_nd"]) > 0
+    state = load_checkpoint(tmp_path / "run")
+    assert state is not None
+    assert state["step"]["projector.linear.weight"].shape == (64, 128)
+    assert not any("projector" in name for name in weights(tmp_path / "run"))
+
+
+def test_the_log_and_the_result_say_the_same(images, tmp_path, capsys):
+    rows = run(images, tmp_path / "run", "--tensorboard")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    accuracies = [float(row["test_top1"]) for row in rows]
+    assert result["best_top1"] == max(accuracies)
+    assert result["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    assert result["last_top1"] == accuracies[-1]
+    assert result["published_top1"] is None
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    # The accuracy, independently, of both weights.
+    data = load_image_folder(images, progress=False)
+    mean, std = (torch.tensor(result["config"][n])[:, None, None] for n in ("mean", "std"))
+    for name, wanted in (("best", max(accuracies)), ("last", accuracies[-1])):
+        model = create_model("cifar_resnet20", CLASSES).eval()
+        load_weights(model, tmp_path / "run" / f"{name}.safetensors")
+        with torch.no_grad():
+            hits = model((data.test.pixels / 255 - mean) / std).argmax(1) == data.test.target
+        assert 100 * hits.double().mean().item() == pytest.approx(wanted, abs=1e-3)
+    capsys.readouterr()
+    command = ["eval", "--model", "cifar_resnet20", "--weights", str(tmp_path / "run")]
+    assert main([*command, "--data", str(images), "--no-progress", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(max(accuracies))
+
+
+def test_diagnostics_are_those_of_the_features(images, teacher, tmp_path):
+    rows = run(images, tmp_path / "run", *of(teacher, "kd", 1.0, "--epochs", "1"))
+    data = load_image_folder(images, progress=False)
+    config = TrainConfig()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.data.mean, config.data.std))
+    x = (data.test.pixels / 255 - mean) / std
+    taken = {}
+    for name, file in (
+        ("cifar_resnet32", teacher / "best.safetensors"),
+        ("cifar_resnet20", tmp_path / "run" / "last.safetensors"),
+    ):
+        model = create_model(name, CLASSES).eval()
+        load_weights(model, file)
+        with torch.no_grad():
+            taken[name] = model.forward_head(model.forward_features(x), True)
+    own, wanted = taken["cifar_resnet20"], taken["cifar_resnet32"]
+    means = ClassMeans.load(tmp_path / "run" / "class_means.safetensors").compute()
+    near = {"rel": 1e-4}
+    ratio = (own.norm(dim=1).sum() / wanted.norm(dim=1).sum()).item()
+    assert float(rows[0]["norm_ratio"]) == pytest.approx(ratio, **near)
+    cosine = F.cosine_similarity(own, means[data.test.target]).mean().item()
+    assert float(rows[0]["cosine"]) == pytest.approx(cosine, **near)
+    reached = (own.norm(dim=1) >= wanted.norm(dim=1)).double().mean().item()
+    assert float(rows[0]["reached"]) == pytest.approx(reached, abs=1e-6)
+
+
+def test_learning_rate_and_ramp():
+    optim = replace(TrainConfig(), {"lr": 0.1, "milestones": [2, 4], "epochs": 6}).optim
+    assert [learning_rate(optim, t) for t in (0, 1.9, 2, 3.5, 4)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001]
+    )
+    cosine = replace(TrainConfig(), {"lr": 0.2, "epochs": 4, "schedule": "cosine"}).optim
+    assert [learning_rate(cosine, t) for t in (0, 2, 4)] == pytest.approx([0.2, 0.1, 0])
+    assert [ramp(4, epoch) for epoch in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert ramp(0, 0) == 1
+
+
+def test_accumulated_parts_are_one_batch(images, tmp_path):
+    """The gradients of parts add up to that of the batch; BatchNorm alone sees the parts."""
+    config = replace(
+        TrainConfig(), {"data": str(images), "student": "cifar_resnet20", "batch_size": 12}
+    )
+    data = load_image_folder(images, progress=False)
+    task = Classification(config, data, None, ALONE)
+    task.step.eval()  # BatchNorm by its running statistics: samples do not see each other
+    batch = next(iter(task.batches(0, 0)))
+    gradients = []
+    for parts in (1, 3):
+        task.step.zero_grad()
+        for part in task.split(batch, parts):
+            (task.step(*part, torch.tensor(1.0))[0] / parts).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in task.step.parameters()]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
+def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
+    from dnkd_ext.train.classification import gather_class_means, load_teacher
+
+    config = replace(
+        TrainConfig(),
+        {"student": "cifar_resnet20", "batch_size": 12, "method": method, "nd_weight": 1.0},
+    )
+    data = load_image_folder(images, progress=False)
+    other = load_teacher("cifar_resnet32", str(teacher), data, torch.device("cpu"))
+    means = gather_class_means(other.model, data, config.data, ALONE, progress=False)
+    task = Classification(config, data, other._replace(class_means=means), ALONE)
+    batch = next(iter(task.batches(0, 0)))
+    task.step.eval()
+    wanted = [value.item() for value in task.step(*batch, torch.tensor(0.5))]
+    torch._dynamo.reset()
+    compiled = torch.compile(task.step, fullgraph=True, backend="aot_eager")
+    got = [value.item() for value in compiled(*batch, torch.tensor(0.5))]
+    assert got == pytest.approx(wanted, rel=1e-4)
+
+
+# -- interrupted --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(images, teacher, tmp_path_factory):
+    """A run with dropout in its projector that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, run(images, out, *student_options(teacher))
+
+
+def student_options(teacher: Path) -> list[str]:
+    return of(teacher, "kd", 1.0, "--student", "cifar_wrn_16_2", "--epochs", "4")
+
+
+def test_goes_on_exactly_after_kill(images, teacher, whole, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "dnkd_ext", *options(images, out, *student_options(teacher))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        limit = time.monotonic() + 300
+        while not ((out / "log.csv").exists() and len(log(out)) >= 2):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < limit
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "result.json").exists()
+    rows = run(images, out, *student_options(teacher), "--resume")
+    assert rows == whole[1]
+    assert same(weights(out), weights(whole[0]))
+    assert same(weights(out, "best"), weights(whole[0], "best"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [3, 6])
+def test_goes_on_exactly_within_an_epoch(
+    images, teacher, whole, tmp_path, monkeypatch, capsys, number, step
+):
+    out = tmp_path / "run"
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if epoch == 1 and i == step - 1:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    status = main(options(images, out, *student_options(teacher)))
+    assert status == 128 + number
+    where = "in epoch 2 after step 3" if step == 3 else "after epoch 2"  # step 6 is the last
+    assert f"stopped by {number.name} {where}" in capsys.readouterr().out
+    assert len(log(out)) == (1 if step == 3 else 2)
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert run(images, out, *student_options(teacher), "--resume") == whole[1]
+    assert same(weights(out), weights(whole[0]))
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before(images, teacher, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    finish = dnkd_ext.train.engine._Training._finish
+
+    def stop(self, epoch, *rest):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        finish(self, epoch, *rest)
+
+    monkeypatch.setattr(dnkd_ext.train.engine._Training, "_finish", stop)
+    assert main(options(images, out, *student_options(teacher))) == 130
+    monkeypatch.undo()
+    newest = out / "checkpoint.pt"
+    newest.write_bytes(newest.read_bytes()[:-2000])
+    with pytest.warns(UserWarning, match="cannot be read"):
+        assert run(images, out, *student_options(teacher), "--resume") == whole[1]
+    assert same(weights(out), weights(whole[0]))
+
+
+def test_checkpoints_keep_the_one_before_and_run_nothing(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    for number in range(3):
+        save_checkpoint(tmp_path, {"number": number})
+    assert load_checkpoint(tmp_path)["number"] == 2
+    (tmp_path / "checkpoint.pt").unlink()  # killed between the two renames
+    assert load_checkpoint(tmp_path)["number"] == 1
+    torch.save({"format": "dnkd_ext checkpoint 1", "x": Path("a")}, tmp_path / "checkpoint.pt")
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read.*previous"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch):
+    monkeypatch.setattr(Classification, "batches", None)
+    before = (whole[0] / "result.json").stat().st_mtime_ns
+    run(images, whole[0], *student_options(teacher), "--resume")
+    assert (whole[0] / "result.json").stat().st_mtime_ns == before
+
+
+# -- several processes, several runs --------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(images, teacher, tmp_path):
+    """Two processes with half of each batch against one that takes it in two parts."""
+    more = of(teacher, "kd", 1.0, "--epochs", "2", "--lr", "0.001")
+    alone = run(images, tmp_path / "alone", *more, "--accumulate", "2")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "dnkd_ext", *options(images, tmp_path / "both", *more)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = log(tmp_path / "both")
+    for one, two in zip(alone, both, strict=True):
+        for name in ("train_loss", "train_ce", "train_kd", "train_nd", "train_top1"):
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=2e-3), name
+    # The same parameters; running statistics are averaged in one and follow in the other.
+    one, two = weights(tmp_path / "alone"), weights(tmp_path / "both")
+    for name in one:
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-4)
+    result = json.loads((tmp_path / "both" / "result.json").read_text())
+    assert result["processes"] == 2
+    means = [ClassMeans.load(tmp_path / n / "class_means.safetensors") for n in ("alone", "both")]
+    torch.testing.assert_close(means[0].compute(), means[1].compute(), rtol=1e-5, atol=1e-6)
+    assert means[0].counts.tolist() == means[1].counts.tolist() == [TRAIN] * CLASSES
+
+
+def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
+    assert main(options(images, tmp_path, "--epochs", "1", "--seeds", "0,4")) == 0
+    results = [
+        json.loads((tmp_path / "run" / f"seed-{seed}" / "result.json").read_text())
+        for seed in (0, 4)
+    ]
+    assert [result["seed"] for result in results] == [0, 4]
+    assert not same(*(weights(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)))
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    best = [result["best_top1"] for result in results]
+    assert float(row["best_top1"]) == pytest.approx(np.mean(best), abs=1e-3)
+    assert float(row["best_top1_std"]) == pytest.approx(np.std(best, ddof=1), abs=1e-3)
+    assert "± " in capsys.readouterr().out
+    out = tmp_path / "picture"
+    folders = [str(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)]
+    assert main(["plot", *folders, "--out", str(out)]) == 0
+    assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_class_means_command(images, teacher, tmp_path, capsys):
+    out = tmp_path / "means.safetensors"
+    command = ["class-means", "--model", "cifar_resnet32", "--weights", str(teacher)]
+    command += ["--data", str(images), "--out", str(out), "--no-progress", "--device", "cpu"]
+    assert main(command) == 0
+    assert f"{CLASSES} classes x 64 features of {CLASSES * TRAIN} images" in capsys.readouterr().out
+    content, means = out.read_bytes(), ClassMeans.load(out).compute()
+    assert main(command) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == content
+    assert main([*command, "--overwrite"]) == 0
+    assert torch.equal(ClassMeans.load(out).compute(), means)
+    more = of(teacher, "kd", 1.0, "--epochs", "1", "--class-means", str(out))
+    run(images, tmp_path / "run", *more)
+    kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
+    assert torch.equal(kept.compute(), ClassMeans.load(out).compute())
+
+
+# -- refused --------------------------------------------------------------------------------------
+
+
+def refused(arguments: list[str], capsys) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(images, teacher, whole, capsys):
+    out, _ = whole
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    arguments = options(images, out, *student_options(teacher))
+    assert "--resume" in refused(arguments, capsys)
+    told = refused([*arguments, "--resume", "--lr", "0.5", "--nd-weight", "3"], capsys)
+    assert "lr is 0.5, was 0.05" in told
+    assert "nd_weight is 3.0, was 1.0" in told
+    assert "pass one" in refused([*arguments, "--resume", "--overwrite"], capsys)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_overwrite_replaces_a_run_but_nothing_else(images, tmp_path):
+    out = tmp_path / "run"
+    run(images, out, "--epochs", "2")
+    (out / "notes.txt").write_text("mine")
+    rows = run(images, out, "--epochs", "1", "--overwrite")
+    assert len(rows) == 1
+    assert not (out / "checkpoint.previous.pt").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_path, capsys):
+    out = tmp_path / "run"
+    kd = of(teacher, "kd", 1.0)
+    cases = [
+        (["--data", str(tmp_path / "none")], "no data folder at"),
+        (["--data", ""], "--data must name"),
+        (["--student", "cifar_resnet21"], "no model 'cifar_resnet21'"),
+        (["--batch-size", "1000"], "--batch-size must be at most the 72 training images"),
+        (["--lr", "0"], "--lr must be greater than 0, got 0"),
+        (["--accumulate", "5"], "--batch-size must be a multiple"),
+        (["--milestones", "3", "2"], "--milestones must be growing"),
+        (["--method", "kd"], "needs a --teacher"),
+        (["--method", "kd", "--teacher", "cifar_resnet32"], "--teacher-weights must name"),
+        ([*kd, "--teacher", "cifar_resnet20"], "holds the weights of another network"),
+        ([*kd, "--teacher-weights", str(tmp_path)], "without best.safetensors"),
+        ([*kd, "--class-means", str(tmp_path / "no.safetensors")], "no class-means file"),
+        (["--seeds", "1,1"], "--seeds must be different"),
+        (["--mean", "0.5"], "--mean must have a value for each of 3 channels"),
+    ]
+    for more, message in cases:
+        assert message in refused(options(images, out, *more), capsys), more
+        assert not out.exists(), more
+    means = ClassMeans(CLASSES + 1, 64)
+    means.update(torch.rand(4, 64), torch.arange(4))
+    means.save(tmp_path / "four.safetensors")
+    more = [*kd, "--class-means", f"{tmp_path}/four.safetensors"]
+    told = refused(options(images, out, *more), capsys)
+    assert "has 4 classes, but the data have 3" in told
+    assert not out.exists()
+
+
+def test_a_loss_that_is_not_finite_is_named(images, teacher, tmp_path, capsys, monkeypatch):
+    batches = Classification.batches
+
+    def broken(self, epoch, start):
+        for i, (pixels, target) in enumerate(batches(self, epoch, start), start):
+            yield (pixels * math.nan if (epoch, i) == (1, 2) else pixels), target
+
+    monkeypatch.setattr(Classification, "batches", broken)
+    told = refused(options(images, tmp_path / "run", *of(teacher, "kd", 1.0)), capsys)
+    assert "epoch 2, step 3 of 6: ce and kd and nd is not finite" in told
+    assert "the checkpoint after 1 epochs is kept" in told
+    assert load_checkpoint(tmp_path / "run")["epoch"] == 1
+    assert len(log(tmp_path / "run")) == 1
+
+
+def test_the_meter_names_the_first_step():
+    meter = _Meter(2, torch.device("cpu"))
+    for values in ((1.0, 2.0), (3.0, math.inf), (5.0, math.nan)):
+        meter.add(torch.tensor(values))
+    means, bad = meter.read(ALONE)
+    assert means[0] == 3.0
+    assert bad == [None, 1]
+    meter.reset(7)
+    meter.add(torch.tensor([math.nan, 0.0]))
+    assert meter.read(ALONE)[1] == [7, None]
+
+
+def test_configurations_survive_json():
+    config = replace(TrainConfig(), {"milestones": [1, 2], "limit": 5, "lr": 1})
+    flat = json.loads(json.dumps(flatten(config)))
+    assert replace(TrainConfig(), flat) == config
+    assert isinstance(config.optim.lr, float)
+    for settings, message in (
+        ({"learning_rate": 1}, "no such option of a training run: learning_rate"),
+        ({"epochs": 1.5}, "epochs must be an integer, got 1.5"),
+        ({"method": "nothing"}, "method must be one of ce, kd"),
+        ({"milestones": 3}, "milestones must be a list, got 3"),
+        ({"flip": 1}, "flip must be true or false, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TrainConfig(), settings)
+
+
+def test_help_tells_every_option(capsys):
+    for command in ("train", "presets", "class-means", "eval", "plot"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in flatten(TrainConfig()):
+        assert f"--{name.replace('_', '-')}" in text, name
+
+
+# -- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("more", [["--cuda-graph"], ["--compile"], ["--precision", "bfloat16"]])
+def test_faster_ways_train_alike(images, teacher, tmp_path, more):
+    base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0)]
+    plain = run(images, tmp_path / "plain", *base)
+    other = run(images, tmp_path / "other", *base, *more)
+    for one, two in zip(plain, other, strict=True):
+        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.1)
+    first = float(plain[0]["train_loss"])
+    near = 0.02 if "bfloat16" in more else 2e-3
+    assert float(other[0]["train_loss"]) == pytest.approx(first, rel=near)
