@@ -1,4 +1,464 @@
-def expand(p): return [p]
-def load_preset(n): raise ValueError(n)
-def describe(n): return n
-def format_presets(n): return str(n)
+"""Published experiments by name: their settings, where these come from, and what is in dispute.
+
+The tables are the YAML files in the folder recipes; a file's name is the first part of its presets'
+names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import math
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+__all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
+
+METHODS = ("ce", "kd", "dkd", "dist", "reviewkd")
+TASKS = ("cifar",)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One experiment.
+
+    Attributes:
+        name: as ``cifar100/resnet56-resnet20/kd++``, or ``cifar100/teacher/resnet56``.
+        source: who published it, and in which files.
+        conflicts: sentences on what the sources disagree in.
+        published: top-1 of its best epoch in percent, or None.
+        settings: of a training run, by their flat names; what the method has no use for is left
+            out. A ``kd_warm_up`` of 0 means no ramp.
+        inferred: why, for every setting that no source gives.
+    """
+
+    name: str
+    source: str
+    conflicts: tuple[str, ...]
+    published: float | None
+    settings: dict[str, Any]
+    inferred: dict[str, str] = field(default_factory=dict)
+
+
+def preset_names() -> list[str]:
+    """All presets: of every file the teachers, then pair by pair the methods."""
+    return list(_presets())
+
+
+def load_preset(name: str) -> Preset:
+    """The preset of that name; its dictionaries may be changed.
+
+    Raises:
+        ValueError: an unknown name; the message has those that are close.
+    """
+    preset = _presets().get(name)
+    if preset is None:
+        raise ValueError(_unknown(name))
+    return replace(preset, settings=dict(preset.settings), inferred=dict(preset.inferred))
+
+
+def expand(pattern: str) -> list[str]:
+    """Names of presets from a pattern, each once, in the pattern's order.
+
+    As in a shell: braces are alternatives and may be nested, and ``*``, ``?`` and ``[...]`` match
+    within one part of a name, so that ``cifar100/*/{ce,kd}`` is CE and KD of every pair.
+
+    Raises:
+        ValueError: an alternative that is no preset or matches none, or braces that do not close.
+    """
+    found: list[str] = []
+    for alternative in _alternatives(pattern):
+        if any(character in alternative for character in "*?["):
+            names = [name for name in _presets() if _matches(name, alternative)]
+        else:
+            names = [name for name in _presets() if name == alternative]
+        if not names:
+            raise ValueError(_unknown(alternative))
+        found.extend(names)
+    return list(dict.fromkeys(found))
+
+
+def format_presets(names: Iterable[str]) -> str:
+    """A table, one line per preset; a value that was inferred has a star."""
+    columns = {
+        "lr": "lr",
+        "ce": "ce_weight",
+        "kd": "kd_weight",
+        "nd": "nd_weight",
+        "alpha": "alpha",
+        "beta": "beta",
+        "gamma": "gamma",
+        "T": "temperature",
+        "ramp": "kd_warm_up",
+    }
+    rows = [("preset", *columns, "published")]
+    for name in names:
+        preset = load_preset(name)
+        cells = [
+            _number(preset.settings.get(key)) + "*" * (key in preset.inferred)
+            for key in columns.values()
+        ]
+        published = "-" if preset.published is None else f"{preset.published:.2f}"
+        rows.append((name, *cells, published))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    if any("*" in cell for row in rows[1:] for cell in row[1:]):
+        lines.append("* inferred, no source gives it; --show tells why")
+    return "\n".join(lines)
+
+
+def describe(name: str) -> str:
+    """All that is known of one preset, for reading.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    preset = load_preset(name)
+    lines = [preset.name, *_wrapped(f"source: {preset.source}", "")]
+    if preset.published is not None:
+        lines.append(f"published: {preset.published:.2f} % top-1, the best epoch's")
+    width = max(map(len, preset.settings))
+    lines.append("settings:")
+    for key, value in preset.settings.items():
+        shown = " ".join(map(_number, value)) if isinstance(value, tuple) else _number(value)
+        lines.append(f"  {key.ljust(width)}  {shown}")
+    if preset.inferred:
+        lines.append("inferred:")
+        for key, reason in preset.inferred.items():
+            lines += _wrapped(f"- {key}: {reason}", "  ")
+    if preset.conflicts:
+        lines.append("conflicts:")
+        for sentence in preset.conflicts:
+            lines += _wrapped(f"- {sentence}", "  ")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, 100, initial_indent=indent, subsequent_indent=indent + "  ", break_on_hyphens=False
+    )
+
+
+# -- patterns -------------------------------------------------------------------------------------
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """What a pattern's braces stand for, the first brace varying slowest."""
+    start = pattern.find("{")
+    if start < 0:
+        if "}" in pattern:
+            raise ValueError(f"preset pattern {pattern!r} closes a brace that it does not open")
+        return [pattern]
+    depth, parts, begin = 0, [], start + 1
+    for place in range(start, len(pattern)):
+        character = pattern[place]
+        depth += (character == "{") - (character == "}")
+        if (character == "," and depth == 1) or depth == 0:
+            parts.append(pattern[begin:place])
+            begin = place + 1
+        if depth == 0:
+            rests = _alternatives(pattern[begin:])
+            inner = [choice for part in parts for choice in _alternatives(part)]
+            return [pattern[:start] + choice + rest for choice in inner for rest in rests]
+    raise ValueError(f"preset pattern {pattern!r} opens a brace that it does not close")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, _presets(), 4)
+    hint = f"; close are: {', '.join(close)}" if close else ""
+    return f"no preset {name!r}{hint}. dnkd presets lists all"
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if _is_number(value) else None
+
+
+def _int(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
+def _bool(value: Any) -> bool | None:
+    return value if type(value) is bool else None
+
+
+def _choice(choices: tuple[str, ...]) -> Callable[[Any], str | None]:
+    return lambda value: value if isinstance(value, str) and value in choices else None
+
+
+def _tuple(kind: Callable[[Any], Any]) -> Callable[[Any], tuple | None]:
+    def read(value: Any) -> tuple | None:
+        items = [kind(item) for item in value] if isinstance(value, list) else []
+        return tuple(items) if items and None not in items else None
+
+    return read
+
+
+_NUMBER = (_float, "a number")
+_INTEGER = (_int, "an integer")
+_TRUTH = (_bool, "true or false")
+
+# How a setting is read (None for a value of another type) and what is wanted, in words.
+SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "task": (_choice(TASKS), f"one of {', '.join(TASKS)}"),
+    "method": (_choice(METHODS), f"one of {', '.join(METHODS)}"),
+    "ce_weight": _NUMBER,
+    "kd_weight": _NUMBER,
+    "nd_weight": _NUMBER,
+    "alpha": _NUMBER,
+    "beta": _NUMBER,
+    "gamma": _NUMBER,
+    "temperature": _NUMBER,
+    "kd_warm_up": _INTEGER,
+    "epochs": _INTEGER,
+    "batch_size": _INTEGER,
+    "lr": _NUMBER,
+    "momentum": _NUMBER,
+    "nesterov": _TRUTH,
+    "weight_decay": _NUMBER,
+    "milestones": (_tuple(_int), "a list of integers"),
+    "lr_decay": _NUMBER,
+    "pad": _INTEGER,
+    "flip": _TRUTH,
+    "mean": (_tuple(_float), "a list of numbers"),
+    "std": (_tuple(_float), "a list of numbers"),
+}
+
+# The settings that only some methods have; all others every preset must have.
+OF_METHODS: dict[str, set[str]] = {
+    "ce": set(),
+    "kd": {"temperature", "kd_warm_up"},
+    "dkd": {"temperature", "kd_warm_up", "alpha", "beta"},
+    "dist": {"temperature", "kd_warm_up", "beta", "gamma"},
+    "reviewkd": {"kd_warm_up"},
+}
+
+
+@dataclass
+class _Part:
+    """What one mapping of a file adds to its presets."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    inferred: dict[str, str] = field(default_factory=dict)
+    conflicts: list[str] = field(default_factory=list)
+    source: str = ""
+    published: float | None = None
+
+
+class _File:
+    """Reads one table; every error names the file and the key."""
+
+    def __init__(self, file: str, table: str, text: str) -> None:
+        self.file = file
+        self.table = table
+        self.root = self._mapping(
+            self._parse(text),
+            "",
+            {"models", "settings", "conflicts", "methods", "pairs", "teachers"},
+        )
+
+    def presets(self) -> list[Preset]:
+        shared = self._part(self.root, "", {"settings", "conflicts"}, ignore=set(self.root))
+        prefix = self._text(self.root["models"], "models")
+        teachers = self._mapping(
+            self.root["teachers"], "teachers", {"source", "settings", "conflicts", "models"}
+        )
+        common = self._part(teachers, "teachers", {"source", "settings", "conflicts"}, {"models"})
+        made = []
+        for model, cell in self._items(teachers["models"], "teachers.models"):
+            own = self._part(cell, f"teachers.models.{model}", {"published", "conflicts"})
+            models = {"student": prefix + model, "teacher": None}
+            made.append(self._preset(f"teacher/{model}", models, [shared, common, own]))
+        methods = {
+            method: self._part(
+                content, f"methods.{method}", {"source", "settings", "conflicts"}, set()
+            )
+            for method, content in self._items(self.root["methods"], "methods")
+        }
+        for pair, content in self._items(self.root["pairs"], "pairs"):
+            key = f"pairs.{pair}"
+            teacher, dash, student = pair.partition("-")
+            if not (teacher and dash and student):
+                raise self._error(key, "must be TEACHER-STUDENT")
+            self._mapping(content, key, {"settings", *methods})
+            of_pair = self._part(content, key, {"settings"}, set(methods))
+            for method, part in methods.items():
+                own = self._part(content[method], f"{key}.{method}", {"published", "conflicts"})
+                with_teacher = part.settings.get("method") != "ce"
+                models = {
+                    "student": prefix + student,
+                    "teacher": prefix + teacher if with_teacher else None,
+                }
+                made.append(self._preset(f"{pair}/{method}", models, [shared, part, of_pair, own]))
+        return made
+
+    def _preset(self, name: str, models: dict[str, Any], parts: list[_Part]) -> Preset:
+        settings: dict[str, Any] = {}
+        inferred: dict[str, str] = {}
+        for part in parts:
+            for key, value in part.settings.items():
+                settings[key] = value
+                inferred.pop(key, None)
+            inferred.update(part.inferred)
+        of_some = set().union(*OF_METHODS.values())
+        wanted = (set(SETTINGS) - of_some) | OF_METHODS.get(settings.get("method", "ce"), set())
+        for problem, keys in (
+            ("lacks", wanted - set(settings)),
+            ("has no use for", set(settings) - wanted),
+        ):
+            if keys:
+                raise self._error(name, f"{problem} {', '.join(sorted(keys))}")
+        settings = models | settings
+        order = ["task", *models, *(key for key in SETTINGS if key != "task")]
+        return Preset(
+            name=f"{self.table}/{name}",
+            source=next(part.source for part in reversed(parts) if part.source),
+            # What is particular first.
+            conflicts=tuple(text for part in reversed(parts) for text in part.conflicts),
+            published=parts[-1].published,
+            settings={key: settings[key] for key in order if key in settings},
+            inferred=inferred,
+        )
+
+    def _part(
+        self, content: Any, key: str, known: set[str], ignore: set[str] | None = None
+    ) -> _Part:
+        """A mapping with some of the keys of :class:`_Part`.
+
+        Where ``ignore`` is None the settings stand in it themselves; else they stand under
+        "settings", and the keys to ignore are those that are read elsewhere.
+        """
+        part = _Part()
+        flat = ignore is None
+        dot = f"{key}." if key else ""
+        for name, value in self._items(content, key):
+            place = f"{dot}{name}"
+            if name == "published" and name in known:
+                part.published = _float(value)
+                if part.published is None:
+                    raise self._error(place, f"must be a number, got {value!r}")
+            elif name == "source" and name in known:
+                part.source = self._text(value, place)
+            elif name == "conflicts" and name in known:
+                if not isinstance(value, list) or not value:
+                    raise self._error(place, f"must be a list of sentences, got {value!r}")
+                part.conflicts = [self._text(text, place) for text in value]
+            elif name == "settings" and name in known:
+                for setting, given in self._items(value, place):
+                    self._setting(part, setting, given, f"{place}.{setting}")
+            elif flat:
+                self._setting(part, name, value, place)
+            elif name not in ignore:
+                raise self._error(place, f"is not known; there are {', '.join(sorted(known))}")
+        if "source" in known and not part.source:
+            raise self._error(key, "lacks source")
+        return part
+
+    def _setting(self, part: _Part, name: str, value: Any, place: str) -> None:
+        if name not in SETTINGS:
+            close = difflib.get_close_matches(name, SETTINGS, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise self._error(place, f"is no setting{hint}")
+        if isinstance(value, dict):
+            self._mapping(value, place, {"value", "inferred", "reason"})
+            if value["inferred"] is not True:
+                raise self._error(f"{place}.inferred", f"must be true, got {value['inferred']!r}")
+            part.inferred[name] = self._text(value["reason"], f"{place}.reason")
+            value = value["value"]
+        read, wanted = SETTINGS[name]
+        part.settings[name] = read(value)
+        if part.settings[name] is None:
+            raise self._error(place, f"must be {wanted}, got {value!r}")
+
+    def _mapping(self, value: Any, key: str, keys: set[str]) -> dict[str, Any]:
+        """A mapping with exactly these keys."""
+        for problem, others in (
+            ("lacks", keys - dict(self._items(value, key)).keys()),
+            ("has unknown keys:", value.keys() - keys),
+        ):
+            if others:
+                raise self._error(key, f"{problem} {', '.join(sorted(map(str, others)))}")
+        return value
+
+    def _items(self, value: Any, key: str) -> list[tuple[str, Any]]:
+        if not isinstance(value, dict) or not value:
+            raise self._error(key, f"must be a mapping, got {value!r}")
+        for name in value:
+            if not isinstance(name, str):
+                raise self._error(key, f"must have texts as keys, got {name!r}")
+        return list(value.items())
+
+    def _text(self, value: Any, key: str) -> str:
+        if not isinstance(value, str) or not value:
+            raise self._error(key, f"must be a text, got {value!r}")
+        return value
+
+    def _error(self, key: str, problem: str) -> ValueError:
+        return ValueError(f"{self.file}: {f'{key} ' if key else ''}{problem}")
+
+    def _parse(self, text: str) -> Any:
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(
+                "presets need PyYAML, which is not installed: pip install 'dnkd_ext[train]'"
+            ) from error
+
+        class Loader(yaml.SafeLoader):
+            """A key that stands twice is an error, where YAML's own readers take the last."""
+
+        def mapping(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+            keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+            for place, key in enumerate(keys):
+                if key in keys[:place]:
+                    line = node.value[place][0].start_mark.line + 1
+                    raise ValueError(f"{self.file}: line {line} has {key!r} a second time")
+            return loader.construct_mapping(node, deep=True)
+
+        Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+        try:
+            return yaml.load(text, Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{self.file} is not YAML: {error}") from error
+
+
+@functools.cache
+def _presets() -> dict[str, Preset]:
+    folder = resources.files("dnkd_ext.train") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {
+        preset.name: preset
+        for file in files
+        for preset in _File(
+            file.name, file.name.removesuffix(".yaml"), file.read_text(encoding="utf-8")
+        ).presets()
+    }
