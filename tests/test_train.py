@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -12,15 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-pytest.importorskip("tyro", reason="the training extras are not installed")
-pytest.importorskip("torchmetrics", reason="the training extras are not installed")
-pytest.importorskip("tensorboard", reason="the training extras are not installed")
-np = pytest.importorskip("numpy")
-Image = pytest.importorskip("PIL.Image", reason="the training extras are not installed")
+from PIL import Image
 
 import dnkd_ext
 from dnkd_ext import ClassMeans
@@ -33,6 +30,15 @@ from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, learning_rate, ramp
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.world import World
+
+MISSING = [
+    name
+    for name in ("tyro", "yaml", "torchmetrics", "tensorboard")
+    if importlib.util.find_spec(name) is None
+]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"of the training extras {', '.join(MISSING)} cannot be imported"
+)
 
 CLASSES, SIZE, TRAIN, TEST = 3, 16, 24, 6
 # Columns of the log that say how long something took.
@@ -54,9 +60,7 @@ def images(tmp_path_factory):
                 wave = np.sin((x * label + y * (CLASSES - label)) / 2 + random.uniform(0, 6))
                 noise = random.normal(0, 20, (SIZE, SIZE, 3))
                 pixels = 128 + 60 * wave[..., None] + noise
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                    place / f"{number}.png"
-                )
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number}.png")
     return folder
 
 
@@ -107,7 +111,7 @@ def of(teacher: Path, method: str, nd: float = 0.0, *more: str) -> list[str]:
     ]
 
 
-# -- the loop ---------------------------------------------------------------------------------------
+# -- the loop -------------------------------------------------------------------------------------
 
 
 def test_a_run_equals_a_plain_loop(images, teacher, tmp_path):
@@ -289,7 +293,7 @@ def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
     assert got == pytest.approx(wanted, rel=1e-4)
 
 
-# -- interrupted --------------------------------------------------------------------------------------
+# -- interrupted ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

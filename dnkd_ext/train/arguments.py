@@ -24,7 +24,7 @@ from dnkd_ext.train.config import (
 )
 from dnkd_ext.train.engine import Interrupted
 from dnkd_ext.train.jobs import plan_jobs, run_class_means, run_eval, run_jobs, run_plot
-from dnkd_ext.train.presets import describe, expand, format_presets, load_preset
+from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.world import join_world
 
 __all__ = ["COMMANDS"]
@@ -61,8 +61,8 @@ class Train:
 class Presets:
     """List the presets, or show what one consists of."""
 
-    pattern: Annotated[str, tyro.conf.Positional] = "*"
-    """Only those that match, as 'cifar100/resnet56-*/*'."""
+    pattern: Annotated[str, tyro.conf.Positional] = ""
+    """Only those that match, as 'cifar100/resnet56-*/{kd,kd++}'; all without one."""
     show: bool = False
     """All settings of each, with source, conflicts between sources, and published accuracy."""
     json: bool = False
@@ -191,7 +191,7 @@ def _seeds(text: str) -> list[int]:
 def presets(argv: Sequence[str]) -> int:
     """``dnkd presets``."""
     arguments = _parse(Presets, "presets", argv)
-    names = expand(arguments.pattern)
+    names = expand(arguments.pattern) if arguments.pattern else preset_names()
     if arguments.json:
         found = [load_preset(name) for name in names]
         print(json.dumps([vars(preset) for preset in found], indent=2))

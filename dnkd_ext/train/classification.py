@@ -1,5 +1,4 @@
-"""Classifiers of small images that are held in memory: students, and the teachers they learn from.
-"""
+"""Classifiers of small images that are held in memory, alone or learning from a teacher."""
 
 from __future__ import annotations
 
@@ -88,7 +87,10 @@ class Distillation(nn.Module):
             return loss, loss.detach(), none, none, _top1(logits, target)
         if self.method == "reviewkd":
             with torch.no_grad():
-                wanted, teacher_features, _ = stage_maps(teacher, images, pre_activation=True)
+                # timm's models give their maps after the activation only.
+                wanted, teacher_features, _ = stage_maps(
+                    teacher, images, pre_activation=hasattr(teacher, "forward_stages")
+                )
             maps, student_features, logits = stage_maps(self.student, images)
             compared = (maps, wanted, logits)
         else:
@@ -135,9 +137,7 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
             f"{name!r} is none of {', '.join(model_names())}; for timm's models install timm"
         ) from error
     if not timm.is_model(name):
-        raise ValueError(
-            f"no model {name!r}, neither timm's nor one of {', '.join(model_names())}"
-        )
+        raise ValueError(f"no model {name!r}, neither timm's nor one of {', '.join(model_names())}")
     return timm.create_model(name, num_classes=num_classes, in_chans=channels)
 
 

@@ -260,9 +260,7 @@ class _Shared:
         return teacher
 
 
-def _run(
-    job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool
-) -> dict[str, Any]:
+def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool) -> dict[str, Any]:
     config, out = job.config, job.out
     with world.first_alone():
         if world.is_first:
