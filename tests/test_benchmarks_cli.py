@@ -102,6 +102,9 @@ def test_an_interrupted_run_keeps_what_was_measured(small, tmp_path, monkeypatch
 def test_control_c_leaves_a_valid_file(tmp_path):
     """The process itself, interrupted by the signal while it measures."""
     out = tmp_path / "a.csv"
+    # Whoever runs the tests in the background of a shell has them ignore the signal, and so would
+    # the process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [
             sys.executable, "-m", "benchmarks", "run", "--case", "128x100", "--case", "64x64",
@@ -110,6 +113,7 @@ def test_control_c_leaves_a_valid_file(tmp_path):
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while not (out.exists() and out.stat().st_size > 0) and time.monotonic() < deadline:
         time.sleep(0.05)
