@@ -254,6 +254,55 @@ def test_learning_rate_and_ramp():
     assert ramp(0, 0) == 1
 
 
+def test_adamw_warm_up_clipping_and_average_equal_a_plain_loop(images, tmp_path):
+    """Small steps, as above, and a decay that is large enough to be seen."""
+    more = ("--optimizer", "adamw", "--lr", "0.0002", "--betas", "0.9", "0.95", "--epochs", "2")
+    more += ("--weight-decay", "30", "--no-decay-vectors", "--clip-grad", "0.5", "--schedule")
+    more += ("cosine", "--lr-warm-up", "1", "--lr-start", "0.00001", "--lr-end", "0.00005")
+    rows = run(images, tmp_path / "run", *more, "--ema-decay", "0.8", "--label-smoothing", "0.1")
+
+    data = load_image_folder(images, progress=False)
+    torch.manual_seed(0)
+    student = create_model("cifar_resnet20", CLASSES)
+    average = {name: value.clone() for name, value in student.state_dict().items()}
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 30}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    config = TrainConfig().data
+    batches = TrainBatches(data.train, 12, mean=config.mean, std=config.std, seed=0, pad=2)
+    for epoch in range(2):
+        losses = []
+        for step, (x, target) in enumerate(batches.epoch(epoch)):
+            time_ = epoch + step / 6
+            rate = 0.00005 + 0.00015 * 0.5 * (1 + math.cos(math.pi * time_ / 2))
+            if epoch == 0:
+                rate = 0.00001 + 0.00019 * time_
+            for group in adam.param_groups:
+                group["lr"] = rate
+            loss = F.cross_entropy(student(x), target, label_smoothing=0.1)
+            adam.zero_grad()
+            loss.backward()
+            norm = sum(p.grad.square().sum() for p in student.parameters()).sqrt()
+            for p in student.parameters():
+                p.grad *= min(1.0, 0.5 / norm.item())
+            adam.step()
+            losses.append(loss.item())
+            for name, value in student.state_dict().items():
+                share = 0.8 if epoch or step else 0.0  # the first step is taken as it is
+                average[name] = share * average[name] + (1 - share) * value
+        assert float(rows[epoch]["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-3)
+    found = weights(tmp_path / "run")
+    for name in found:
+        if "num_batches" not in name:
+            torch.testing.assert_close(found[name], average[name], rtol=1e-2, atol=4e-4)
+    assert {"test_top1", "ema_test_top1"} <= rows[0].keys()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best_top1"] == max(float(row["ema_test_top1"]) for row in rows)
+
+
 def test_accumulated_parts_are_one_batch(images, tmp_path):
     """The gradients of parts add up to that of the batch; BatchNorm alone sees the parts."""
     config = replace(

@@ -430,10 +430,10 @@ class Classification(Task):
         """Cut, mirrored and normalised images, and their classes."""
         return self._train.epoch(epoch, start)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.data.classes)
-        result = evaluate(self.model, self._test, classes, self._autocast, self.world)
+        result = evaluate(model, self._test, classes, self._autocast, self.world)
         figures = {"test_top1": result.top1, "test_top5": result.top5}
         if self._teacher is None or self._teacher.class_means is None:
             return figures

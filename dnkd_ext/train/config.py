@@ -96,7 +96,7 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """SGD and its schedule."""
+    """Optimiser and schedule."""
 
     epochs: int = 240
     """How long to train."""
@@ -104,20 +104,37 @@ class OptimOptions:
     """Images per step, of all processes together."""
     accumulate: int = 1
     """Parts in which a process takes its share of a batch one after another."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Which optimiser."""
     lr: float = 0.1
-    """Learning rate at the start, not scaled by anything."""
+    """Highest learning rate, not scaled by anything."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
-    """Nesterov's form of the momentum."""
+    """SGD: Nesterov's form of the momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
     weight_decay: float = 5e-4
-    """Of all parameters."""
+    """Of all parameters that are decayed."""
+    decay_vectors: bool = True
+    """Decay biases and other parameters of one dimension, too."""
+    clip_grad: float | None = None
+    """Largest norm of all gradients together."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     """How the learning rate falls: at the milestones, or along a half cosine, every step."""
     milestones: tuple[int, ...] = (150, 180, 210)
     """Epochs at which the learning rate is multiplied by lr_decay."""
     lr_decay: float = 0.1
     """See milestones."""
+    lr_warm_up: int = 0
+    """Epochs over which the learning rate grows to lr, every step."""
+    lr_start: float = 0.0
+    """Learning rate at the start of the warm-up."""
+    lr_end: float = 0.0
+    """Learning rate at the end of the cosine."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per step, and evaluate it,
+    too."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +192,20 @@ class TrainConfig:
         for name in ("dropout", "label_smoothing"):
             if not 0 <= flat[name] <= 1:
                 raise ValueError(f"--{_option(name)} must be between 0 and 1, got {flat[name]}")
-        if not 0 <= self.optim.momentum < 1:
-            raise ValueError(f"--momentum must be in [0, 1), got {self.optim.momentum}")
-        if self.optim.nesterov and self.optim.momentum == 0:
+        for name in ("momentum", "ema_decay"):
+            if flat[name] is not None and not 0 <= flat[name] < 1:
+                raise ValueError(f"--{_option(name)} must be in [0, 1), got {flat[name]}")
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"--betas must be in [0, 1), got {self.optim.betas}")
+        if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
+            raise ValueError(f"--clip-grad must be greater than 0, got {self.optim.clip_grad}")
+        if self.optim.lr_warm_up >= self.optim.epochs and self.optim.lr_warm_up > 0:
+            raise ValueError(
+                f"--lr-warm-up must be below --epochs {self.optim.epochs}, got "
+                f"{self.optim.lr_warm_up}"
+            )
+        is_sgd = self.optim.optimizer == "sgd"
+        if is_sgd and self.optim.nesterov and self.optim.momentum == 0:
             raise ValueError("--nesterov wants a --momentum greater than 0, got 0")
         steps = self.optim.milestones
         if list(steps) != sorted(set(steps)) or any(step < 1 for step in steps):
@@ -228,6 +256,9 @@ LEAST = {
     "batch_size": 1,
     "accumulate": 1,
     "weight_decay": 0,
+    "lr_warm_up": 0,
+    "lr_start": 0,
+    "lr_end": 0,
     "seed": 0,
     "eval_batch_size": 1,
     "checkpoint_every": 1,
@@ -302,9 +333,10 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             return value
         wanted = f"one of {', '.join(map(str, arguments))}"
     elif origin is tuple:
-        if isinstance(value, list | tuple):
+        count = None if Ellipsis in arguments else len(arguments)
+        if isinstance(value, list | tuple) and count in (None, len(value)):
             return tuple(_typed(name, arguments[0], item) for item in value)
-        wanted = "a list"
+        wanted = "a list" if count is None else f"a list of {count}"
     elif kind is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
@@ -72,14 +73,20 @@ class Task(ABC):
         return list(zip(*(tensor.chunk(parts) for tensor in batch), strict=True))
 
     @abstractmethod
-    def evaluate(self) -> dict[str, float]:
-        """Figures of the model as it is, the same on all processes; a collective call."""
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Figures of ``model`` or of a copy of it, the same on all processes; a collective call."""
 
 
 def learning_rate(options: OptimOptions, time: float) -> float:
-    """The learning rate ``time`` epochs after the start, between 0 and ``options.epochs``."""
+    """The learning rate ``time`` epochs after the start, between 0 and ``options.epochs``.
+
+    The cosine spans all epochs; the warm-up takes the place of its beginning.
+    """
+    if time < options.lr_warm_up:
+        return options.lr_start + (options.lr - options.lr_start) * time / options.lr_warm_up
     if options.schedule == "cosine":
-        return options.lr * 0.5 * (1 + math.cos(math.pi * time / options.epochs))
+        height = 0.5 * (1 + math.cos(math.pi * time / options.epochs))
+        return options.lr_end + (options.lr - options.lr_end) * height
     passed = sum(time >= milestone for milestone in options.milestones)
     return options.lr * options.lr_decay**passed
 
@@ -198,8 +205,10 @@ def train(
     very step, otherwise at the last epoch that was kept.
 
     Returns:
-        ``rows`` of the log, ``best`` and ``best_epoch`` of the task's metric, ``seconds`` of
-        training, evaluation left out, over all parts of the run.
+        ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
+        ``best_epoch``, and ``seconds`` of training, evaluation left out, over all parts of the run.
+        With a moving average of the weights, that is what is evaluated for it and written as
+        weights.
 
     Raises:
         FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
@@ -232,14 +241,14 @@ class _Training:
         self.lr = torch.tensor(optim.lr, device=device)
         self.ramp = torch.tensor(1.0, device=device)
         self.parameters = [p for p in task.step.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(
-            self.parameters,
-            lr=self.lr,
-            momentum=optim.momentum,
-            nesterov=optim.nesterov,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = self._optimizer()
+        self.average: AveragedModel | None = None
+        self.metric = task.metric
+        if optim.ema_decay is not None:
+            self.average = AveragedModel(
+                task.model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay), use_buffers=True
+            )
+            self.metric = f"ema_{task.metric}"
         self.meter = _Meter(len(task.terms), device)
         self.module = task.step
         if run.compile:
@@ -264,6 +273,24 @@ class _Training:
         self.best_epoch = 0
         self.seconds = 0.0
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optim = self.optim
+        decayed = [p for p in self.parameters if optim.decay_vectors or p.dim() > 1]
+        kept = [p for p in self.parameters if not (optim.decay_vectors or p.dim() > 1)]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((decayed, optim.weight_decay), (kept, 0.0))
+            if parameters
+        ]
+        # Fused, they take a learning rate that is a tensor without reading it back.
+        if optim.optimizer == "adamw":
+            return torch.optim.AdamW(
+                groups, lr=self.lr, betas=optim.betas, fused=True, capturable=self.run.cuda_graph
+            )
+        return torch.optim.SGD(
+            groups, lr=self.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
+        )
+
     # -- a step --------------------------------------------------------------------------------
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
@@ -287,7 +314,11 @@ class _Training:
             row = torch.stack([value.detach().float() for value in values])
             terms = row if terms is None else terms + row
         assert terms is not None
+        if self.optim.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.optim.clip_grad, foreach=True)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.task.model)
         self.meter.add(terms / len(parts))
 
     def _check_finite(self, epoch: int) -> list[float]:
@@ -328,6 +359,7 @@ class _Training:
                         "start": start,
                         "step": self.task.step.state_dict(),
                         "optimizer": self.optimizer.state_dict(),
+                        "average": None if self.average is None else self.average.state_dict(),
                         "rows": self.rows,
                         "best": self.best,
                         "best_epoch": self.best_epoch,
@@ -353,6 +385,8 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.epoch, self.start = state["epoch"], state["start"]
         self.rows, self.seconds = state["rows"], state["seconds"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
@@ -400,6 +434,7 @@ class _Training:
         self._write_weights(LAST)
         return {
             "rows": self.rows,
+            "metric": self.metric,
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -416,7 +451,7 @@ class _Training:
         began, before = time.perf_counter(), self.seconds
         step = start
         for batch in task.batches(epoch, start):
-            if self.optim.schedule == "cosine" or step == start:
+            if self.optim.schedule == "cosine" or epoch < self.optim.lr_warm_up or step == start:
                 self.lr.fill_(learning_rate(self.optim, epoch + step / task.steps_per_epoch))
             self.do_step(batch)
             step += 1
@@ -437,7 +472,11 @@ class _Training:
                 self._save(epoch, step)
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
         world.average_batch_norm(task.step)
-        figures = task.evaluate()
+        figures = task.evaluate(task.model)
+        if self.average is not None:
+            world.average_batch_norm(self.average)
+            of_average = task.evaluate(self.average.module)
+            figures.update({f"ema_{name}": value for name, value in of_average.items()})
         self._finish(epoch, means, figures, speed)
         stop = world.any(bool(signals.received))
         last = epoch + 1 == self.optim.epochs
@@ -458,7 +497,7 @@ class _Training:
         self, epoch: int, means: list[float], figures: dict[str, float], speed: float
     ) -> None:
         """The epoch's row, and its weights where they are the best."""
-        metric = figures[self.task.metric]
+        metric = figures[self.metric]
         is_best = metric > self.best
         if is_best:
             self.best, self.best_epoch = metric, epoch + 1
@@ -483,12 +522,11 @@ class _Training:
         with self.world.first_alone():
             if self.world.is_first:
                 epoch = self.best_epoch if name == BEST else self.optim.epochs
-                write_weights(
-                    self.out / name, self.task.model, {**self.metadata, "epoch": str(epoch)}
-                )
+                model = self.task.model if self.average is None else self.average.module
+                write_weights(self.out / name, model, {**self.metadata, "epoch": str(epoch)})
 
     def _postfix(self, epoch: int, loss: float, speed: float) -> str:
-        best = f", best {self.task.metric} {self.best:.2f}" if self.rows else ""
+        best = f", best {self.metric} {self.best:.2f}" if self.rows else ""
         return f"epoch {epoch + 1}/{self.optim.epochs}, {speed:.0f} img/s, loss {loss:.3f}{best}"
 
     def _tensorboard(self) -> Any:

@@ -297,7 +297,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool)
         "published_top1": job.published,
         "best_top1": log["best"],
         "best_epoch": log["best_epoch"],
-        "last_top1": last["test_top1"],
+        "last_top1": last[log["metric"]],
         "last": last,
         "training_seconds": log["seconds"],
         "train_images": len(data.train),
