@@ -14,6 +14,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 HELP = {
     "run": "measure the losses against their peers and check the targets",
     "e2e": "measure whole training steps",
+    "training": "measure the training of presets, part by part",
     "report": "write benchmarks/README.md and its plots from the results",
     "compare": "compare two results files",
     "regression": "compare a quick run with what was recorded on this hardware",
@@ -87,13 +88,55 @@ def parser() -> argparse.ArgumentParser:
         help="leave out the shapes that --out has already of this commit on this machine",
     )  # fmt: skip
 
+    training = add("training")
+    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    training.add_argument(
+        "--preset", action="append", metavar="PATTERN",
+        help="name of a preset, or a pattern of several, as 'cifar100/resnet56-resnet20/{kd,kd++}' "
+        "(repeatable; default that pair's ce, kd and kd++, and resnet32x4-resnet8x4/kd++)",
+    )  # fmt: skip
+    training.add_argument(
+        "--data", metavar="DIR",
+        help="folder of a data set, as dnkd train reads it (default synthetic images)",
+    )  # fmt: skip
+    training.add_argument(
+        "--limit", type=int, metavar="IMAGES", help="training images (default 50,000, or all)"
+    )
+    training.add_argument(
+        "--eval-images", type=int, metavar="IMAGES",
+        help="for evaluation and class means (default 1,000 on a CPU, 10,000 on a GPU)",
+    )  # fmt: skip
+    training.add_argument(
+        "--rounds", type=int, metavar="N",
+        help="blocks of steps: 7 of one step on a CPU, 20 of 50 on a GPU by default",
+    )  # fmt: skip
+    training.add_argument(
+        "--batch-size", type=int, metavar="IMAGES", help="per step (default the preset's)"
+    )
+    # What dnkd train takes; without them its own defaults.
+    training.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), help="of autocast"
+    )
+    for name, text in (
+        ("channels-last", "memory format of images and weights (default on a GPU)"),
+        ("compile", "torch.compile of teacher, student and loss"),
+        ("cuda-graph", "record the step and replay it"),
+    ):
+        training.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    training.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+    training.add_argument(
+        "--resume", action="store_true",
+        help="leave out what --out has already of this commit on this machine",
+    )  # fmt: skip
+
     report = add("report")
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for README.md (default benchmarks)"
     )
     report.add_argument(
         "--add", type=Path, metavar="DIR",
-        help="first add the losses.csv and steps.csv of this folder (of gpu-check) to the results",
+        help="first add the losses.csv, steps.csv and training.csv of this folder (of gpu-check) "
+        "to the results",
     )  # fmt: skip
     report.add_argument("--no-plots", action="store_true", help="the text alone")
 
@@ -159,7 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from benchmarks import report, results, steps
+    from benchmarks import parts, report, results, steps
 
     folder = arguments.out or Path(__file__).parent
     losses = results.RESULTS / "losses.csv"
@@ -167,19 +210,24 @@ def _report(arguments: argparse.Namespace) -> int:
         sources = [
             (arguments.add / "losses.csv", losses, results.FIELDS),
             (arguments.add / "steps.csv", steps.STEPS, steps.STEP_FIELDS),
+            (arguments.add / "training.csv", parts.TRAINING, parts.TRAINING_FIELDS),
         ]
         present = [entry for entry in sources if entry[0].exists()]
         if not present:
-            raise results.ResultsError(f"{arguments.add} has neither losses.csv nor steps.csv")
+            raise results.ResultsError(
+                f"{arguments.add} has neither losses.csv nor steps.csv nor training.csv"
+            )
         for source, path, fields in present:
             print(f"added {results.add_file(source, path, fields)} rows of {source}")
     rows = results.read(losses)
-    text = report.render(rows, steps.read_steps(steps.STEPS) if steps.STEPS.exists() else [])
+    walked = steps.read_steps(steps.STEPS) if steps.STEPS.exists() else []
+    trained = parts.read_training(parts.TRAINING) if parts.TRAINING.exists() else []
+    text = report.render(rows, walked, trained)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
     written = [folder / "README.md"]
     if not arguments.no_plots:
-        written += report.plot(rows, folder)
+        written += report.plot(rows, folder, trained)
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
 
@@ -282,6 +330,26 @@ def _e2e(arguments: argparse.Namespace) -> int:
     )
 
 
+def _training(arguments: argparse.Namespace) -> int:
+    from benchmarks import run, training
+
+    run.require_device(arguments.device)
+    if arguments.resume and arguments.out is None:
+        raise ValueError("--resume needs --out, the file to go on with")
+    names = ("precision", "channels_last", "compile", "cuda_graph", "batch_size")
+    return training.run(
+        arguments.device,
+        arguments.preset or training.PRESETS,
+        settings={name: getattr(arguments, name) for name in names},
+        data=arguments.data,
+        limit=arguments.limit,
+        rounds=arguments.rounds,
+        eval_images=arguments.eval_images,
+        out=arguments.out,
+        resume=arguments.resume,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a wrong input is one line on standard error and exit status 2."""
     arguments = parser().parse_args(argv)
@@ -289,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.run import NoDevice
 
     commands = {
-        "run": _run, "e2e": _e2e, "report": _report, "compare": _compare,
+        "run": _run, "e2e": _e2e, "training": _training, "report": _report, "compare": _compare,
         "regression": _regression, "targets": _targets,
     }  # fmt: skip
     try:

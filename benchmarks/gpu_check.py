@@ -2,9 +2,9 @@
 
 build and kernels compile for the GPU that is there, tests runs all tests, sanitize runs
 compute-sanitizer over every kernel variant, bench measures the ladder of peers, e2e whole training
-steps. Every stage consists of items and keeps which of them passed: started again it goes on where
-it stopped, unless the sources or the GPU changed. A stage stops at its limit in time; what it did
-by then is kept. Needs no network; uses the Python it runs in.
+steps and the parts of training. Every stage consists of items and keeps which of them passed:
+started again it goes on where it stopped, unless the sources or the GPU changed. A stage stops at
+its limit in time; what it did by then is kept. Needs no network; uses the Python it runs in.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ LIMIT = 540
 # At most this many files: state, summary, and these logs and results.
 LOGS = {
     "build": "build.log", "kernels": "build.log", "tests": "tests.log",
-    "sanitize": "sanitize.log", "bench": "bench.log", "e2e": "bench.log",
+    "sanitize": "tests.log", "bench": "bench.log", "e2e": "bench.log",
 }  # fmt: skip
-STATE, SUMMARY, LADDER, STEPS = "state.json", "summary.txt", "losses.csv", "steps.csv"
+STATE, SUMMARY = "state.json", "summary.txt"
+LADDER, STEPS, TRAINING = "losses.csv", "steps.csv", "training.csv"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # In one process each: it takes as long to import torch under the sanitizer as to run a loss.
 SANITIZED = (("nd_loss", "diagnostics", "scale"), ("ce_kd_loss", "ce_dkd_loss", "dist_loss"))
@@ -109,13 +110,20 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
             for check in SANITIZERS
             for losses in SANITIZED
         ]  # fmt: skip
-    command, file = ("run", LADDER) if stage == "bench" else ("e2e", STEPS)
-    measure = (python, "-m", "benchmarks", command, "--device", "cuda")
-    measure += () if force else ("--resume",)
+
+    def measure(name: str, command: str, file: str, *options: str) -> Item:
+        again = () if force else ("--resume",)
+        start = (python, "-m", "benchmarks", command, "--device", "cuda", *again, *options)
+        return Item(name, (*start, "--out", str(out / file)), resumes=True)
+
     if stage == "bench":
         there = [peer for peer in BENCHED if unavailable(peer, "cuda") is None]
-        measure += ("--peers", ",".join(there))
-    return [Item(command, (*measure, "--out", str(out / file)), resumes=True)]
+        return [measure("run", "run", LADDER, "--peers", ",".join(there))]
+    return [
+        measure("e2e", "e2e", STEPS),
+        measure("training", "training", TRAINING),
+        measure("training recorded", "training", TRAINING, "--cuda-graph"),
+    ]
 
 
 class State:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, compare, peers, report, results, run, steps, targets
+from benchmarks import cases, compare, parts, peers, report, results, run, steps, targets
 from benchmarks.__main__ import main
 from benchmarks.cases import LogitCase, NdCase
 from tests.benchmark_rows import found_in, gpu_rows, rows_of
@@ -145,7 +145,7 @@ def test_a_wrong_choice_is_named_with_what_there_is(small, arguments, words, cap
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", ["run", "e2e", "regression"])
+@pytest.mark.parametrize("command", ["run", "e2e", "training", "regression"])
 def test_without_a_gpu_cuda_is_refused(command, capsys):
     assert main([command, "--device", "cuda"]) == 2
     error = capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_an_unreadable_file_is_found_before_anything_is_measured(small, tmp_path
 
 
 @pytest.mark.parametrize(
-    "command", ["", "run", "e2e", "report", "compare", "regression", "targets"]
+    "command", ["", "run", "e2e", "training", "report", "compare", "regression", "targets"]
 )
 def test_help_names_every_option(command, capsys):
     with pytest.raises(SystemExit) as done:
@@ -172,7 +172,7 @@ def test_help_names_every_option(command, capsys):
     assert done.value.code == 0
     printed = capsys.readouterr().out
     wanted = {
-        "": ["run", "e2e", "report", "compare", "regression", "targets", "130"],
+        "": ["run", "e2e", "training", "report", "compare", "regression", "targets", "130"],
         "run": [
             "--device",
             "--case",
@@ -184,6 +184,21 @@ def test_help_names_every_option(command, capsys):
             "--resume",
         ],
         "e2e": ["--device", "--shape", "--rounds", "--out", "--resume"],
+        "training": [
+            "--device",
+            "--preset",
+            "--data",
+            "--limit",
+            "--eval-images",
+            "--rounds",
+            "--batch-size",
+            "--precision",
+            "--channels-last",
+            "--compile",
+            "--cuda-graph",
+            "--out",
+            "--resume",
+        ],
         "report": ["--out", "--add", "--no-plots"],
         "compare": ["A", "B"],
         "regression": ["--device", "--case", "--dtype", "--against", "--seconds"],
@@ -264,7 +279,8 @@ def test_regression_without_a_record_says_so(small, tmp_path, capsys):
 def test_the_committed_report_is_that_of_the_committed_results():
     """Otherwise: python -m benchmarks report."""
     rows = results.read(results.RESULTS / "losses.csv")
-    text = report.render(rows, steps.read_steps(steps.STEPS))
+    trained = parts.read_training(parts.TRAINING)
+    text = report.render(rows, steps.read_steps(steps.STEPS), trained)
     assert (ROOT / "benchmarks/README.md").read_text(encoding="utf-8") == text
     shown = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert shown
@@ -276,6 +292,7 @@ def test_results_of_another_machine_are_added_once(tmp_path, monkeypatch, capsys
     folder, recorded_in = tmp_path / "gpu", tmp_path / "results"
     monkeypatch.setattr(results, "RESULTS", recorded_in)
     monkeypatch.setattr(steps, "STEPS", recorded_in / "steps.csv")
+    monkeypatch.setattr(parts, "TRAINING", recorded_in / "training.csv")
     results.append(rows_of(("ours", 10)), recorded_in / "losses.csv")
     results.append(gpu_rows(), folder / "losses.csv")
     command = ["report", "--add", str(folder), "--out", str(tmp_path / "out"), "--no-plots"]
@@ -285,12 +302,12 @@ def test_results_of_another_machine_are_added_once(tmp_path, monkeypatch, capsys
     assert len(results.read(recorded_in / "losses.csv")) == 1 + len(gpu_rows())
     assert "make gpu-check STAGE=bench" in (tmp_path / "out/README.md").read_text()
     assert main(["report", "--add", str(tmp_path)]) == 2
-    assert "has neither losses.csv nor steps.csv" in capsys.readouterr().err
+    assert "has neither losses.csv nor steps.csv nor training.csv" in capsys.readouterr().err
 
 
 def test_the_report_says_what_was_not_run():
     text = report.render(rows_of(("ours", 10), ("eager", 41), ("noise", 11), ("copy", 1)), [])
-    assert text.count("Not run: there is no result of a GPU") == 2
+    assert text.count("Not run: there is no result of a GPU") == 3
     assert (
         "nd_loss 64x64 (100), float32 | 10.0 (9.9-10.1) | 1.10 | 41 (4.1x) | 1.0 | 10 % |" in text
     )
@@ -308,7 +325,7 @@ def test_the_report_of_a_gpu_and_of_steps():
         {**step, "method": name, "step_ms": ms, "loss_us": us} for name, (ms, us) in methods.items()
     ]
     text = report.render(gpu_rows(), group)
-    assert "Not run: there is no result of a GPU" not in text
+    assert text.count("Not run: there is no result of a GPU") == 1  # training, part by part
     assert "make gpu-check STAGE=bench" in text
     assert "| KD++ ours | 100.5 (99.0-102.0) | 500 | 60.0x |" in text
     assert "PASS         ImageNet-shape step with KD++" in text

@@ -46,6 +46,7 @@ def test_plans_every_stage_and_refuses_without_a_gpu():
     assert stages == {*gpu_check.STAGES}
     assert "info --check" in planned.stdout
     assert "benchmarks run --device cuda --resume" in planned.stdout
+    assert "benchmarks training --device cuda --resume --cuda-graph" in planned.stdout
     if not torch.cuda.is_available():
         refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert refused.returncode == 2
@@ -156,7 +157,7 @@ def test_a_stopped_command_may_write_what_it_has(tmp_path, state):
 def test_a_missing_tool_is_a_failure(tmp_path, state):
     planned = [Item("memcheck", (str(tmp_path / "no-such-tool"),))]
     assert gpu_check.run_stage("sanitize", planned, tmp_path, state, 60) == "FAIL"
-    assert "cannot be started" in (tmp_path / "sanitize.log").read_text()
+    assert "cannot be started" in (tmp_path / "tests.log").read_text()
 
 
 @pytest.fixture
@@ -225,13 +226,22 @@ def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys)
     assert gpu_check.main(["--out", str(out), "--stage", "sanitize", "--stage", "tests"]) == 1
     printed = capsys.readouterr().out
     assert "FAIL       sanitize: 0 of 1" in printed
-    assert "failed: sanitize; see sanitize.log" in printed
+    assert "failed: sanitize; see tests.log" in printed
     assert "not run    bench" in printed
     pretend.clear()
     assert gpu_check.main(["--out", str(out), "--stage", "sanitize"]) == 0
     results.append(here(gpu_rows(syncs=1)), out / "losses.csv")
     assert gpu_check.main(["--out", str(out), "--stage", "bench"]) == 1
     assert "FAIL         no host synchronisation" in capsys.readouterr().out
+
+
+def test_all_logs_and_results_are_few_files(tmp_path):
+    """Those of every stage, of which some share a log."""
+    written = {gpu_check.STATE, gpu_check.SUMMARY, *gpu_check.LOGS.values()}
+    for stage in ("bench", "e2e"):
+        written |= {Path(item.command[-1]).name for item in gpu_check.items(stage, tmp_path)}
+    assert len(written) <= 8
+    assert {"losses.csv", "steps.csv", "training.csv"} <= written
 
 
 def test_force_measures_again_what_a_file_has(tmp_path):

@@ -1,0 +1,57 @@
+"""The results file of training, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.results import RESULTS, Row, append, read
+
+TRAINING = RESULTS / "training.csv"
+# What a step is made of, in its order. A compiled forward pass is "forward" as a whole, and all of
+# a recorded step but its data "graph".
+DATA = ("index", "crop", "normalise")
+PARTS = (
+    *DATA, "teacher", "student", "criterion", "forward", "backward", "optimiser", "metering",
+    "graph",
+)  # fmt: skip
+SETTING = (
+    "preset", "student", "teacher", "data", "images", "batch", "precision", "channels_last",
+    "compile", "cuda_graph",
+)  # fmt: skip
+_MEASURED = (
+    "rounds", "steps", "data_ips", "plan_ms", "step_ips", "step_ms", "low_ms", "high_ms",
+    "host_ms", *(f"{name}_ms" for name in PARTS), "unexplained_ms", "eval_images", "eval_ips",
+    "means_images", "means_ips", "device_ms", "launches", "syncs", "peak_bytes",
+)  # fmt: skip
+TRAINING_FIELDS = (
+    "date", "commit", "hardware", "threads", "torch", "cuda", "version", "kernels", "device",
+    *SETTING, *_MEASURED,
+)  # fmt: skip
+TRAINING_NUMBERS = {"threads", "images", "batch", *_MEASURED}
+
+
+def append_training(rows: list[Row], path: Path) -> None:
+    """Add the rows of what was measured."""
+    append(rows, path, TRAINING_FIELDS)
+
+
+def read_training(path: Path) -> list[Row]:
+    """The rows of a file of training, part by part."""
+    return read(path, TRAINING_FIELDS, TRAINING_NUMBERS)
+
+
+def setting(row: Row) -> tuple[str, ...]:
+    """What was measured; rows of one setting replace each other in the report."""
+    return tuple(str(row[name]) for name in SETTING)
+
+
+def latest_training(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Per machine (hardware, device, torch), the last measured first, every setting's last row."""
+    machines: dict[tuple[str, str, str], dict[tuple[str, ...], Row]] = {}
+    for row in rows:
+        machine = str(row["hardware"]), str(row["device"]), str(row["torch"])
+        found = machines.pop(machine, {})
+        found[setting(row)] = row
+        machines[machine] = found
+    return {machine: list(machines[machine].values()) for machine in reversed(machines)}

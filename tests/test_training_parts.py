@@ -1,0 +1,328 @@
+"""Training, part by part: the engine's own step between marks, its rows, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import parts, report, training
+from benchmarks.__main__ import main
+from dnkd_ext.progress import Progress
+from dnkd_ext.train import batches, classification
+from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.jobs import resolve
+from dnkd_ext.train.presets import expand
+from dnkd_ext.train.world import World
+
+PAIR = "cifar100/resnet56-resnet20/"
+WORLD = World(0, 1, torch.device("cpu"))
+SMALL = ["--limit", "24", "--batch-size", "8", "--eval-images", "10", "--rounds", "2"]
+
+
+def ready(preset, **settings):
+    """The engine with a preset's task, of few images."""
+    config = training.configure(PAIR + preset, WORLD, {"batch_size": 4, **settings})
+    data = training.synthetic(12, 4)
+    teacher = None
+    if config.needs_teacher:
+        teacher = training.untrained_teacher(config.model.teacher, data, config, WORLD)
+        means = classification.gather_class_means(
+            teacher.model, data, config.data, WORLD, batch_size=12, progress=False
+        )
+        teacher = teacher._replace(class_means=means)
+    task = Classification(config, data, teacher, WORLD)
+    task.step.train()
+    return _Training(task, config.optim, config.run, None, WORLD, 0, {})
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A file with rows of two presets."""
+    pytest.importorskip("torchmetrics")
+    out = tmp_path_factory.mktemp("training") / "training.csv"
+    assert main(["training", "--preset", PAIR + "{ce,kd++}", *SMALL, "--out", str(out)]) == 0
+    return out
+
+
+# -- what is timed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["ce", "kd++", "reviewkd++"])
+def test_a_marked_step_is_the_engines_step(preset):
+    """The same weights after it, every part of it marked once, and nothing left behind."""
+    plain, seen = ready(preset), ready(preset)
+    marks = training.Marks("cpu")
+    of_modules = batches.crop_and_flip, classification.features, torch.Tensor.backward
+    training.block(plain, training.endless(plain.task), 2, None)
+    training.block(seen, training.endless(seen.task), 2, marks)
+    for a, b in zip(plain.parameters, seen.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(plain.meter.sums, seen.meter.sums, rtol=0, atol=0)
+    found = marks.read()
+    wanted = {*parts.PARTS} - {"forward", "graph"} - ({"teacher"} if preset == "ce" else set())
+    assert {*found} == wanted
+    assert min(found.values()) > 0
+    assert marks.read() == {}
+    assert (batches.crop_and_flip, classification.features, torch.Tensor.backward) == of_modules
+    assert not seen.task.model._forward_hooks
+    assert not seen.task.model._forward_pre_hooks
+    assert {"step", "zero_grad"}.isdisjoint(vars(seen.optimizer))
+    assert "add" not in vars(seen.meter)
+
+
+def test_the_parts_are_in_the_order_of_the_step(monkeypatch):
+    """With accumulated gradients twice per step, but for data and optimiser."""
+    order = []
+    monkeypatch.setattr(training.Marks, "mark", lambda self, part: order.append(part))
+    engine = ready("kd++", accumulate=2)
+    training.block(engine, training.endless(engine.task), 1, training.Marks("cpu"))
+    named = [part for part in order if part is not None]
+    half = ["teacher", "student", "criterion", "metering", "backward"]
+    assert named == [
+        "index", "crop", "normalise", "optimiser", *half, *half, "metering", "optimiser", "metering"
+    ]  # fmt: skip
+
+
+def test_a_slow_part_is_found(monkeypatch):
+    """Time that the teacher spends is the teacher's."""
+    import time
+
+    engine = ready("kd++")
+    (teacher,) = engine.task.step._teacher
+    head = teacher.get_classifier()
+    monkeypatch.setattr(head, "forward", lambda x: (time.sleep(0.3), torch.zeros(len(x), 100))[1])
+    marks = training.Marks("cpu")
+    wall = training.block(engine, training.endless(engine.task), 1, marks).wall
+    found = marks.read()
+    assert found["teacher"] > 0.3
+    assert sum(found.values()) == pytest.approx(wall, rel=0.2)
+    assert max(value for part, value in found.items() if part != "teacher") < 0.3
+
+
+def test_what_is_compiled_is_one_part(monkeypatch):
+    """And none of it is replaced, which would be compiled instead."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    engine = ready("kd++", compile=True)
+    marks = training.Marks("cpu")
+    training.block(engine, training.endless(engine.task), 1, marks)
+    assert {*marks.read()} == {
+        *parts.DATA, "forward", "backward", "optimiser", "metering"
+    }  # fmt: skip
+
+
+def test_marks_on_a_gpu_are_events(monkeypatch):
+    """Read as milliseconds; nothing is waited for when a mark is made."""
+    clock = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock)
+
+        def elapsed_time(self, end):
+            return 1000.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    marks = training.Marks("cuda")
+    for part in (None, "student", None, "student", "backward"):
+        marks.mark(part)
+    assert marks.read() == {"student": 2.0, "backward": 1.0}
+
+
+def test_untrained_teachers_stay_finite():
+    config = training.configure(PAIR + "kd", WORLD, {})
+    data = training.synthetic(64, 1)
+    teacher = training.untrained_teacher("cifar_resnet56", data, config, WORLD).model
+    logits = teacher(data.normalise(data.train.pixels))
+    assert logits.std() < 100
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+# -- presets and settings -------------------------------------------------------------------------
+
+
+def test_the_usual_presets_exist_and_resolve_as_the_command_does():
+    names = [name for pattern in training.PRESETS for name in expand(pattern)]
+    assert [name.split("/", 1)[1] for name in names] == [
+        "resnet56-resnet20/ce", "resnet56-resnet20/kd", "resnet56-resnet20/kd++",
+        "resnet32x4-resnet8x4/kd++",
+    ]  # fmt: skip
+    for name in names:
+        config = training.configure(name, WORLD, {})
+        assert config.optim.batch_size == 128
+        assert config.run == resolve(config.run, WORLD)
+    given = {"precision": "bfloat16", "channels_last": True, "compile": True}
+    run = training.configure(names[0], WORLD, given).run
+    assert {name: getattr(run, name) for name in given} == given
+
+
+def test_synthetic_images_are_cifars():
+    data = training.synthetic(300, 20)
+    assert data.train.pixels.shape == (300, 3, 32, 32)
+    assert data.train.pixels.dtype == torch.uint8
+    assert data.train.target.bincount().tolist() == [3] * 100
+    assert data.train.pixels.float().std() == pytest.approx(73.9, abs=0.5)
+    few = training.some(data.train, 100)
+    assert few.target.tolist() == (torch.arange(0, 300, 3) % 100).tolist()
+    assert training.some(few, 200) is few
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "cifar100/nothing"], "cifar100/nothing"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--eval-images", "-1"], "--eval-images must be at least 1, got -1"),
+        (["--limit", "100"], "the batch of 128 must be at most the 100 training images"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--cuda-graph"], "--cuda-graph needs a GPU"),
+        (["--resume"], "--resume needs --out"),
+        (["--data", "no-such-folder"], "no-such-folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_choice_is_refused_before_anything_is_measured(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(training, "measure_preset", None)
+    out = [] if "--resume" in arguments else ["--out", str(tmp_path / "a.csv")]
+    assert main(["training", *arguments, *out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("benchmarks training: error: ")
+    assert words in error
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_another_file_is_found_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "measure_preset", None)
+    out = tmp_path / "a.csv"
+    out.write_text("something else\n")
+    assert main(["training", "--out", str(out)]) == 2
+    assert "other columns" in capsys.readouterr().err
+    assert out.read_text() == "something else\n"
+
+
+def test_a_loss_that_is_not_finite_is_no_measurement(monkeypatch):
+    monkeypatch.setattr(classification, "_top1", lambda *_: torch.tensor(float("nan")))
+    config = training.configure(PAIR + "ce", WORLD, {"batch_size": 4})
+    size = training.Extent(1, 1, 4, 1)
+    with Progress(1, "", enabled=False) as bar, pytest.raises(FloatingPointError, match="top1"):
+        training.measure_preset(config, training.synthetic(8, 4), WORLD, size, bar)
+
+
+# -- rows -----------------------------------------------------------------------------------------
+
+
+def test_rows_are_whole_and_add_up(measured):
+    ce, kd = parts.read_training(measured)
+    assert [row["preset"].rsplit("/", 1)[1] for row in (ce, kd)] == ["ce", "kd++"]
+    for row in (ce, kd):
+        assert row["low_ms"] <= row["step_ms"] <= row["high_ms"]
+        assert row["step_ips"] == pytest.approx(8e3 / row["step_ms"], rel=0.01)
+        named = sum(row[f"{part}_ms"] or 0 for part in parts.PARTS)
+        assert named + row["unexplained_ms"] == pytest.approx(row["step_ms"], abs=1e-2)
+        assert (row["images"], row["batch"], row["rounds"], row["data"]) == (24, 8, 2, "synthetic")
+        assert (row["precision"], row["channels_last"], row["compile"]) == ("float32", "no", "no")
+        assert row["data_ips"] > row["step_ips"]
+        assert row["eval_ips"] > 0
+        assert row["forward_ms"] is row["graph_ms"] is row["host_ms"] is None
+    assert (ce["teacher"], kd["teacher"]) == ("", "cifar_resnet56")
+    assert ce["teacher_ms"] is ce["means_ips"] is None
+    assert kd["means_ips"] > 0
+
+
+def test_resumption_leaves_out_what_is_there(measured, tmp_path, capsys):
+    out = tmp_path / "training.csv"
+    out.write_text(measured.read_text())
+    command = ["training", "--preset", PAIR + "{ce,kd++}", *SMALL, "--out", str(out), "--resume"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.count("measured before") == 2
+    assert out.read_text() == measured.read_text()
+    # Another setting is another measurement.
+    assert main([*command[:2], PAIR + "ce", *command[3:], "--channels-last"]) == 0
+    rows = parts.read_training(out)
+    assert [row["channels_last"] for row in rows] == ["no", "no", "yes"]
+    ((machine, kept),) = parts.latest_training([*rows, *rows]).items()
+    assert machine[1] == "cpu"
+    assert kept == rows
+
+
+def test_without_torchmetrics_only_the_evaluation_is_missing(monkeypatch, capsys):
+    def evaluate(self):
+        raise ModuleNotFoundError("No module named 'torchmetrics'")
+
+    monkeypatch.setattr(Classification, "evaluate", evaluate)
+    config = training.configure(PAIR + "ce", WORLD, {"batch_size": 4})
+    with Progress(1, "", enabled=False) as bar:
+        size = training.Extent(1, 1, 4, 1)
+        row = training.measure_preset(config, training.synthetic(8, 4), WORLD, size, bar)
+    assert row["eval_ips"] == ""
+    assert row["step_ips"] > 0
+    assert "evaluation not run, No module named 'torchmetrics'" in capsys.readouterr().err
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def row(**columns):
+    """A row that was never measured."""
+    return {
+        **dict.fromkeys(parts.TRAINING_FIELDS, ""), "date": "2026-01-01", "commit": "abc",
+        "hardware": "a machine", "torch": "9.9.0", "version": "0.0", "device": "cpu",
+        "preset": "a/b", "data": "synthetic", "images": 50000.0, "batch": 128.0,
+        "precision": "float32", "channels_last": "no", "compile": "no", "cuda_graph": "no",
+        "step_ms": 100.0, "low_ms": 99.0, "high_ms": 101.5, "step_ips": 1280.0,
+        "index_ms": 1.0, "crop_ms": 2.0, "normalise_ms": 0.5, "teacher_ms": 40.0,
+        "student_ms": 20.0, "criterion_ms": 0.25, "backward_ms": 33.0, "optimiser_ms": 1.0,
+        "metering_ms": 0.25, "unexplained_ms": 2.0, "data_ips": 30000.0, "eval_images": 1000.0,
+        "eval_ips": 4000.0, "means_ips": 1500.0, "plan_ms": 2.5, **columns,
+    }  # fmt: skip
+
+
+GRAPH = {
+    "device": "cuda", "hardware": "a GPU", "cuda_graph": "yes", "channels_last": "yes",
+    "precision": "bfloat16", "graph_ms": 96.5, "host_ms": 0.25, "device_ms": 95.0,
+    "launches": 900.0, "syncs": 0.0, "peak_bytes": 2.0**31, "unexplained_ms": 0.0,
+    **{f"{part}_ms": None for part in ("teacher", "student", "criterion", "backward", "optimiser",
+                                       "metering")},
+}  # fmt: skip
+
+
+def test_the_report_shows_shares_and_the_command():
+    text = report.render([], [], [row(step_ips=1.0), row()])
+    part = text[text.index("## Training, part by part") :]
+    assert "python -m benchmarks training --device cpu --out FILE.csv" in part
+    assert "### On a GPU\n\nNot run: there is no result of a GPU" in part
+    assert (
+        "| a/b, float32 | 1,280 | 100.0 (99.00-101.5) | 3.5 % | 40.0 % | 20.0 % | 0.2 % | 33.0 % "
+        "| 1.0 % | 0.2 % | 2.0 % | 30,000 | 4,000 | 1,500 |"
+    ) in part
+    assert "| a/b, float32 | 1.00 | 2.00 | 0.500 | 2.50 |" in part
+    assert "1.0 images/s" not in part  # the last measurement replaces the one before
+    assert "### On a CPU\n\nNot run" in report.render([], [], [])
+
+
+def test_the_report_of_a_recorded_step_on_a_gpu():
+    text = report.render([], [], [row(**GRAPH), row(device="cuda", hardware="a GPU")])
+    part = text[text.index("## Training, part by part") :]
+    assert "make gpu-check STAGE=e2e" in part
+    assert "| a/b, bfloat16, channels last, recorded | 1,280 |" in part
+    assert "| graph | unexplained |" in part
+    assert "| 0.250 | 95.00 | 900 | 0 | 2.0 GiB |" in part
+    assert "### On a CPU\n\nNot run.\n" in part
+
+
+def test_the_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    written = report.plot(
+        [], tmp_path, [row(), row(preset="c/d", unexplained_ms=-3.0), row(**GRAPH)]
+    )
+    assert {path.name for path in written} == {"cpu-training.png", "cuda-training.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
