@@ -29,6 +29,7 @@ from dnkd_ext.train.config import TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, learning_rate, ramp
 from dnkd_ext.train.models import create_model, load_weights
+from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 
 MISSING = [
@@ -308,8 +309,7 @@ def test_accumulated_parts_are_one_batch(images, tmp_path):
     config = replace(
         TrainConfig(), {"data": str(images), "student": "cifar_resnet20", "batch_size": 12}
     )
-    data = load_image_folder(images, progress=False)
-    task = Classification(config, data, None, ALONE)
+    task = Classification(config, open_source(config, ALONE, progress=False), None, ALONE)
     task.step.eval()  # BatchNorm by its running statistics: samples do not see each other
     batch = next(iter(task.batches(0, 0)))
     gradients = []
@@ -327,12 +327,19 @@ def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
 
     config = replace(
         TrainConfig(),
-        {"student": "cifar_resnet20", "batch_size": 12, "method": method, "nd_weight": 1.0},
+        {
+            "data": str(images),
+            "student": "cifar_resnet20",
+            "batch_size": 12,
+            "method": method,
+            "nd_weight": 1.0,
+            "progress": False,
+        },
     )
-    data = load_image_folder(images, progress=False)
-    other = load_teacher("cifar_resnet32", str(teacher), data, torch.device("cpu"))
-    means = gather_class_means(other.model, data, config.data, ALONE, progress=False)
-    task = Classification(config, data, other._replace(class_means=means), ALONE)
+    source = open_source(config, ALONE, progress=False)
+    other = load_teacher("cifar_resnet32", str(teacher), source, torch.device("cpu"))
+    means = gather_class_means(other.model, source, config, ALONE)
+    task = Classification(config, source, other._replace(class_means=means), ALONE)
     batch = next(iter(task.batches(0, 0)))
     task.step.eval()
     wanted = [value.item() for value in task.step(*batch, torch.tensor(0.5))]

@@ -18,6 +18,7 @@ from dnkd_ext.train.config import (
     MethodOptions,
     ModelOptions,
     OptimOptions,
+    ReaderOptions,
     RunOptions,
     TrainConfig,
     replace,
@@ -55,6 +56,7 @@ class Train:
     method: MethodOptions = field(default_factory=MethodOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    reader: ReaderOptions = field(default_factory=ReaderOptions)
 
 
 @dataclass
@@ -86,6 +88,7 @@ class ClassMeansArguments:
     """Replace the file."""
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    reader: ReaderOptions = field(default_factory=ReaderOptions)
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Eval:
     """File of the weights, or a run's folder, whose best weights are taken."""
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    reader: ReaderOptions = field(default_factory=ReaderOptions)
 
 
 @dataclass
@@ -134,6 +138,7 @@ def _arguments_of(preset: str, out: str) -> Train:
         method=config.method,
         optim=config.optim,
         run=config.run,
+        reader=config.reader,
     )
 
 
@@ -155,6 +160,7 @@ def train(argv: Sequence[str]) -> int:
             arguments.method,
             arguments.optim,
             arguments.run,
+            arguments.reader,
         )
         configs.append((config, load_preset(name).published if name else None))
     assert arguments is not None
@@ -205,7 +211,7 @@ def presets(argv: Sequence[str]) -> int:
 def class_means(argv: Sequence[str]) -> int:
     """``dnkd class-means``."""
     arguments = _parse(ClassMeansArguments, "class-means", argv)
-    config = TrainConfig(data=arguments.data, run=arguments.run)
+    config = TrainConfig(data=arguments.data, run=arguments.run, reader=arguments.reader)
     out = Path(arguments.out)
     with join_world(arguments.run.device) as world:
         config.check(world.size)
@@ -229,7 +235,7 @@ def class_means(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """``dnkd eval``."""
     arguments = _parse(Eval, "eval", argv)
-    config = TrainConfig(data=arguments.data, run=arguments.run)
+    config = TrainConfig(data=arguments.data, run=arguments.run, reader=arguments.reader)
     with join_world(arguments.run.device) as world:
         config.check(world.size)
         result = run_eval(arguments.model, arguments.weights, config, world)

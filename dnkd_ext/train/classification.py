@@ -1,4 +1,4 @@
-"""Classifiers of small images that are held in memory, alone or learning from a teacher."""
+"""Classifiers, alone or learning from a teacher."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlu
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
 from dnkd_ext.review import stage_maps
-from dnkd_ext.train.batches import EvalBatches, TrainBatches
-from dnkd_ext.train.config import DataOptions, MethodOptions, TrainConfig
-from dnkd_ext.train.data import ImageSet
+from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
-from dnkd_ext.train.image_files import load_images
 from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
 
 __all__ = [
@@ -33,7 +31,6 @@ __all__ = [
     "build_model",
     "evaluate",
     "gather_class_means",
-    "load_data",
     "load_teacher",
 ]
 
@@ -55,7 +52,7 @@ class Distillation(nn.Module):
         label_smoothing: of the cross entropy alone; a criterion has its own.
 
     Shape:
-        images (N, channels, H, W), target (N,) int64 and ramp, 0-dim, to
+        images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
         (loss, ce, kd, nd, top1): 0-dim, top1 in percent.
     """
 
@@ -107,6 +104,8 @@ class Distillation(nn.Module):
 
 
 def _top1(logits: Tensor, target: Tensor) -> Tensor:
+    if target.dim() == 2:
+        target = target.argmax(1)  # of mixed images the class with the larger share
     return 100 * (logits.argmax(1) == target).float().mean()
 
 
@@ -158,7 +157,7 @@ def weights_file(path: str) -> Path:
 
 
 def load_teacher(
-    name: str, weights: str, data: ImageSet, device: torch.device, *, channels_last: bool = False
+    name: str, weights: str, source: Source, device: torch.device, *, channels_last: bool = False
 ) -> Teacher:
     """A trained model in evaluation mode, without gradients.
 
@@ -167,7 +166,7 @@ def load_teacher(
         ValueError: no such model, or weights of another one.
     """
     path = weights_file(weights)
-    model = build_model(name, len(data.classes), data.channels)
+    model = build_model(name, len(source.classes), source.channels)
     load_weights(model, path)
     model = model.eval().requires_grad_(False).to(device)
     if channels_last:
@@ -177,30 +176,21 @@ def load_teacher(
 
 def gather_class_means(
     model: nn.Module,
-    data: ImageSet,
-    options: DataOptions,
+    source: Source,
+    config: TrainConfig,
     world: World,
     *,
-    batch_size: int = 500,
-    progress: bool = True,
     metadata: dict[str, str] | None = None,
 ) -> ClassMeans:
     """Mean features of the training images as they are, every process seeing its part."""
-    batches = EvalBatches(
-        data.train,
-        batch_size,
-        mean=options.mean,
-        std=options.std,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    # What fills up the last batch counts nowhere.
+    batches = source.clean(config, world)
+    # What fills up a batch counts nowhere.
     loader = ((images, target.where(mask, -100)) for images, target, mask in batches)
     means = ClassMeans.from_model(
         model,
         _Sized(loader, len(batches)),
-        num_classes=len(data.classes),
-        progress=progress and world.is_first,
+        num_classes=len(source.classes),
+        progress=config.run.progress and world.is_first,
         metadata=metadata,
     )
     return means.all_reduce()
@@ -220,7 +210,7 @@ class _Sized:
         return self.length
 
 
-def read_class_means(path: str, model: nn.Module, data: ImageSet) -> ClassMeans:
+def read_class_means(path: str, model: nn.Module, source: Source) -> ClassMeans:
     """Class means from a file, of as many classes as the data have and as wide as the teacher.
 
     Raises:
@@ -228,10 +218,10 @@ def read_class_means(path: str, model: nn.Module, data: ImageSet) -> ClassMeans:
         ValueError: it is damaged, or of other classes or another teacher.
     """
     means = (ClassMeans.from_json if path.endswith(".json") else ClassMeans.load)(path)
-    if means.num_classes != len(data.classes):
+    if means.num_classes != len(source.classes):
         raise ValueError(
             f"--class-means {path} has {means.num_classes} classes, but the data have "
-            f"{len(data.classes)}"
+            f"{len(source.classes)}"
         )
     width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
     if width is not None and means.num_features != width:
@@ -242,21 +232,7 @@ def read_class_means(path: str, model: nn.Module, data: ImageSet) -> ClassMeans:
     return means
 
 
-# -- data and evaluation --------------------------------------------------------------------------
-
-
-def load_data(options: DataOptions, seed: int, *, progress: bool = True) -> ImageSet:
-    """The images that the configuration names, in memory."""
-    data = load_images(
-        options.data, limit=options.limit, seed=seed, cache=options.cache, progress=progress
-    )
-    for name, values in (("mean", options.mean), ("std", options.std)):
-        if len(values) != data.channels:
-            raise ValueError(
-                f"--{name} must have a value for each of {data.channels} channels, got "
-                f"{len(values)}"
-            )
-    return data
+# -- evaluation --------------------------------------------------------------------------
 
 
 class Evaluated(NamedTuple):
@@ -270,7 +246,7 @@ class Evaluated(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: EvalBatches, classes: int, autocast: Any, world: World
+    model: nn.Module, batches: Clean, classes: int, autocast: Any, world: World
 ) -> Evaluated:
     """A model in evaluation mode over test images; its mode is restored. Collective."""
     from torchmetrics.classification import MulticlassAccuracy
@@ -353,13 +329,13 @@ class Classification(Task):
     metric = "test_top1"
 
     def __init__(
-        self, config: TrainConfig, data: ImageSet, teacher: Teacher | None, world: World
+        self, config: TrainConfig, source: Source, teacher: Teacher | None, world: World
     ) -> None:
         self.world = world
-        self.data = data
+        self.source = source
         run, device = config.run, world.device
         torch.manual_seed(run.seed)  # the same weights for every method, on every process
-        student = build_model(config.model.student, len(data.classes), data.channels)
+        student = build_model(config.model.student, len(source.classes), source.channels)
         criterion = projector = None
         if config.needs_teacher:
             assert teacher is not None
@@ -381,22 +357,8 @@ class Classification(Task):
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)
         self.model = student
-        shared = {
-            "mean": config.data.mean,
-            "std": config.data.std,
-            "rank": world.rank,
-            "world_size": world.size,
-            "channels_last": bool(run.channels_last),
-        }
-        self._train = TrainBatches(
-            data.train,
-            config.optim.batch_size,
-            seed=run.seed,
-            pad=config.data.pad,
-            flip=config.data.flip,
-            **shared,
-        )
-        self._test = EvalBatches(data.test, run.eval_batch_size, **shared)
+        self._train = source.train(config, world)
+        self._test = source.test(config, world)
         self.steps_per_epoch = len(self._train)
         self.batch_size = config.optim.batch_size
         self.identity = {"student": config.model.student}
@@ -409,19 +371,19 @@ class Classification(Task):
         self._teacher_norms: Tensor | None = None
 
     @staticmethod
-    def check(config: TrainConfig, data: ImageSet, teacher: Teacher | None) -> None:
+    def check(config: TrainConfig, source: Source, teacher: Teacher | None) -> None:
         """What would fail once training begins, told before.
 
         Raises:
             ValueError: no such student, stages that do not fit the teacher's, too large a batch.
             ModuleNotFoundError: the student is timm's, and timm is not installed.
         """
-        if config.optim.batch_size > len(data.train):
+        if config.optim.batch_size > source.train_images:
             raise ValueError(
-                f"--batch-size must be at most the {len(data.train)} training images, got "
+                f"--batch-size must be at most the {source.train_images} training images, got "
                 f"{config.optim.batch_size}"
             )
-        student = build_model(config.model.student, len(data.classes), data.channels)
+        student = build_model(config.model.student, len(source.classes), source.channels)
         if config.method.method == "reviewkd":
             assert teacher is not None
             ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
@@ -432,7 +394,7 @@ class Classification(Task):
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
-        classes = len(self.data.classes)
+        classes = len(self.source.classes)
         result = evaluate(model, self._test, classes, self._autocast, self.world)
         figures = {"test_top1": result.top1, "test_top5": result.top5}
         if self._teacher is None or self._teacher.class_means is None:
@@ -489,7 +451,7 @@ class Classification(Task):
         means = self._teacher.class_means.compute().to(self.world.device)
         norms, cosines = {}, {}
         for name, model in (("teacher", self._teacher.model), ("student", self.model)):
-            classes = len(self.data.classes)
+            classes = len(self.source.classes)
             result = evaluate(model, self._test, classes, self._autocast, self.world)
             own = result.features
             if name == "student":

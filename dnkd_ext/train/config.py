@@ -13,6 +13,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
+from dnkd_ext.train.readers import ReaderOptions
+
 __all__ = [
     "DataOptions",
     "MethodOptions",
@@ -29,10 +31,12 @@ __all__ = [
 class DataOptions:
     """Images and what is done to them."""
 
-    task: Literal["cifar"] = "cifar"
-    """Which trainer: cifar is for small images that are held in memory."""
+    task: Literal["cifar", "imagenet"] = "cifar"
+    """cifar: small images that are held in memory; imagenet: images that are read from disk while
+    training (the reader options, and not limit, cache, pad and flip, are theirs)."""
     data: str = ""
-    """Folder of the data set: CIFAR-100 as torchvision unpacks it, or train/CLASS/* and test/."""
+    """Folder of the data set: train/CLASS/* and test or val; for cifar also CIFAR-100 as
+    torchvision unpacks it, for imagenet also tar archives and WebDataset shards."""
     limit: int | None = None
     """Use at most this many training images, as many of every class, and a third as many test
     images."""
@@ -178,6 +182,7 @@ class TrainConfig:
     method: MethodOptions = field(default_factory=MethodOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    reader: ReaderOptions = field(default_factory=ReaderOptions)
 
     def check(self, world_size: int = 1) -> None:
         """ValueError for values out of range or at odds with each other, naming the option."""
@@ -221,6 +226,11 @@ class TrainConfig:
                 f"--eval-batch-size must be a multiple of {world_size} processes, got "
                 f"{self.run.eval_batch_size}"
             )
+        if self.data.task == "imagenet":
+            self.reader.check()
+            for name in ("limit", "cache"):
+                if flat[name] is not None:
+                    raise ValueError(f"--{name} is for --task cifar, got {flat[name]}")
         if not self.data.data:
             raise ValueError("--data must name the folder of the data set, got nothing")
         if self.needs_teacher:
@@ -281,9 +291,11 @@ FREE = {
     "log_every",
     "tensorboard",
     "progress",
+    "workers",
+    "on_error",
 }
 
-GROUPS = ("data", "model", "method", "optim", "run")
+GROUPS = ("data", "model", "method", "optim", "run", "reader")
 
 
 def _option(name: str) -> str:

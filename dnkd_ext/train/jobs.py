@@ -17,7 +17,6 @@ import torch
 
 import dnkd_ext
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.train.batches import EvalBatches
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.classification import (
     Classification,
@@ -25,17 +24,16 @@ from dnkd_ext.train.classification import (
     build_model,
     evaluate,
     gather_class_means,
-    load_data,
     load_teacher,
     read_class_means,
     weights_file,
 )
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
-from dnkd_ext.train.data import ImageSet
 from dnkd_ext.train.engine import BEST, LAST, LOG, train
 from dnkd_ext.train.files import write_csv, write_json
 from dnkd_ext.train.models import load_weights
 from dnkd_ext.train.plots import plot_curves, plot_features
+from dnkd_ext.train.sources import Source, open_source
 from dnkd_ext.train.world import World
 
 __all__ = ["Job", "plan_jobs", "run_class_means", "run_eval", "run_jobs", "run_plot"]
@@ -134,8 +132,8 @@ def run_jobs(
     states = world.from_first([_look(job, resume, overwrite) for job in ready])
     shared = _Shared(world)
     for job in ready:
-        data = shared.data(job.config)
-        Classification.check(job.config, data, shared.teacher(job.config))
+        source = shared.source(job.config)
+        Classification.check(job.config, source, shared.teacher(job.config))
     results = []
     for job, is_done in zip(ready, states, strict=True):
         if is_done:
@@ -186,28 +184,26 @@ class _Shared:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._data: dict[Any, ImageSet] = {}
+        self._sources: dict[Any, Source] = {}
         self._teachers: dict[Any, Teacher] = {}
 
-    def data(self, config: TrainConfig) -> ImageSet:
-        options = config.data
-        key = (options.data, options.limit, options.cache, options.mean, options.std)
-        if key not in self._data:
-            # The choice of a limited set does not depend on the seed: all seeds see the same.
-            data = load_data(options, 0, progress=config.run.progress and self.world.is_first)
-            self._data[key] = data.to(self.world.device)
-        return self._data[key]
+    def source(self, config: TrainConfig) -> Source:
+        """The data set."""
+        key = (config.data, config.reader)
+        if key not in self._sources:
+            self._sources[key] = open_source(config, self.world, progress=config.run.progress)
+        return self._sources[key]
 
     def _key(self, config: TrainConfig) -> Any:
-        model, data = config.model, config.data
+        model = config.model
         return (
             (model.teacher, model.teacher_weights, model.class_means),
-            (data.data, data.limit, data.mean, data.std, config.run.channels_last),
+            (config.data, config.reader, config.run.channels_last),
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
         """The teacher, with class means where a file of them is named."""
-        data = self.data(config)
+        source = self.source(config)
         if not config.needs_teacher:
             return None
         key = self._key(config)
@@ -217,12 +213,12 @@ class _Shared:
             teacher = load_teacher(
                 config.model.teacher,
                 config.model.teacher_weights,
-                data,
+                source,
                 self.world.device,
                 channels_last=bool(config.run.channels_last),
             )
             if config.model.class_means is not None:
-                means = read_class_means(config.model.class_means, teacher.model, data)
+                means = read_class_means(config.model.class_means, teacher.model, source)
                 teacher = teacher._replace(class_means=means)
             self._teachers[key] = teacher
         return self._teachers[key]
@@ -233,10 +229,10 @@ class _Shared:
         if teacher is None:
             return None
         if teacher.class_means is None:
-            data, means = self.data(config), None
+            source, means = self.source(config), None
             notes = {
                 "teacher": f"{config.model.teacher} {teacher.digest}",
-                "dataset": f"{data.name}, {len(data.train)} images",
+                "dataset": f"{source.name}, {source.train_images} images",
             }
             if (out / CLASS_MEANS).exists():
                 means = ClassMeans.load(out / CLASS_MEANS)
@@ -244,13 +240,7 @@ class _Shared:
                     means = None
             if means is None:
                 means = gather_class_means(
-                    teacher.model,
-                    data,
-                    config.data,
-                    self.world,
-                    batch_size=config.run.eval_batch_size,
-                    progress=config.run.progress,
-                    metadata=notes,
+                    teacher.model, source, config, self.world, metadata=notes
                 )
             teacher = teacher._replace(class_means=means)
             self._teachers[self._key(config)] = teacher
@@ -276,10 +266,10 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool)
         torch.use_deterministic_algorithms(config.run.deterministic)
         torch.backends.cudnn.benchmark = not config.run.deterministic
     teacher = shared.teacher_with_means(config, out)
-    data = shared.data(config)
-    task = Classification(config, data, teacher, world)
+    source = shared.source(config)
+    task = Classification(config, source, teacher, world)
     if world.is_first:
-        print(_heading(job, data, world), flush=True)
+        print(_heading(job, source, world), flush=True)
     log = train(
         task,
         config.optim,
@@ -288,7 +278,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool)
         world,
         kd_warm_up=config.method.kd_warm_up,
         resume=resume,
-        metadata={"model": config.model.student, "dataset": data.name},
+        metadata={"model": config.model.student, "dataset": source.name},
     )
     last = log["rows"][-1]
     result = {
@@ -300,8 +290,8 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool)
         "last_top1": last[log["metric"]],
         "last": last,
         "training_seconds": log["seconds"],
-        "train_images": len(data.train),
-        "test_images": len(data.test),
+        "train_images": source.train_images,
+        "test_images": source.test_images,
         "processes": world.size,
         "machine": machine(world),
         "config": flatten(config),
@@ -321,14 +311,14 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool)
     return result
 
 
-def _heading(job: Job, data: ImageSet, world: World) -> str:
+def _heading(job: Job, source: Source, world: World) -> str:
     config = job.config
     method = config.method
     words = [f"{config.preset or 'no preset'}, seed {config.run.seed}:"]
     words.append(f"{config.model.student}")
     if config.needs_teacher:
         words.append(f"from {config.model.teacher} by {method.method}, nd {method.nd_weight:g},")
-    words.append(f"on {len(data.train)} images of {data.name}, {config.optim.epochs} epochs;")
+    words.append(f"on {source.train_images} images of {source.name}, {config.optim.epochs} epochs;")
     words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
     return " ".join(words)
 
@@ -405,19 +395,17 @@ def run_class_means(
     """
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
-    run = resolve(config.run, world)
-    data = load_data(config.data, 0, progress=run.progress and world.is_first).to(world.device)
-    teacher = load_teacher(model, weights, data, world.device)
+    config = dataclasses.replace(config, run=resolve(config.run, world))
+    source = open_source(config, world, progress=config.run.progress)
+    teacher = load_teacher(model, weights, source, world.device)
     means = gather_class_means(
         teacher.model,
-        data,
-        config.data,
+        source,
+        config,
         world,
-        batch_size=run.eval_batch_size,
-        progress=run.progress,
         metadata={
             "teacher": f"{model} {teacher.digest}",
-            "dataset": f"{data.name}, {len(data.train)} images",
+            "dataset": f"{source.name}, {source.train_images} images",
         },
     )
     with world.first_alone():
@@ -431,28 +419,20 @@ def run_eval(
     model: str, weights: str, config: TrainConfig, world: World
 ) -> dict[str, float | int | str]:
     """Accuracy of trained weights over the test images, in percent."""
-    run = resolve(config.run, world)
-    data = load_data(config.data, 0, progress=run.progress and world.is_first).to(world.device)
+    config = dataclasses.replace(config, run=resolve(config.run, world))
+    source = open_source(config, world, progress=config.run.progress)
     path = weights_file(weights)
-    network = build_model(model, len(data.classes), data.channels)
+    network = build_model(model, len(source.classes), source.channels)
     load_weights(network, path)
     network.to(world.device)
-    batches = EvalBatches(
-        data.test,
-        run.eval_batch_size,
-        mean=config.data.mean,
-        std=config.data.std,
-        rank=world.rank,
-        world_size=world.size,
-    )
     autocast = torch.autocast(
-        world.device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
+        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
     )
-    result = evaluate(network, batches, len(data.classes), autocast, world)
+    result = evaluate(network, source.test(config, world), len(source.classes), autocast, world)
     return {
         "model": model,
         "weights": str(path),
-        "test_images": len(data.test),
+        "test_images": source.test_images,
         "test_top1": result.top1,
         "test_top5": result.top5,
     }

@@ -1,0 +1,184 @@
+"""Where a classifier's images come from: held in memory, or read from disk while training."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from dnkd_ext.train.batches import EvalBatches, TrainBatches
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.data import ImageSet
+from dnkd_ext.train.image_files import load_images
+from dnkd_ext.train.readers import Splits, open_splits
+from dnkd_ext.train.world import World
+
+__all__ = ["Clean", "DiskSource", "Epochs", "MemorySource", "Source", "open_source"]
+
+
+class Epochs(Protocol):
+    """Shuffled and augmented batches; ``len`` is how many an epoch has."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        ...
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, target) of this process, from batch number ``start`` of an epoch on."""
+        ...
+
+
+class Clean(Protocol):
+    """Every image once, as it is: (images, target, mask); mask is False where a batch is filled."""
+
+    def __len__(self) -> int:
+        """Batches, of each process."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of this process."""
+        ...
+
+
+class Source(ABC):
+    """Training and test images of the same classes.
+
+    Attributes:
+        name: of the data set.
+        classes: their names, in the order of the labels.
+        channels: of every image.
+        train_images: how many.
+        test_images: how many.
+    """
+
+    name: str
+    classes: list[str]
+    channels: int
+    train_images: int
+    test_images: int
+
+    @abstractmethod
+    def train(self, config: TrainConfig, world: World) -> Epochs:
+        """This process's part of the training batches."""
+
+    @abstractmethod
+    def test(self, config: TrainConfig, world: World) -> Clean:
+        """This process's part of the test images."""
+
+    @abstractmethod
+    def clean(self, config: TrainConfig, world: World) -> Clean:
+        """This process's part of the training images, as they are."""
+
+
+def _shared(config: TrainConfig, world: World) -> dict[str, Any]:
+    return {
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "rank": world.rank,
+        "world_size": world.size,
+        "channels_last": bool(config.run.channels_last),
+    }
+
+
+class MemorySource(Source):
+    """Images in memory, on the device."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self.name, self.classes, self.channels = images.name, images.classes, images.channels
+        self.train_images, self.test_images = len(images.train), len(images.test)
+
+    def train(self, config: TrainConfig, world: World) -> TrainBatches:
+        """Cut and mirrored at random."""
+        return TrainBatches(
+            self.images.train,
+            config.optim.batch_size,
+            seed=config.run.seed,
+            pad=config.data.pad,
+            flip=config.data.flip,
+            **_shared(config, world),
+        )
+
+    def test(self, config: TrainConfig, world: World) -> EvalBatches:
+        """In order."""
+        return EvalBatches(self.images.test, config.run.eval_batch_size, **_shared(config, world))
+
+    def clean(self, config: TrainConfig, world: World) -> EvalBatches:
+        """In order."""
+        return EvalBatches(self.images.train, config.run.eval_batch_size, **_shared(config, world))
+
+
+class DiskSource(Source):
+    """Images that workers read, by timm's readers and transforms."""
+
+    def __init__(self, name: str, splits: Splits, channels: int) -> None:
+        self.splits = splits
+        self.name, self.classes, self.channels = name, splits.classes, channels
+        self.train_images, self.test_images = len(splits.train), len(splits.val)
+
+    def train(self, config: TrainConfig, world: World) -> Epochs:
+        """By the options of the reader: crops, colours, Mixup and so on."""
+        from dnkd_ext.train.loaders import TrainLoader
+
+        return TrainLoader(
+            self.splits.train,
+            config.optim.batch_size,
+            config.reader,
+            num_classes=len(self.classes),
+            label_smoothing=config.method.label_smoothing if config.reader.mixes else 0.0,
+            seed=config.run.seed,
+            device=world.device,
+            **_shared(config, world),
+        )
+
+    def _clean(self, split: Any, config: TrainConfig, world: World) -> Clean:
+        from dnkd_ext.train.loaders import EvalLoader
+
+        return EvalLoader(
+            split,
+            config.run.eval_batch_size,
+            config.reader,
+            device=world.device,
+            **_shared(config, world),
+        )
+
+    def test(self, config: TrainConfig, world: World) -> Clean:
+        """Resized, and the centre of it."""
+        return self._clean(self.splits.val, config, world)
+
+    def clean(self, config: TrainConfig, world: World) -> Clean:
+        """Likewise, of the training images."""
+        return self._clean(self.splits.train, config, world)
+
+
+def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> Source:
+    """The data set that the configuration names.
+
+    Raises:
+        FileNotFoundError: the folder, or a part of it, is missing.
+        ModuleNotFoundError: timm is needed and not installed.
+        ValueError: a broken data set, or options that do not fit it.
+    """
+    options = config.data
+    if config.data.task == "imagenet":
+        from pathlib import Path
+
+        splits = open_splits(options.data, config.reader)
+        return DiskSource(Path(options.data).name, splits, len(options.mean))
+    # The choice of a limited set does not depend on the seed: all seeds see the same.
+    images = load_images(
+        options.data,
+        limit=options.limit,
+        seed=0,
+        cache=options.cache,
+        progress=progress and world.is_first,
+    )
+    for name, values in (("mean", options.mean), ("std", options.std)):
+        if len(values) != images.channels:
+            raise ValueError(
+                f"--{name} must have a value for each of {images.channels} channels, got "
+                f"{len(values)}"
+            )
+    return MemorySource(images.to(world.device))
