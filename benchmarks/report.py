@@ -411,7 +411,7 @@ def training_table(rows: Sequence[Row]) -> str:
 
     def share(row: Row, name: str) -> str:
         ms, step = _share_ms(row, name), _value(row, "step_ms")
-        return "-" if ms is None or not step else f"{100 * ms / step:.1f} %"
+        return "-" if ms is None or not step else f"{round(100 * ms / step, 1) + 0.0:.1f} %"
 
     return _table(
         ["", "step, images/s", "step, ms (20-80 %)", *shown, "data alone, images/s",
@@ -702,36 +702,38 @@ SHARE_COLOURS = {
 
 
 def _plot_training(rows: Sequence[Row], title: str, path: Path) -> None:
-    """A bar per setting, in milliseconds, of the parts one after another."""
+    """A bar per setting, of the parts' shares of the step one after another."""
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(9.6, 1.8 + 0.55 * len(rows)), layout="constrained")
     ends = [0.0] * len(rows)
+    steps = [_value(row, "step_ms") or math.inf for row in rows]
     for name in _present(rows):
-        widths = [max(0.0, _share_ms(row, name) or 0.0) for row in rows]
+        widths = [
+            max(0.0, 100 * (_share_ms(row, name) or 0.0) / step)
+            for row, step in zip(rows, steps, strict=True)
+        ]
         axis.barh(
             range(len(rows)), widths, left=ends, height=0.6, color=SHARE_COLOURS[name],
             edgecolor="white", linewidth=0.4, label=name,
         )  # fmt: skip
-        for number, (width, row) in enumerate(zip(widths, rows, strict=True)):
-            share = width / (_value(row, "step_ms") or math.inf)
-            if share >= 0.05:
+        for number, width in enumerate(widths):
+            if width >= 4:
                 dark = name in ("data", "backward", "metering", "graph")
                 axis.text(
-                    ends[number] + width / 2, number, f"{100 * share:.0f} %", fontsize=8,
+                    ends[number] + width / 2, number, f"{width:.0f} %", fontsize=8,
                     ha="center", va="center", color="white" if dark else "black",
                 )  # fmt: skip
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for number, row in enumerate(rows):
-        axis.text(
-            ends[number], number, f"  {_number(_value(row, 'step_ips'))} images/s", va="center",
-            fontsize=8,
-        )  # fmt: skip
-    axis.set_xlim(0, 1.18 * max(ends))
+        text = f"{_ms(row, 'step_ms')} ms, {_number(_value(row, 'step_ips'))} images/s"
+        axis.text(max(ends) + 1.5, number, text, va="center", fontsize=8)
+    axis.set_xlim(0, max(ends) + 30)
+    axis.set_xticks(range(0, 101, 20))
     axis.set_yticks(
         range(len(rows)), [f"{row['preset']}\n{_setting(row)}" for row in rows], fontsize=8
     )
     axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel("milliseconds of a step")
+    axis.set_xlabel("percent of the step (beyond 100: steps with marks were slower)")
     axis.set_title(title, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
