@@ -33,13 +33,14 @@ from dnkd_ext.train.classification import (
     Teacher,
     build_model,
     gather_class_means,
-    load_data,
 )
 from dnkd_ext.train.config import DataOptions, TrainConfig, replace
 from dnkd_ext.train.data import Images, ImageSet
 from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.image_files import load_images
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand, load_preset
+from dnkd_ext.train.sources import MemorySource
 from dnkd_ext.train.world import World
 
 PRESETS = ("cifar100/resnet56-resnet20/{ce,kd,kd++}", "cifar100/resnet32x4-resnet8x4/kd++")
@@ -322,16 +323,14 @@ def measure_preset(
         teacher = untrained_teacher(config.model.teacher, few, config, world)
 
         def gather():
-            return gather_class_means(
-                teacher.model, few, config.data, world,
-                batch_size=min(config.run.eval_batch_size, len(few.train)), progress=False,
-            )  # fmt: skip
+            return gather_class_means(teacher.model, MemorySource(few), config, world)
 
         seconds = _seconds(gather, device, size.repeats)
         row.update(means_images=len(few.train), means_ips=_rate(len(few.train), seconds))
         teacher = teacher._replace(class_means=gather())
-    Classification.check(config, data, teacher)
-    task = Classification(config, dataclasses.replace(few, train=data.train), teacher, world)
+    source = MemorySource(dataclasses.replace(few, train=data.train))
+    Classification.check(config, source, teacher)
+    task = Classification(config, source, teacher, world)
     training = _Training(
         task, config.optim, config.run, Path(), world, config.method.kd_warm_up, {}
     )
@@ -386,7 +385,7 @@ def measure_preset(
 
     progress.say("evaluation")
     try:
-        seconds = _seconds(task.evaluate, device, size.repeats)
+        seconds = _seconds(lambda: task.evaluate(task.model), device, size.repeats)
     except ModuleNotFoundError as error:
         print(f"{config.preset}: evaluation not run, {error}", file=sys.stderr)
     else:
@@ -488,7 +487,7 @@ def run(
         count = limit or IMAGES
         images = synthetic(count, min(size.eval_images, TEST_IMAGES))
     else:
-        images = load_data(DataOptions(data=data, limit=limit), 0)
+        images = load_images(data, limit=limit, seed=0)
     for config in configs:
         if config.optim.batch_size > len(images.train):
             raise ValueError(

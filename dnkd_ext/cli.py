@@ -128,3 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"dnkd {arguments.command}: interrupted", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if type(error).__name__ != "OtherProcessFailed":
+            raise
+        return 2  # the process that failed has told why

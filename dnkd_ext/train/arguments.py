@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ class Plot:
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs."""
-    out: str = "."
+    out: str
     """Folder for the picture."""
 
 
@@ -168,14 +169,16 @@ def train(argv: Sequence[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
     out = Path(arguments.out)
+    # torchrun starts the same command again when a process died.
+    resume = arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with join_world(arguments.run.device) as world:
         try:
             run_jobs(
                 plan_jobs(configs, seeds, out),
                 out,
                 world,
-                resume=arguments.resume,
-                overwrite=arguments.overwrite,
+                resume=resume,
+                overwrite=arguments.overwrite and not resume,
             )
         except Interrupted as stopped:
             if world.is_first:
@@ -213,8 +216,8 @@ def class_means(argv: Sequence[str]) -> int:
     arguments = _parse(ClassMeansArguments, "class-means", argv)
     config = TrainConfig(data=arguments.data, run=arguments.run, reader=arguments.reader)
     out = Path(arguments.out)
+    config.check_data()
     with join_world(arguments.run.device) as world:
-        config.check(world.size)
         means = run_class_means(
             arguments.model,
             arguments.weights,
@@ -236,8 +239,8 @@ def evaluate(argv: Sequence[str]) -> int:
     """``dnkd eval``."""
     arguments = _parse(Eval, "eval", argv)
     config = TrainConfig(data=arguments.data, run=arguments.run, reader=arguments.reader)
+    config.check_data()
     with join_world(arguments.run.device) as world:
-        config.check(world.size)
         result = run_eval(arguments.model, arguments.weights, config, world)
         if world.is_first:
             print(json.dumps(result, indent=2))

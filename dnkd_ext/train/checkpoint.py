@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from dnkd_ext.train.files import replacing
+from dnkd_ext.train.files import TEMPORARY, replacing, sync
 
-__all__ = ["NAME", "load_checkpoint", "save_checkpoint"]
+__all__ = ["NAME", "PREVIOUS", "load_checkpoint", "save_checkpoint"]
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -20,12 +20,20 @@ FORMAT = "dnkd_ext checkpoint 1"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values; what was the newest checkpoint becomes the previous one."""
+    """Write tensors and plain values; what was the newest checkpoint becomes the previous one.
+
+    At every moment there is a whole checkpoint by one of the two names.
+    """
     with replacing(folder / NAME) as temporary:
         torch.save({"format": FORMAT, **state}, temporary)
+        sync(temporary)
         if (folder / NAME).exists():
-            # Between this and the end of the block there is the previous one alone, which is read.
-            os.replace(folder / NAME, folder / PREVIOUS)
+            kept = temporary.with_suffix(f".kept{TEMPORARY}")
+            try:
+                os.link(folder / NAME, kept)
+            except OSError:  # a file system without links
+                os.replace(folder / NAME, kept)
+            os.replace(kept, folder / PREVIOUS)
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "build_model",
     "evaluate",
     "gather_class_means",
+    "identity",
     "load_teacher",
 ]
 
@@ -113,21 +115,33 @@ def _top1(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class Teacher(NamedTuple):
-    """A trained model, the digest of its weights, and the mean of its features per class."""
+    """A trained model, the digest of its weights, and the mean of its features per class.
+
+    ``means_origin`` tells where the means come from: the digest of a file, or gathered here.
+    """
 
     model: nn.Module
     digest: str
     class_means: ClassMeans | None
+    means_origin: str = "gathered"
 
 
-def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
+# What stands for timm's own weights in the place of a file.
+PRETRAINED = "pretrained"
+
+
+def build_model(
+    name: str, num_classes: int, channels: int, *, pretrained: bool = False
+) -> nn.Module:
     """A model with fresh weights: one of ours by its name ``cifar_*``, or one of timm's.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or no published weights of it.
         ModuleNotFoundError: the name is timm's, and timm is not installed.
     """
     if name in model_names() or name.startswith("cifar_"):
+        if pretrained:
+            raise ValueError(f"{name} has no weights to download; name a file of its weights")
         return create_model(name, num_classes, channels)
     try:
         import timm
@@ -137,7 +151,20 @@ def build_model(name: str, num_classes: int, channels: int) -> nn.Module:
         ) from error
     if not timm.is_model(name):
         raise ValueError(f"no model {name!r}, neither timm's nor one of {', '.join(model_names())}")
-    return timm.create_model(name, num_classes=num_classes, in_chans=channels)
+    options = {"num_classes": num_classes, "in_chans": channels}
+    if not pretrained:
+        return timm.create_model(name, **options)
+    try:
+        model = timm.create_model(name, pretrained=True)
+        own = getattr(model, "num_classes", None)
+        if own != num_classes:
+            raise ValueError(f"the pretrained {name} has {own} classes, the data {num_classes}")
+        return model
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"the pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}); "
+            "without a network, name a file of them"
+        ) from error
 
 
 def weights_file(path: str) -> Path:
@@ -165,13 +192,18 @@ def load_teacher(
         FileNotFoundError: no weights.
         ValueError: no such model, or weights of another one.
     """
-    path = weights_file(weights)
-    model = build_model(name, len(source.classes), source.channels)
-    load_weights(model, path)
+    if weights == PRETRAINED:
+        model = build_model(name, len(source.classes), source.channels, pretrained=True)
+        digest = PRETRAINED
+    else:
+        path = weights_file(weights)
+        model = build_model(name, len(source.classes), source.channels)
+        load_weights(model, path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     model = model.eval().requires_grad_(False).to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
-    return Teacher(model, hashlib.sha256(path.read_bytes()).hexdigest()[:16], None)
+    return Teacher(model, digest, None)
 
 
 def gather_class_means(
@@ -210,13 +242,22 @@ class _Sized:
         return self.length
 
 
-def read_class_means(path: str, model: nn.Module, source: Source) -> ClassMeans:
-    """Class means from a file, of as many classes as the data have and as wide as the teacher.
+def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:
+    """What a file of class means says about its origin."""
+    return {
+        "teacher": f"{name} {digest}",
+        "dataset": f"{source.name}, {source.train_images} images",
+    }
+
+
+def read_class_means(path: str, name: str, teacher: Teacher, source: Source) -> ClassMeans:
+    """Class means from a file, of as many classes as the data have and of the teacher.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or of other classes or another teacher.
     """
+    model = teacher.model
     means = (ClassMeans.from_json if path.endswith(".json") else ClassMeans.load)(path)
     if means.num_classes != len(source.classes):
         raise ValueError(
@@ -229,14 +270,40 @@ def read_class_means(path: str, model: nn.Module, source: Source) -> ClassMeans:
             f"--class-means {path} is {means.num_features} wide, but the teacher's features are "
             f"{width}: it is of another teacher"
         )
+    for key, wanted in means_notes(name, teacher.digest, source).items():
+        found = means.metadata.get(key)
+        # Files that were not written by dnkd class-means say something else, or nothing.
+        is_own = found is not None and (" images" in found or len(found.split()) == 2)
+        if is_own and found != wanted and key == "teacher":
+            raise ValueError(f"--class-means {path} is of {found}, but the teacher is {wanted}")
+        if is_own and found != wanted:
+            warnings.warn(f"--class-means {path} is of {found}, not {wanted}", stacklevel=2)
     return means
+
+
+def means_digest(means: ClassMeans) -> str:
+    """Of the table's values."""
+    return hashlib.sha256(means.compute().numpy().tobytes()).hexdigest()[:16]
+
+
+def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> dict[str, str]:
+    """What a checkpoint must have been made with to be gone on from."""
+    result = {"student": config.model.student, "data": source.fingerprint()}
+    if teacher:
+        result["teacher"] = f"{config.model.teacher} {teacher.digest}"
+        if config.method.nd_weight:
+            result["class_means"] = teacher.means_origin
+    return result
 
 
 # -- evaluation --------------------------------------------------------------------------
 
 
 class Evaluated(NamedTuple):
-    """Accuracies in percent over the test images of all processes, and this process's features."""
+    """Accuracies in percent over the test images of all processes, and this process's features.
+
+    ``target`` is -100 where a batch was filled up.
+    """
 
     top1: float
     top5: float
@@ -248,32 +315,34 @@ class Evaluated(NamedTuple):
 def evaluate(
     model: nn.Module, batches: Clean, classes: int, autocast: Any, world: World
 ) -> Evaluated:
-    """A model in evaluation mode over test images; its mode is restored. Collective."""
-    from torchmetrics.classification import MulticlassAccuracy
+    """A model in evaluation mode over test images; its modes are restored. Collective.
 
-    device = world.device
-    accuracies = [
-        MulticlassAccuracy(
-            classes, top_k=k, average="micro", ignore_index=-1, validate_args=False
-        ).to(device)
-        for k in (1, min(5, classes))
-    ]
-    was_training = model.training
+    The hits are counted on the device: torchmetrics, where some rows are to be left out, waits for
+    it in every batch.
+    """
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     taken, targets = [], []
     try:
         for images, target, mask in batches:
             with autocast:
                 feature, logits = features(model, images)
-            for accuracy in accuracies:
-                accuracy.update(logits.float(), target.where(mask, -1))
+            best = logits.topk(min(5, classes), dim=1).indices == target[:, None]
+            hits = torch.stack([best[:, 0], best.any(1), torch.ones_like(mask)], 1)
+            counts += (hits & mask[:, None]).sum(0)
             taken.append(feature.float())
             targets.append(target.where(mask, -100))
     finally:
-        model.train(was_training)
-    # They come in float32: a ratio of two counts is exact to a few more digits than are kept.
-    top1, top5 = (round(100 * float(accuracy.compute()), 4) for accuracy in accuracies)
-    return Evaluated(top1, top5, torch.cat(taken), torch.cat(targets))
+        for module, mode in modes.items():
+            module.training = mode
+    top1, top5, count = world.sum(counts).tolist()
+    return Evaluated(
+        round(100 * top1 / count, 4),
+        round(100 * top5 / count, 4),
+        torch.cat(taken),
+        torch.cat(targets),
+    )
 
 
 # -- the task -------------------------------------------------------------------------------------
@@ -361,9 +430,7 @@ class Classification(Task):
         self._test = source.test(config, world)
         self.steps_per_epoch = len(self._train)
         self.batch_size = config.optim.batch_size
-        self.identity = {"student": config.model.student}
-        if teacher:
-            self.identity["teacher"] = f"{config.model.teacher} {teacher.digest}"
+        self.identity = identity(config, source, teacher)
         self._autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
         )

@@ -61,8 +61,8 @@ class ModelOptions:
     teacher: str | None = None
     """Model to learn from, likewise; none for cross entropy alone."""
     teacher_weights: str | None = None
-    """File of the teacher's weights (safetensors or PyTorch), or the folder of the run that
-    trained it, whose best weights are taken."""
+    """File of the teacher's weights (safetensors or PyTorch), the folder of the run that trained
+    it, whose best weights are taken, or pretrained: timm's own."""
     class_means: str | None = None
     """File of the teacher's class means (dnkd class-means, or the authors' JSON); without one they
     are gathered first and kept in the run's folder."""
@@ -107,7 +107,8 @@ class OptimOptions:
     batch_size: int = 128
     """Images per step, of all processes together."""
     accumulate: int = 1
-    """Parts in which a process takes its share of a batch one after another."""
+    """Parts in which a process takes its share of a batch one after another; BatchNorm, and DIST's
+    correlation over samples, see a part at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Which optimiser."""
     lr: float = 0.1
@@ -150,9 +151,10 @@ class RunOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16: autocast, the weights stay float32; auto: that on a GPU which has it."""
-    channels_last: bool | None = None
-    """Memory format of images and weights; by default on a GPU."""
+    """bfloat16: autocast, the weights stay float32; auto: that on a GPU which has it. float32: on a
+    GPU convolutions use TF32, as is PyTorch's default."""
+    channels_last: bool = True
+    """Memory format of images and weights; faster on CPUs, too."""
     compile: bool = False
     """torch.compile of teacher, student and loss."""
     cuda_graph: bool = False
@@ -160,7 +162,7 @@ class RunOptions:
     deterministic: bool = False
     """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
     eval_batch_size: int = 500
-    """Images per step of the evaluation, of all processes together."""
+    """Images per step of the evaluation, of all processes together; made a multiple of these."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     log_every: int = 50
@@ -221,18 +223,7 @@ class TrainConfig:
                 f"--batch-size must be a multiple of {world_size} processes times --accumulate "
                 f"{self.optim.accumulate}, got {self.optim.batch_size}"
             )
-        if self.run.eval_batch_size % world_size:
-            raise ValueError(
-                f"--eval-batch-size must be a multiple of {world_size} processes, got "
-                f"{self.run.eval_batch_size}"
-            )
-        if self.data.task == "imagenet":
-            self.reader.check()
-            for name in ("limit", "cache"):
-                if flat[name] is not None:
-                    raise ValueError(f"--{name} is for --task cifar, got {flat[name]}")
-        if not self.data.data:
-            raise ValueError("--data must name the folder of the data set, got nothing")
+        self.check_data()
         if self.needs_teacher:
             if self.model.teacher is None:
                 raise ValueError(
@@ -244,6 +235,22 @@ class TrainConfig:
                     f"--teacher-weights must name the trained weights of {self.model.teacher}, or "
                     "the folder of the run that trained it; got nothing"
                 )
+        elif self.model.teacher is not None:
+            raise ValueError(
+                f"--teacher {self.model.teacher} has no part in --method ce with --nd-weight 0; "
+                "name a --method"
+            )
+
+    def check_data(self) -> None:
+        """What is wrong with the data's options alone."""
+        flat = flatten(self)
+        if self.data.task == "imagenet":
+            self.reader.check()
+            for name in ("limit", "cache"):
+                if flat[name] is not None:
+                    raise ValueError(f"--{name} is for --task cifar, got {flat[name]}")
+        if not self.data.data:
+            raise ValueError("--data must name the folder of the data set, got nothing")
 
     @property
     def needs_teacher(self) -> bool:
@@ -279,7 +286,8 @@ LEAST = {
 FREE = {
     "data",
     "cache",
-    "teacher_weights",  # the checkpoint says by their digest which they are
+    # Where things are: the checkpoint says by their digests what they must be.
+    "teacher_weights",
     "class_means",
     "device",
     "channels_last",

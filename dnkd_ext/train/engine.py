@@ -6,6 +6,7 @@ A task says what a batch is, what its loss is and how it is evaluated; nothing h
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 import os
 import signal
@@ -23,10 +24,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.config import OptimOptions, RunOptions
-from dnkd_ext.train.files import write_csv, write_weights
+from dnkd_ext.train.files import write_csv, write_tensors
 from dnkd_ext.train.world import World
 
-__all__ = ["Interrupted", "Task", "learning_rate", "ramp", "train"]
+__all__ = ["Interrupted", "Task", "check_identity", "learning_rate", "ramp", "train"]
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -216,7 +217,31 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step is written.
         ValueError: the checkpoint is damaged, or of another training.
     """
-    return _Training(task, optim, run, out, world, kd_warm_up, metadata or {}).run_all(resume)
+    training = _Training(task, optim, run, out, world, kd_warm_up, metadata or {})
+    try:
+        return training.run_all(resume)
+    finally:
+        training.release()
+
+
+def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -> None:
+    """ValueError for a checkpoint that was made with another model, teacher or data."""
+    differs = [
+        f"{name} is {identity.get(name)}, in the checkpoint {value}"
+        for name, value in state["identity"].items()
+        if identity.get(name) != value
+    ]
+    if differs:
+        raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
+
+
+def _distributed(step: nn.Module, device: torch.device) -> nn.Module:
+    """The step with gradients averaged over processes, each with running statistics of its own."""
+    kind = nn.parallel.DistributedDataParallel
+    # By its older name up to torch 2.12.
+    names = inspect.signature(kind.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return kind(step, device_ids=[device] if device.type == "cuda" else None, **{option: False})
 
 
 class _Training:
@@ -254,9 +279,7 @@ class _Training:
         if run.compile:
             task.step.compile()
         if world.size > 1:
-            self.module = nn.parallel.DistributedDataParallel(
-                task.step, device_ids=[device] if device.type == "cuda" else None
-            )
+            self.module = _distributed(task.step, device)
         self.autocast = torch.autocast(
             device.type,
             torch.bfloat16,
@@ -271,6 +294,7 @@ class _Training:
         self.rows: list[dict[str, Any]] = []
         self.best = -math.inf
         self.best_epoch = 0
+        self.best_weights: dict[str, Tensor] = {}
         self.seconds = 0.0
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -290,6 +314,10 @@ class _Training:
         return torch.optim.SGD(
             groups, lr=self.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
         )
+
+    def release(self) -> None:
+        """Let go of what would otherwise wait for the garbage collector: processes, GPU memory."""
+        del self.do_step, self.module, self.optimizer
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -330,17 +358,44 @@ class _Training:
             # The sum is not finite because a term is not: that is the one to name.
             names = [n for n, s in zip(self.task.terms, bad, strict=True) if s == first]
             names = [name for name in names if name != "loss"] or names
-            kept = "no checkpoint was written yet"
-            if self.epoch or self.start:
-                kept = f"the checkpoint after {self.epoch} epochs is kept"
             raise FloatingPointError(
                 f"epoch {epoch + 1}, step {first + 1} of {self.task.steps_per_epoch}: "
-                f"{' and '.join(names)} is not finite; {kept} (a smaller --lr or weight of that "
-                "term, or --precision float32, may help)"
+                f"{' and '.join(names)} is not finite; {self._advice()}"
             )
         return means
 
+    def _check_weights(self, epoch: int) -> None:
+        """FloatingPointError for weights that are not finite, before they are kept."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
+        if bool(norms.isfinite().all()):
+            return
+        at = int((~norms.isfinite()).nonzero()[0])
+        names = [n for n, p in self.task.step.named_parameters() if p.requires_grad]
+        raise FloatingPointError(
+            f"epoch {epoch + 1}: the weights {names[at]} are not finite, though the loss was; "
+            f"{self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        kept = "no checkpoint was written yet"
+        if self.epoch or self.start:
+            kept = f"the checkpoint after {self.epoch} epochs is kept"
+        return (
+            f"{kept}. A smaller --lr or weight of that term, or --precision float32, may help, in "
+            "another --out"
+        )
+
     # -- state ---------------------------------------------------------------------------------
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Running statistics and the like, which differ between processes within an epoch."""
+        modules = {"step": self.task.step, "average": self.average}
+        return {
+            f"{place}.{name}": value
+            for place, module in modules.items()
+            if module is not None
+            for name, value in module.named_buffers()
+        }
 
     def _save(self, epoch: int, start: int) -> None:
         """A checkpoint from which training goes on in ``epoch`` before step ``start``."""
@@ -348,7 +403,10 @@ class _Training:
         if self.world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         meters = {"sums": self.meter.sums.cpu(), "bad": self.meter.bad.cpu()}
-        of_ranks = self.world.gather({"random": random, "meter": meters})
+        own: dict[str, Any] = {"random": random, "meter": meters}
+        if start and self.world.size > 1:
+            own["buffers"] = {name: value.cpu() for name, value in self._buffers().items()}
+        of_ranks = self.world.gather(own)
         with self.world.first_alone():
             if self.world.is_first:
                 save_checkpoint(
@@ -363,6 +421,7 @@ class _Training:
                         "rows": self.rows,
                         "best": self.best,
                         "best_epoch": self.best_epoch,
+                        "best_weights": self.best_weights,
                         "seconds": self.seconds,
                         "ranks": of_ranks,
                     },
@@ -372,24 +431,33 @@ class _Training:
     def _load(self) -> bool:
         """Go on from a checkpoint, if there is one."""
         state = load_checkpoint(self.out)
+        found = None if state is None else (state["epoch"], state["start"])
+        if len(set(self.world.gather(found))) > 1:
+            raise ValueError(
+                f"the processes find different checkpoints in {self.out}; it must be a folder that "
+                "all of them share"
+            )
         if state is None:
             return False
-        differs = [
-            f"{name} is {self.task.identity.get(name)}, in the checkpoint {value}"
-            for name, value in state["identity"].items()
-            if self.task.identity.get(name) != value
-        ]
-        if differs:
-            raise ValueError(f"{self.out} holds another training: {'; '.join(differs)}")
-        self.task.step.load_state_dict(state["step"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        check_identity(self.out, state, self.task.identity)
+        try:
+            self.task.step.load_state_dict(state["step"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.out} holds another training: {error}") from error
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
+        # As the parameters lie in memory now, which the fused optimisers go by.
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[name] = torch.empty_like(parameter).copy_(value)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.epoch, self.start = state["epoch"], state["start"]
         self.rows, self.seconds = state["rows"], state["seconds"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.best_weights = state["best_weights"]
         if self.start:
             if len(state["ranks"]) != self.world.size:
                 raise ValueError(
@@ -400,6 +468,9 @@ class _Training:
             self.meter.reset(self.start)
             self.meter.sums.copy_(own["meter"]["sums"])
             self.meter.bad.copy_(own["meter"]["bad"])
+            buffers = self._buffers()
+            for name, value in own.get("buffers", {}).items():
+                buffers[name].copy_(value)
             torch.set_rng_state(own["random"]["cpu"])
             if self.world.device.type == "cuda" and "cuda" in own["random"]:
                 torch.cuda.set_rng_state(own["random"]["cuda"])
@@ -413,8 +484,10 @@ class _Training:
     # -- epochs --------------------------------------------------------------------------------
 
     def run_all(self, resume: bool) -> dict[str, Any]:
-        if resume:
-            self._load()
+        if resume and self._load():
+            # As the checkpoint has them: what came after it does not count.
+            self._write_weights(BEST)
+            self._write_log()
         total = self.optim.epochs * self.task.steps_per_epoch
         done = self.epoch * self.task.steps_per_epoch + self.start
         shown = self.run.progress and self.world.is_first
@@ -426,11 +499,11 @@ class _Training:
         ):
             for epoch in range(self.epoch, self.optim.epochs):
                 self._epoch(epoch, bar, signals)
-                row = self.rows[-1]
-                if writer:
-                    for name, value in row.items():
-                        if name != "epoch":
-                            writer.add_scalar(name, value, row["epoch"])
+                with self.world.first_alone():
+                    if writer:
+                        row = self.rows[-1]
+                        for name in row.keys() - {"epoch"}:
+                            writer.add_scalar(name, row[name], row["epoch"])
         self._write_weights(LAST)
         return {
             "rows": self.rows,
@@ -468,9 +541,11 @@ class _Training:
                 stop = world.any(bool(signals.received))
             if stop and step < task.steps_per_epoch:
                 self._check_finite(epoch)
+                self._check_weights(epoch)
                 self.seconds = before + time.perf_counter() - began
                 self._save(epoch, step)
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
+        self._check_weights(epoch)
         world.average_batch_norm(task.step)
         figures = task.evaluate(task.model)
         if self.average is not None:
@@ -513,17 +588,30 @@ class _Training:
             }
         )
         if is_best:
+            self.best_weights = self._weights()
             self._write_weights(BEST)
+        self._write_log()
+
+    def _write_log(self) -> None:
         with self.world.first_alone():
             if self.world.is_first:
                 write_csv(self.out / LOG, self.rows)
 
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of the model's state, or of its average's, on the CPU."""
+        model = self.task.model if self.average is None else self.average.module
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in model.state_dict().items()
+        }
+
     def _write_weights(self, name: str) -> None:
+        weights, epoch = self.best_weights, self.best_epoch
+        if name == LAST:
+            weights, epoch = self._weights(), self.optim.epochs
         with self.world.first_alone():
-            if self.world.is_first:
-                epoch = self.best_epoch if name == BEST else self.optim.epochs
-                model = self.task.model if self.average is None else self.average.module
-                write_weights(self.out / name, model, {**self.metadata, "epoch": str(epoch)})
+            if self.world.is_first and weights:
+                write_tensors(self.out / name, weights, {**self.metadata, "epoch": str(epoch)})
 
     def _postfix(self, epoch: int, loss: float, speed: float) -> str:
         best = f", best {self.metric} {self.best:.2f}" if self.rows else ""
@@ -532,12 +620,7 @@ class _Training:
     def _tensorboard(self) -> Any:
         if not (self.run.tensorboard and self.world.is_first):
             return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                f"--tensorboard needs the training extras ({error}); install them with pip install "
-                "'dnkd_ext[train]', or pass --no-tensorboard"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         # What an interrupted run wrote behind its checkpoint does not count.
         return SummaryWriter(os.fspath(self.out / "tensorboard"), purge_step=self.epoch + 1)

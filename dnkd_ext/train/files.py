@@ -12,23 +12,46 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["replacing", "write_csv", "write_json", "write_weights"]
+__all__ = [
+    "remove_temporaries",
+    "replacing",
+    "sync",
+    "write_csv",
+    "write_json",
+    "write_tensors",
+]
+
+TEMPORARY = ".unfinished"
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``; what is written there replaces it at the end, synced."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """What was written to a file, or the names in a folder, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a killed process left of files it was writing."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -50,13 +73,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
-def write_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """All parameters and buffers as safetensors."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Contiguous CPU tensors as safetensors."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        # Copies, as safetensors refuses memory that names share.
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)

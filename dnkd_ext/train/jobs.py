@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -11,26 +12,31 @@ import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import dnkd_ext
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
+from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint
 from dnkd_ext.train.classification import (
+    PRETRAINED,
     Classification,
     Teacher,
     build_model,
     evaluate,
     gather_class_means,
+    identity,
     load_teacher,
+    means_digest,
+    means_notes,
     read_class_means,
     weights_file,
 )
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
-from dnkd_ext.train.engine import BEST, LAST, LOG, train
-from dnkd_ext.train.files import write_csv, write_json
+from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
+from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
 from dnkd_ext.train.models import load_weights
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.sources import Source, open_source
@@ -54,7 +60,7 @@ OWN_FILES = (
     BEST,
     LAST,
     CHECKPOINT,
-    "checkpoint.previous.pt",
+    PREVIOUS,
 )
 
 
@@ -76,7 +82,7 @@ def resolve(options: RunOptions, world: World) -> RunOptions:
     on_gpu = world.device.type == "cuda"
     precision = options.precision
     if precision == "auto":
-        precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32"
     if options.cuda_graph and not on_gpu:
         raise ValueError("--cuda-graph needs a GPU, and the device is the CPU")
     if options.cuda_graph and world.size > 1:
@@ -85,7 +91,8 @@ def resolve(options: RunOptions, world: World) -> RunOptions:
         options,
         device=world.device.type,
         precision=precision,
-        channels_last=on_gpu if options.channels_last is None else options.channels_last,
+        eval_batch_size=-(-options.eval_batch_size // world.size) * world.size,
+        channels_last=options.channels_last,
     )
 
 
@@ -127,34 +134,83 @@ def run_jobs(
     ready = []
     for job in jobs:
         job.config.check(world.size)
+        if job.config.run.tensorboard:
+            _require_tensorboard()
         config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
         ready.append(dataclasses.replace(job, config=config))
-    states = world.from_first([_look(job, resume, overwrite) for job in ready])
+    states: list[_State] = []
+    with world.first_alone():
+        if world.is_first:
+            states = [_look(job, resume, overwrite) for job in ready]
+    states = world.from_first(states)
     shared = _Shared(world)
-    for job in ready:
-        source = shared.source(job.config)
-        Classification.check(job.config, source, shared.teacher(job.config))
-    results = []
-    for job, is_done in zip(ready, states, strict=True):
-        if is_done:
-            results.append(json.loads((job.out / RESULT).read_text(encoding="utf-8")))
-        else:
-            results.append(_run(job, shared, world, resume, overwrite))
-    if len(jobs) > 1 and world.is_first:
-        rows = summary(results)
-        write_csv(out / "summary.csv", rows)
-        print(format_summary(rows))
+    for job, state in zip(ready, states, strict=True):
+        source, teacher = shared.source(job.config), shared.teacher(job.config)
+        Classification.check(job.config, source, teacher)
+        if state.identity is not None:
+            told = {"identity": state.identity}
+            check_identity(job.out, told, identity(job.config, source, teacher))
+    if overwrite:
+        with world.first_alone():
+            if world.is_first:
+                # All of them, results first, so that nothing old is taken for a part of the new.
+                for job in ready:
+                    _remove(job.out)
+    results = [
+        _run(job, shared, world, resume) if state.result is None else state.result
+        for job, state in zip(ready, states, strict=True)
+    ]
+    if len(jobs) > 1:
+        with world.first_alone():
+            if world.is_first:
+                rows = summary(_all_results(out))
+                write_csv(out / "summary.csv", rows)
+                print(format_summary(rows), flush=True)
     return results
 
 
-def _look(job: Job, resume: bool, overwrite: bool) -> bool:
-    """Whether the job is finished already; an error where its folder must not be touched."""
+def _require_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ModuleNotFoundError(
+            "--tensorboard needs the training extras; install them with pip install "
+            "'dnkd_ext[train]', or pass --no-tensorboard"
+        )
+
+
+class _State(NamedTuple):
+    """What a job's folder holds: the identity of a checkpoint, and the result of a finished run."""
+
+    identity: dict[str, str] | None = None
+    result: dict[str, Any] | None = None
+
+
+def _remove(out: Path) -> None:
+    """A run's files, and no others."""
+    for name in (RESULT, CONFIG, *OWN_FILES):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+
+
+def _all_results(out: Path) -> list[dict[str, Any]]:
+    """Those of all runs below a folder, also of earlier calls."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RESULT))]
+
+
+def _look(job: Job, resume: bool, overwrite: bool) -> _State:
+    """What is there already; an error where the folder must not be touched."""
     out = job.out
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file")
     present = [name for name in OWN_FILES if (out / name).exists()]
-    if not present or overwrite:
-        return False
+    weights = job.config.model.teacher_weights
+    has_file = weights is not None and weights != PRETRAINED
+    if overwrite and has_file and out.resolve() in weights_file(weights).resolve().parents:
+        raise ValueError(
+            f"--overwrite would remove --teacher-weights {weights}, which are in --out {out}"
+        )
+    # Class means alone are what a run that was killed early leaves, too.
+    if not present or overwrite or (resume and present == [CLASS_MEANS]):
+        return _State()
     if not resume:
         raise FileExistsError(
             f"{out} already holds a run ({', '.join(present)}); go on with it by --resume, choose "
@@ -164,19 +220,28 @@ def _look(job: Job, resume: bool, overwrite: bool) -> bool:
         raise ValueError(f"{out} holds {', '.join(present)} but no {CONFIG}; nothing to resume")
     try:
         before = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-        differs = [
-            f"{name} is {value!r}, was {before[name]!r}"
-            for name, value in flatten(job.config).items()
-            if name not in FREE and before[name] != value
-        ]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{out / CONFIG} is damaged: {type(error).__name__}: {error}") from error
+        result = None
+        if (out / RESULT).exists():
+            result = json.loads((out / RESULT).read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise ValueError(f"{out} holds a damaged {CONFIG} or {RESULT}: {error}") from error
+    # Options that are younger than the run had their defaults.
+    before = {**flatten(TrainConfig()), **before}
+    now = flatten(job.config)
+    differs = [
+        f"{name} is {now.get(name)!r}, was {value!r}"
+        for name, value in before.items()
+        if name not in FREE and now.get(name) != value
+    ]
     if differs:
         raise ValueError(
             f"{out} holds a run of another configuration: {'; '.join(differs)}. Resume it with the "
             "same options, or choose another --out"
         )
-    return (out / RESULT).exists()
+    checkpoint = load_checkpoint(out)
+    return _State(None if checkpoint is None else checkpoint["identity"], result)
 
 
 class _Shared:
@@ -215,29 +280,35 @@ class _Shared:
                 config.model.teacher_weights,
                 source,
                 self.world.device,
-                channels_last=bool(config.run.channels_last),
+                channels_last=config.run.channels_last,
             )
             if config.model.class_means is not None:
-                means = read_class_means(config.model.class_means, teacher.model, source)
-                teacher = teacher._replace(class_means=means)
+                path, name = config.model.class_means, config.model.teacher
+                means = read_class_means(path, name, teacher, source)
+                origin = means_digest(means)
+                teacher = teacher._replace(class_means=means, means_origin=origin)
             self._teachers[key] = teacher
         return self._teachers[key]
 
     def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
-        """The teacher with its class means, gathered now unless ``out`` or a file has them."""
+        """The teacher with its class means, gathered now unless ``out`` or a file has them.
+
+        Without the ND loss they only serve diagnostics, and are left out where gathering them is a
+        matter of hours.
+        """
         teacher = self.teacher(config)
         if teacher is None:
             return None
         if teacher.class_means is None:
+            if config.data.task == "imagenet" and not config.method.nd_weight:
+                return teacher
+            assert config.model.teacher is not None
             source, means = self.source(config), None
-            notes = {
-                "teacher": f"{config.model.teacher} {teacher.digest}",
-                "dataset": f"{source.name}, {source.train_images} images",
-            }
-            if (out / CLASS_MEANS).exists():
-                means = ClassMeans.load(out / CLASS_MEANS)
-                if any(means.metadata.get(name) != note for name, note in notes.items()):
-                    means = None
+            notes = means_notes(config.model.teacher, teacher.digest, source)
+            with self.world.first_alone():
+                if self.world.is_first:
+                    means = _kept_means(out / CLASS_MEANS, notes)
+            means = self.world.from_first(means)
             if means is None:
                 means = gather_class_means(
                     teacher.model, source, config, self.world, metadata=notes
@@ -246,25 +317,40 @@ class _Shared:
             self._teachers[self._key(config)] = teacher
         with self.world.first_alone():
             if self.world.is_first:
+                assert teacher.class_means is not None
                 teacher.class_means.save(out / CLASS_MEANS)
         return teacher
 
 
-def _run(job: Job, shared: _Shared, world: World, resume: bool, overwrite: bool) -> dict[str, Any]:
+def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
+    """Class means that an earlier part of a run gathered, if these are the ones."""
+    if not path.exists():
+        return None
+    try:
+        means = ClassMeans.load(path)
+    except ValueError:
+        return None  # damaged; they are gathered again
+    return means if notes.items() <= means.metadata.items() else None
+
+
+def prepare_device(run: RunOptions, world: World) -> None:
+    """Settings of PyTorch that belong to the options."""
+    if world.device.type != "cuda":
+        return
+    if run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(run.deterministic)
+    torch.backends.cudnn.benchmark = not run.deterministic
+
+
+def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any]:
     config, out = job.config, job.out
     with world.first_alone():
         if world.is_first:
-            if overwrite:
-                for name in OWN_FILES:
-                    (out / name).unlink(missing_ok=True)
-                shutil.rmtree(out / "tensorboard", ignore_errors=True)
             out.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(out)
             write_json(out / CONFIG, flatten(config))
-    if world.device.type == "cuda":
-        if config.run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(config.run.deterministic)
-        torch.backends.cudnn.benchmark = not config.run.deterministic
+    prepare_device(config.run, world)
     teacher = shared.teacher_with_means(config, out)
     source = shared.source(config)
     task = Classification(config, source, teacher, world)
@@ -320,6 +406,12 @@ def _heading(job: Job, source: Source, world: World) -> str:
         words.append(f"from {config.model.teacher} by {method.method}, nd {method.nd_weight:g},")
     words.append(f"on {source.train_images} images of {source.name}, {config.optim.epochs} epochs;")
     words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
+    optim = config.optim
+    late = [step for step in optim.milestones if step >= optim.epochs]
+    if optim.schedule == "multistep" and late:
+        words.append(f"\nnote: the run ends before --milestones {' '.join(map(str, late))}")
+    if config.needs_teacher and method.kd_warm_up >= optim.epochs:
+        words.append(f"\nnote: the run ends before --kd-warm-up {method.kd_warm_up} does")
     return " ".join(words)
 
 
@@ -393,24 +485,26 @@ def run_class_means(
         FileExistsError: ``out`` exists, and ``overwrite`` is not given.
         ValueError, FileNotFoundError: a wrong option or input.
     """
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; name a file")
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
+    out.parent.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, run=resolve(config.run, world))
+    prepare_device(config.run, world)
     source = open_source(config, world, progress=config.run.progress)
-    teacher = load_teacher(model, weights, source, world.device)
+    teacher = load_teacher(
+        model, weights, source, world.device, channels_last=config.run.channels_last
+    )
     means = gather_class_means(
         teacher.model,
         source,
         config,
         world,
-        metadata={
-            "teacher": f"{model} {teacher.digest}",
-            "dataset": f"{source.name}, {source.train_images} images",
-        },
+        metadata=means_notes(model, teacher.digest, source),
     )
     with world.first_alone():
         if world.is_first:
-            out.parent.mkdir(parents=True, exist_ok=True)
             means.save(out)
     return means
 
@@ -425,6 +519,8 @@ def run_eval(
     network = build_model(model, len(source.classes), source.channels)
     load_weights(network, path)
     network.to(world.device)
+    if config.run.channels_last:
+        network.to(memory_format=torch.channels_last)
     autocast = torch.autocast(
         world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -60,6 +62,10 @@ class Source(ABC):
     test_images: int
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """The same for the same images and classes."""
+
+    @abstractmethod
     def train(self, config: TrainConfig, world: World) -> Epochs:
         """This process's part of the training batches."""
 
@@ -78,7 +84,7 @@ def _shared(config: TrainConfig, world: World) -> dict[str, Any]:
         "std": config.data.std,
         "rank": world.rank,
         "world_size": world.size,
-        "channels_last": bool(config.run.channels_last),
+        "channels_last": config.run.channels_last,
     }
 
 
@@ -89,6 +95,15 @@ class MemorySource(Source):
         self.images = images
         self.name, self.classes, self.channels = images.name, images.classes, images.channels
         self.train_images, self.test_images = len(images.train), len(images.test)
+        digest = hashlib.sha256(json.dumps(images.classes).encode())
+        for split in (images.train, images.test):
+            digest.update(split.pixels.cpu().numpy().data)
+            digest.update(split.target.cpu().numpy().data)
+        self._digest = digest.hexdigest()[:16]
+
+    def fingerprint(self) -> str:
+        """By every pixel."""
+        return f"{self.train_images} + {self.test_images} images {self._digest}"
 
     def train(self, config: TrainConfig, world: World) -> TrainBatches:
         """Cut and mirrored at random."""
@@ -117,6 +132,11 @@ class DiskSource(Source):
         self.splits = splits
         self.name, self.classes, self.channels = name, splits.classes, channels
         self.train_images, self.test_images = len(splits.train), len(splits.val)
+
+    def fingerprint(self) -> str:
+        """By numbers and names, not by what is in the files."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
+        return f"{self.train_images} + {self.test_images} images, classes {digest}"
 
     def train(self, config: TrainConfig, world: World) -> Epochs:
         """By the options of the reader: crops, colours, Mixup and so on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["World", "join_world"]
+__all__ = ["OtherProcessFailed", "World", "join_world"]
+
+
+class OtherProcessFailed(RuntimeError):
+    """The first process raised an error, which it tells itself."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +80,22 @@ class World:
     def first_alone(self) -> Iterator[None]:
         """A part that only the first process does (``if world.is_first``): its errors reach all.
 
-        The others, which would wait for it for ever, raise RuntimeError.
+        The others, which would wait for it for ever, raise OtherProcessFailed.
         """
         error: BaseException | None = None
         try:
             yield
-        except Exception as caught:
+        except BaseException as caught:
             error = caught
         told = self.from_first(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             raise error
         if told is not None:
-            raise RuntimeError(f"the first process failed: {told}")
+            raise OtherProcessFailed(f"the first process failed: {told}")
 
     @torch.no_grad()
     def average_batch_norm(self, model: nn.Module) -> None:
-        """Give all processes the mean of their running statistics, which each saw a part of."""
+        """Give all processes the mean of their running statistics, each of which saw its part."""
         if self.size == 1:
             return
         for module in model.modules():
@@ -135,8 +140,9 @@ def join_world(device: str) -> Iterator[World]:
         dist.init_process_group(
             "nccl" if use_cuda else "gloo", device_id=place if use_cuda else None
         )
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), place)
-    finally:
-        if own:
-            dist.destroy_process_group()
+    yield World(dist.get_rank(), dist.get_world_size(), place)
+    # Not after an error, when others may wait in a collective call, and this would wait for them.
+    if own:
+        gc.collect()  # what still holds the group
+        dist.barrier()
+        dist.destroy_process_group()
