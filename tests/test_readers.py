@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("timm", reason="images are read through timm, which is not installed")
-pytest.importorskip("sklearn", reason="the pictures are scikit-learn's, which is not installed")
-image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-
 from dnkd_ext.train.config import TrainConfig, flatten
 from dnkd_ext.train.loaders import EvalLoader, TrainLoader
 from dnkd_ext.train.readers import ReaderOptions, UnreadableError, open_splits
 from dnkd_ext.train.samples import MIX, SAMPLE
+
+pytest.importorskip("timm", reason="images are read through timm, which is not installed")
+pytest.importorskip("sklearn", reason="the pictures are scikit-learn's, which is not installed")
+image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # In the order of their labels: numbers count as numbers.
@@ -145,7 +145,9 @@ def eval_loader(split, batch_size=8, opts=PLAIN, **more):
 def equal(found, wanted):
     found, wanted = list(found), list(wanted)
     return len(found) == len(wanted) and all(
-        torch.equal(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y)
+        torch.equal(a, b)
+        for x, y in zip(found, wanted, strict=True)
+        for a, b in zip(x, y, strict=True)
     )
 
 
@@ -183,6 +185,13 @@ def test_an_archive_survives_pickling_and_forking(tiles, tmp_path):
     assert np.array_equal(np.asarray(copy.load(3, "RGB")), wanted)
     plain = list(train_loader(split).epoch(0))
     assert equal(train_loader(split, opts=options(workers=2)).epoch(0), plain)
+    file = split._reader.tar_state.tf.fileobj.fileno()
+    place = os.lseek(file, 0, os.SEEK_CUR)
+    child = multiprocessing.get_context("fork").Process(target=split.load, args=(20, "RGB"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert os.lseek(file, 0, os.SEEK_CUR) == place
 
 
 def test_classes_from_a_file(folders, tmp_path):
@@ -399,7 +408,9 @@ def test_workers_ranks_and_start_change_nothing(folders):
     assert equal([next(left)], epochs[2][:1])
     assert equal(shared.epoch(1), epochs[1])
     ranks = [list(train_loader(split, opts=opts, rank=r, world_size=2).epoch(1, 1)) for r in (0, 1)]
-    together = [[torch.cat(p) for p in zip(*parts)] for parts in zip(*ranks, strict=True)]
+    together = [
+        [torch.cat(p) for p in zip(*parts, strict=True)] for parts in zip(*ranks, strict=True)
+    ]
     assert equal(together, epochs[1][1:])
     assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
     assert not equal(train_loader(split, opts=opts, seed=6).epoch(0), epochs[0])
@@ -432,7 +443,7 @@ def test_an_epoch_has_other_images_left_out(folders):
 def test_the_order_is_this(folders):
     """Recorded: a run that a newer version resumes must see the images it would have seen."""
     order = train_loader(open_splits(folders, PLAIN).train, batch_size=14).order(1)
-    assert order.index[0].tolist() == ORDER
+    assert order.index[0].tolist()[:6] == ORDER
 
 
 ORDER = [0, 11, 2, 10, 13, 16]
@@ -444,7 +455,7 @@ def test_one_epoch_at_a_time(folders):
     wanted = list(train_loader(open_splits(folders, PLAIN).train).epoch(0))
     assert equal([next(first)], wanted[:1])
     next(second)
-    with pytest.raises(RuntimeError, match="cannot go on: another one .* was begun"):
+    with pytest.raises(RuntimeError, match=r"cannot go on: another one .* was begun"):
         next(first)
 
 
@@ -467,7 +478,10 @@ def test_repeated_augmentation(folders):
     }
     images, _ = next(loader.epoch(0))
     a, b, c = images.unflatten(0, (3, 4))
-    assert not any(torch.equal(x, y) for x, y in [*zip(a, b), *zip(b, c), *zip(a, c)])
+    assert not any(
+        torch.equal(x, y)
+        for x, y in [*zip(a, b, strict=True), *zip(b, c, strict=True), *zip(a, c, strict=True)]
+    )
 
 
 def test_formats(folders):
@@ -516,9 +530,7 @@ def test_mixing_by_hand(mixup, cutmix, prob, folders):
     kinds = set()
     plain = list(train_loader(split, batch_size=4).epoch(2))
     for step, (images, target) in enumerate(loader.epoch(2)):
-        draw = np.random.RandomState(  # noqa: NPY002
-            np.random.SeedSequence([MIX, 5, 2, step]).generate_state(3)[1]
-        )
+        draw = np.random.RandomState(np.random.SeedSequence([MIX, 5, 2, step]).generate_state(3)[1])
         wanted, labels = plain[step]
         other = wanted.flip(0)
         share, kind = 1.0, "none"
@@ -552,6 +564,7 @@ def test_processes_mix_the_same_pairs(world_size, folders):
     opts = options(mixup=0.8, cutmix=1.0)
     split = open_splits(folders, opts).train
     one = list(train_loader(split, opts=opts).epoch(0, 1))
+    assert equal(one, list(train_loader(split, opts=opts).epoch(0))[1:])
     parts = [
         list(train_loader(split, opts=opts, rank=r, world_size=world_size).epoch(0, 1))
         for r in range(world_size)
@@ -716,12 +729,19 @@ def test_a_killed_worker(layout, folders, tiles, tmp_path):
     loader = train_loader(open_splits(folders, opts).train, batch_size=2, opts=opts)
     batches = loader.epoch(0)
     next(batches)
-    before = set(multiprocessing.active_children())
+    before = multiprocessing.active_children()
     assert len(before) == 2
-    with pytest.raises(RuntimeError, match="DataLoader worker.*(killed by signal|exited unexpect)"):  # noqa: PT012
+
+    def kill_and_go_on():
+        # torch may tell of it at any moment from here on.
         for process in before:
             os.kill(process.pid, signal.SIGKILL)
         list(batches)
+
+    with pytest.raises(
+        RuntimeError, match=r"DataLoader worker.*(killed by signal|exited unexpect)"
+    ):
+        kill_and_go_on()
     # New workers do what the old ones would have done.
     loader.close()
     assert equal(loader.epoch(0), train_loader(loader.split, batch_size=2, opts=opts).epoch(0))
@@ -789,7 +809,7 @@ def test_shards_by_pattern(tiles, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_splits(root, dataclasses.replace(opts, **changes))
-    with pytest.raises(ValueError, match="--num-classes is 5, but --class-map .* names 4 classes"):
+    with pytest.raises(ValueError, match=r"--num-classes is 5, but --class-map .* names 4 classes"):
         open_splits(root, dataclasses.replace(named, num_classes=5))
     wrong = dataclasses.replace(opts, val_split="val-{0000..0003}.tar|21")
     with pytest.raises(ValueError, match="hold 20 images, but 21 were announced"):
@@ -804,7 +824,7 @@ def test_shards_by_pattern(tiles, tmp_path):
 
 def test_without_webdataset(tiles, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(ModuleNotFoundError, match="wds/tiles needs .*: pip install webdataset"):
+    with pytest.raises(ModuleNotFoundError, match=r"wds/tiles needs .*: pip install webdataset"):
         open_splits(write_shards(tmp_path, tiles), SHARDS)
 
 
