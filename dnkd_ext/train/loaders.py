@@ -212,6 +212,12 @@ class _Loader:
                 if "DataLoader worker (pid" not in str(error):
                     raise
                 died = str(error)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                # It held the memory of batches that were on their way. What was raised within a
+                # worker says that it was caught there.
+                if not self.options.workers or str(error).startswith("Caught "):
+                    raise
+                died = f"{type(error).__name__}: {error}."
             # Who keeps an error keeps all that its traceback refers to. Workers must not be among
             # that: found by the garbage collector, they take seconds to end.
             if died:
