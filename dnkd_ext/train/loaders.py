@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dnkd_ext.train.readers import FileSplit, ReaderOptions, ShardSplit
+from dnkd_ext.train.readers import DataError, FileSplit, ReaderOptions, ShardSplit
 from dnkd_ext.train.samples import (
     MIX,
     ORDER,
@@ -188,7 +188,7 @@ class _Loader:
 
         Raises:
             RuntimeError: a worker died, or another epoch was begun meanwhile.
-            UnreadableError: an image cannot be read.
+            DataError: an image cannot be read, or has no class.
         """
         self._turn += 1
         turn = self._turn
@@ -200,6 +200,7 @@ class _Loader:
                 raise RuntimeError(
                     "this epoch cannot go on: another one of the same loader was begun"
                 )
+            died = ""
             try:
                 if batches is None:
                     aim()
@@ -210,13 +211,29 @@ class _Loader:
             except RuntimeError as error:
                 if "DataLoader worker (pid" not in str(error):
                     raise
+                died = str(error)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                # It held the memory of batches that were on their way. What was raised within a
+                # worker says that it was caught there.
+                if not self.options.workers or str(error).startswith("Caught "):
+                    raise
+                died = f"{type(error).__name__}: {error}."
+            # Who keeps an error keeps all that its traceback refers to. Workers must not be among
+            # that: found by the garbage collector, they take seconds to end.
+            if died:
+                batches = None
                 self.close()
                 raise RuntimeError(
-                    f"a worker process that reads images died: {error} Too little memory is the "
+                    f"a worker process that reads images died: {died} Too little memory is the "
                     f"usual reason; fewer than --workers {self.options.workers} need less."
-                ) from error
-            if isinstance(batch, ValueError):
-                raise batch
+                )
+            if isinstance(batch, DataError):
+                batches = None
+                self.close()
+                try:
+                    raise batch
+                finally:
+                    del batch
             self.unreadable += len(batch.failed)
             first = first or next(iter(batch.failed), "")
             yield batch
@@ -407,7 +424,7 @@ class TrainLoader(_Loader):
 
         Raises:
             ValueError: a negative epoch, or a start outside of it. While iterating
-                :class:`~dnkd_ext.train.readers.UnreadableError`, which names the image.
+                :class:`~dnkd_ext.train.readers.DataError`, which names the image.
             RuntimeError: while iterating: a worker process died, or another epoch was begun.
         """
         if epoch < 0:
@@ -518,7 +535,7 @@ class EvalLoader(_Loader):
 
         Raises:
             ValueError: a start that is no batch. While iterating
-                :class:`~dnkd_ext.train.readers.UnreadableError`, which names the image.
+                :class:`~dnkd_ext.train.readers.DataError`, which names the image.
             RuntimeError: while iterating: a worker process died, or was given another pass.
         """
         if not 0 <= start <= len(self):

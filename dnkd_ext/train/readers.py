@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
+    "DataError",
     "FileSplit",
     "RawImage",
     "ReaderOptions",
@@ -151,7 +152,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class UnreadableError(ValueError):
+class DataError(ValueError):
+    """Data that are not what they should be; the message names them."""
+
+
+class UnreadableError(DataError):
     """An image, or an archive of images, that cannot be read.
 
     Attributes:
@@ -361,7 +366,7 @@ class ShardSplit:
 
         Raises:
             UnreadableError: the shard cannot be opened, or breaks off.
-            ValueError: a sample without an image or a class, or with one out of range.
+            DataError: a sample without an image or a class, or with one out of range.
         """
         from webdataset.tariterators import tarfile_samples
 
@@ -382,16 +387,16 @@ class ShardSplit:
         key = next((key for key in IMAGE_KEYS if key in sample), None)
         if key is None:
             kept = sorted(key for key in sample if not key.startswith("__"))
-            raise ValueError(f"{name} has no image ({', '.join(IMAGE_KEYS)}), only {kept}")
+            raise DataError(f"{name} has no image ({', '.join(IMAGE_KEYS)}), only {kept}")
         source = "json" if self.label else "cls"
         try:
             value = json.loads(sample[source])[self.label] if self.label else sample[source]
             target = int(value)
         except (KeyError, TypeError, ValueError) as error:
             wanted = f"an integer {self.label} in its JSON" if self.label else "an integer .cls"
-            raise ValueError(f"{name} must have {wanted} as its class") from error
+            raise DataError(f"{name} must have {wanted} as its class") from error
         if not 0 <= target < self.num_classes:
-            raise ValueError(
+            raise DataError(
                 f"{name} is of class {target}, but there are {self.num_classes} classes, from 0 on"
             )
         return RawImage(f"{name}.{key}", sample[key], target)

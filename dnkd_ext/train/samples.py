@@ -7,6 +7,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from dnkd_ext.train.readers import (
+    DataError,
     FileSplit,
     RawImage,
     ReaderOptions,
@@ -107,14 +109,14 @@ def build_transform(
     options: ReaderOptions, mean: Sequence[float], std: Sequence[float], *, is_training: bool
 ) -> Callable[[Any], Tensor]:
     """timm's transforms, from a picture to (C, H, W) uint8, or float32 where it is erased."""
-    from timm.data import create_transform
+    from timm.data import auto_augment, create_transform
 
     erases = is_training and options.random_erasing > 0
     interpolation = options.interpolation
     if not is_training and interpolation == "random":
         interpolation = "bilinear"
     try:
-        return create_transform(
+        transform = create_transform(
             options.image_size,
             is_training=is_training,
             scale=options.scale,
@@ -136,6 +138,21 @@ def build_transform(
         raise ValueError(
             f"--auto-augment must name one of timm's policies, got {options.auto_augment!r}"
         ) from error
+    for step in transform.transforms:
+        # RandAugment and AugMix have a list of operations, AutoAugment one of lists of them.
+        for operation in chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Any, bits_to_keep: int, **options: Any) -> Any:
+    """timm's, which at the greatest strengths asks for no bits at all: Pillow 13 refuses them."""
+    from timm.data import auto_augment
+
+    if bits_to_keep < 1:
+        return image.point([0] * 256 * len(image.getbands()))
+    return auto_augment.posterize(image, bits_to_keep, **options)
 
 
 class SampleMaker:
@@ -252,8 +269,8 @@ class ShardBatches(IterableDataset):
     def _guarded(self, batches: Iterator[Any]) -> Iterator[Any]:
         try:
             yield from batches
-        except ValueError as error:
-            # Returned, not raised, so that it leaves the worker as what it is.
+        except DataError as error:
+            # Handed over, not raised, so that it leaves the worker as what it is.
             yield error
 
     def _decoded(self, raw: RawImage, failed: str, *numbers: int) -> Item:
@@ -303,33 +320,36 @@ class ShardBatches(IterableDataset):
         own = shards[self.first + stream :: self.of]
         words = np.random.SeedSequence([*numbers, 1 + self.first + stream]).generate_state(1)
         draw = random.Random(int(words[0]))
+        while True:
+            found = 0
+            for raw in self._shuffled(self._opened(own, broken), draw):
+                found += 1
+                yield raw
+            if not found:
+                raise UnreadableError(own[0], "no shard of this worker holds an image")
+            draw.shuffle(own)
+
+    def _shuffled(self, images: Iterator[RawImage], draw: random.Random) -> Iterator[RawImage]:
         buffer: list[RawImage] = []
-        for raw in self._rounds(own, draw, broken):
+        for raw in images:
             if len(buffer) < self.buffer:
                 buffer.append(raw)
                 continue
             place = draw.randrange(len(buffer))
             chosen, buffer[place] = buffer[place], raw
             yield chosen
+        draw.shuffle(buffer)
+        yield from buffer
 
-    def _rounds(
-        self, shards: list[str], draw: random.Random, broken: list[str]
-    ) -> Iterator[RawImage]:
-        """The images of the shards, in another order of shards every time."""
-        while True:
-            found = 0
-            for url in shards:
-                try:
-                    for raw in self.split.read(url):
-                        found += 1
-                        yield raw
-                except UnreadableError as error:
-                    if not self.maker.skips:
-                        raise
-                    broken.append(error.name)
-            if not found:
-                raise UnreadableError(shards[0], "no shard of this worker holds an image")
-            draw.shuffle(shards)
+    def _opened(self, shards: list[str], broken: list[str]) -> Iterator[RawImage]:
+        """The images of the shards, one shard after another."""
+        for url in shards:
+            try:
+                yield from self.split.read(url)
+            except UnreadableError as error:
+                if not self.maker.skips:
+                    raise
+                broken.append(error.name)
 
     # -- evaluation: every image once ----------------------------------------------------------
 
