@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=("auto", "float32", "bfloat16"), help="of autocast"
     )
     for name, text in (
-        ("channels-last", "memory format of images and weights (default on a GPU)"),
+        ("channels-last", "memory format of images and weights (default)"),
         ("compile", "torch.compile of teacher, student and loss"),
         ("cuda-graph", "record the step and replay it"),
     ):

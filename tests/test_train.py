@@ -35,7 +35,7 @@ from dnkd_ext.train.world import World
 
 MISSING = [
     name
-    for name in ("tyro", "yaml", "torchmetrics", "tensorboard")
+    for name in ("tyro", "yaml", "tensorboard")
     if importlib.util.find_spec(name) is None
 ]
 pytestmark = pytest.mark.skipif(

@@ -15,6 +15,7 @@ from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
+from dnkd_ext.train.sources import MemorySource
 from dnkd_ext.train.world import World
 
 PAIR = "cifar100/resnet56-resnet20/"
@@ -29,11 +30,10 @@ def ready(preset, **settings):
     teacher = None
     if config.needs_teacher:
         teacher = training.untrained_teacher(config.model.teacher, data, config, WORLD)
-        means = classification.gather_class_means(
-            teacher.model, data, config.data, WORLD, batch_size=12, progress=False
-        )
+        source = MemorySource(data)
+        means = classification.gather_class_means(teacher.model, source, config, WORLD)
         teacher = teacher._replace(class_means=means)
-    task = Classification(config, data, teacher, WORLD)
+    task = Classification(config, MemorySource(data), teacher, WORLD)
     task.step.train()
     return _Training(task, config.optim, config.run, None, WORLD, 0, {})
 
@@ -41,7 +41,6 @@ def ready(preset, **settings):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A file with rows of two presets."""
-    pytest.importorskip("torchmetrics")
     out = tmp_path_factory.mktemp("training") / "training.csv"
     assert main(["training", "--preset", PAIR + "{ce,kd++}", *SMALL, "--out", str(out)]) == 0
     return out
@@ -229,7 +228,7 @@ def test_rows_are_whole_and_add_up(measured):
         named = sum(row[f"{part}_ms"] or 0 for part in parts.PARTS)
         assert named + row["unexplained_ms"] == pytest.approx(row["step_ms"], abs=1e-2)
         assert (row["images"], row["batch"], row["rounds"], row["data"]) == (24, 8, 2, "synthetic")
-        assert (row["precision"], row["channels_last"], row["compile"]) == ("float32", "no", "no")
+        assert (row["precision"], row["channels_last"], row["compile"]) == ("float32", "yes", "no")
         assert row["data_ips"] > row["step_ips"]
         assert row["eval_ips"] > 0
         assert row["forward_ms"] is row["graph_ms"] is row["host_ms"] is None
@@ -246,16 +245,16 @@ def test_resumption_leaves_out_what_is_there(measured, tmp_path, capsys):
     assert capsys.readouterr().out.count("measured before") == 2
     assert out.read_text() == measured.read_text()
     # Another setting is another measurement.
-    assert main([*command[:2], PAIR + "ce", *command[3:], "--channels-last"]) == 0
+    assert main([*command[:2], PAIR + "ce", *command[3:], "--no-channels-last"]) == 0
     rows = parts.read_training(out)
-    assert [row["channels_last"] for row in rows] == ["no", "no", "yes"]
+    assert [row["channels_last"] for row in rows] == ["yes", "yes", "no"]
     ((machine, kept),) = parts.latest_training([*rows, *rows]).items()
     assert machine[1] == "cpu"
     assert kept == rows
 
 
 def test_without_torchmetrics_only_the_evaluation_is_missing(monkeypatch, capsys):
-    def evaluate(self):
+    def evaluate(self, model):
         raise ModuleNotFoundError("No module named 'torchmetrics'")
 
     monkeypatch.setattr(Classification, "evaluate", evaluate)
