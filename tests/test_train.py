@@ -34,9 +34,7 @@ from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 
 MISSING = [
-    name
-    for name in ("tyro", "yaml", "tensorboard")
-    if importlib.util.find_spec(name) is None
+    name for name in ("tyro", "yaml", "tensorboard") if importlib.util.find_spec(name) is None
 ]
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"of the training extras {', '.join(MISSING)} cannot be imported"
