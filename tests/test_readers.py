@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnkd_ext.train.config import TrainConfig, flatten
+from dnkd_ext.train.config import GROUPS, TrainConfig, flatten
 from dnkd_ext.train.loaders import EvalLoader, TrainLoader
 from dnkd_ext.train.readers import ReaderOptions, UnreadableError, open_splits
 from dnkd_ext.train.samples import MIX, SAMPLE
@@ -284,10 +284,15 @@ def test_options_out_of_range(changes, message, folders):
 
 
 def test_options_fit_beside_the_others():
-    """One command line has them all."""
-    names = {field.name for field in dataclasses.fields(ReaderOptions)}
-    assert not names & set(flatten(TrainConfig()))
-    assert {"data", "mean", "std", "label_smoothing"} <= set(flatten(TrainConfig()))
+    """One command line has them all: no name stands in two groups."""
+    names = [
+        field.name
+        for group in GROUPS
+        for field in dataclasses.fields(getattr(TrainConfig(), group))
+    ]
+    assert {field.name for field in dataclasses.fields(ReaderOptions)} <= set(names)
+    assert len(names) == len(set(names))
+    assert {"preset", *names} == set(flatten(TrainConfig()))
 
 
 @pytest.mark.parametrize(
