@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 import operator
 import os
 import uuid
@@ -34,17 +35,36 @@ OWN_METADATA = (
 
 
 class ClassMeans:
-    """Streaming mean feature of every class.
+    """Streaming mean feature of every class, over all samples or as a moving average.
 
     Sums are kept in float64 on one device and nothing is read back until a result is asked for, so
     an update on a GPU costs no synchronisation. The sums are reproducible from run to run on the
     CPU, and on CUDA under ``torch.use_deterministic_algorithms(True)``.
 
+    With ``momentum`` the table is an exponential moving average, gathered from the running teacher
+    where a pass over the data of its own would cost too much. For every class ``k`` in a batch, and
+    the mean ``b_k`` of its samples there,
+
+        c_k <- b_k                                   the first time, so that nothing is biased to 0
+        c_k <- momentum * c_k + (1 - momentum) * b_k after that
+
+    and the other classes stay as they are. The batch is what ``update`` is given: of this process,
+    or with ``process_group=`` of all its processes together. Use it before the loss, so that every
+    class of the batch has a mean::
+
+        means.update(teacher_features, target, process_group=group)
+        criterion.class_means.copy_(means.compute())
+
     Args:
         num_classes: ``C``, at least 1.
         num_features: ``D``, at least 1.
+        momentum: share of the old mean, between 0 and 1, both excluded; None for the mean over all
+            samples.
         ignore_index: rows with this class index are skipped.
         device: where the sums live; by default that of the first features seen.
+
+    Raises:
+        ValueError: a size below 1, or a momentum that is no number between 0 and 1.
 
     Example:
         >>> means = ClassMeans(num_classes=10, num_features=64)
@@ -58,41 +78,57 @@ class ClassMeans:
         num_classes: int,
         num_features: int,
         *,
+        momentum: float | None = None,
         ignore_index: int = -100,
         device: torch.device | str | None = None,
     ) -> None:
         self.num_classes = _positive("num_classes", num_classes)
         self.num_features = _positive("num_features", num_features)
+        self.momentum = _momentum(momentum)
         self.ignore_index = ignore_index
         self.metadata: dict[str, str] = {}
         self._device = None if device is None else torch.device(device)
         # Sums (C + 1, D) float64 and counts (C + 1,) int64: what this process saw since the last
         # merge, and what all processes together saw before it. Row C collects the rows whose target
-        # names no class, apart from the rest.
+        # names no class, apart from the rest. With a momentum the first holds averages instead of
+        # sums, and nothing is ever merged.
         self._local: tuple[Tensor, Tensor] | None = None
         self._merged: tuple[Tensor, Tensor] | None = None
+        # Whether what was seen is where it stays; a file or a state waits for the first features.
+        self._placed = False
         # A table of unknown counts, as the authors' files are.
         self._table: Tensor | None = None
 
     # -- accumulation --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self, features: Tensor, target: Tensor) -> None:
-        """Add a batch.
+    def update(self, features: Tensor, target: Tensor, *, process_group: Any = None) -> None:
+        """Add a batch, or with a momentum move the means of its classes.
 
         Args:
             features: ``(..., D)``, float16, bfloat16, float32 or float64.
             target: ``(...)`` class indices in int64 or int32 on the same device. An index outside
                 ``[0, C)`` other than ``ignore_index`` raises IndexError on the CPU, before anything
                 is added; on other devices it is counted in :attr:`out_of_range` and left out.
+            process_group: with a momentum, processes of ``torch.distributed`` whose batches count
+                as one: their sums are added in one all-reduce of ``(C + 1) (D + 1)`` float64 and
+                every process moves its table by the whole batch, so that tables which were equal
+                stay equal. A collective call, also for a process without rows. None: this
+                process's batch alone. Without a momentum use :meth:`all_reduce` once, at the end.
 
         Raises:
             TypeError, ValueError, RuntimeError: dtype, shape or device of an argument.
-            ValueError: this object is a table of unknown counts (:meth:`from_json`).
+            ValueError: this object is a table of unknown counts (:meth:`from_json`), or a process
+                group without a momentum.
         """
         if self._table is not None:
             raise ValueError(
                 "this ClassMeans is a table loaded without sample counts; it cannot be updated"
+            )
+        if process_group is not None and self.momentum is None:
+            raise ValueError(
+                "process_group is for class means with a momentum; without one update them alone "
+                "and call all_reduce() at the end"
             )
         require_floating(features, "features")
         require_tensor(target, "target")
@@ -118,11 +154,27 @@ class ClassMeans:
                 f"target[{position}] = {int(target[position])} is out of range for "
                 f"{self.num_classes} classes"
             )
-        sums, counts = self._local_sums(features.device)
+        table, counts = self._local_sums(features.device)
         # Ignored and nameless rows go to the spare row; the count tells the latter alone.
         row = torch.where(counted & ~bad, target, self.num_classes)
-        sums.index_add_(0, row, features.to(torch.float64))
-        counts.index_add_(0, row, torch.where(counted, 1, 0))
+        ones = torch.where(counted, 1, 0)
+        if self.momentum is None:
+            table.index_add_(0, row, features.to(torch.float64))
+            counts.index_add_(0, row, ones)
+            return
+        # Sums and, in the last column, counts, so that one exchange has both; float64 holds any
+        # count exactly.
+        batch = table.new_zeros(self.num_classes + 1, self.num_features + 1)
+        batch[:, :-1].index_add_(0, row, features.to(torch.float64))
+        batch[:, -1].index_add_(0, row, ones.to(torch.float64))
+        if process_group is not None:
+            torch.distributed.all_reduce(batch, group=process_group)
+        number = batch[:, -1:]
+        mean = batch[:, :-1].div_(number.clamp_min(1))
+        share = 1 - self.momentum * (counts.unsqueeze(-1) > 0).to(torch.float64)
+        # In place, without C x D temporaries and for whoever recorded this step.
+        table.lerp_(mean, share * (number > 0))
+        counts += number.squeeze(-1).to(torch.int64)
 
     def _zeros(self, device: torch.device) -> tuple[Tensor, Tensor]:
         # Not inference tensors, which could never be updated outside torch.inference_mode().
@@ -135,11 +187,14 @@ class ClassMeans:
             )
 
     def _local_sums(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._local is None:
-            self._local = self._zeros(self._device or device)
+        if not self._placed:
+            home = self._device or device
+            local = self._local or self._zeros(home)
+            self._local = local[0].to(home), local[1].to(home)
             if self._merged is not None:
-                sums, counts = self._merged
-                self._merged = sums.to(self._local[0].device), counts.to(self._local[0].device)
+                self._merged = self._merged[0].to(home), self._merged[1].to(home)
+            self._placed = True
+        assert self._local is not None
         if self._local[0].device != device:
             raise RuntimeError(
                 f"features is on {device} but these class means are kept on {self._local[0].device}"
@@ -164,19 +219,30 @@ class ClassMeans:
 
         Args:
             group: the process group; None for the default one.
+
+        Raises:
+            ValueError: this object is a table of unknown counts, or a moving average: those of
+                several processes have no exact average, see ``process_group`` of :meth:`update`.
         """
         if self._table is not None:
             raise ValueError("a table loaded without sample counts cannot be merged")
+        if self.momentum is not None:
+            raise ValueError(
+                "class means with a momentum cannot be merged; pass process_group= to update() so "
+                "that all processes hold the same table"
+            )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._local is not None:
             sums, counts = (t.clone() for t in self._local)
-        else:  # this rank saw nothing; NCCL still wants its zeros on a GPU
+        else:
             device = self._device
             if device is None and self._merged is not None:
                 device = self._merged[0].device
-            if distributed and torch.distributed.get_backend(group) == "nccl":
-                device = torch.device("cuda", torch.cuda.current_device())
             sums, counts = self._zeros(device or torch.device("cpu"))
+        nccl = distributed and torch.distributed.get_backend(group) == "nccl"
+        if nccl and not self._placed:  # without features to tell the device: NCCL wants a GPU
+            device = torch.device("cuda", torch.cuda.current_device())
+            sums, counts = sums.to(device), counts.to(device)
         if distributed:
             torch.distributed.all_reduce(sums, group=group)
             torch.distributed.all_reduce(counts, group=group)
@@ -200,6 +266,8 @@ class ClassMeans:
         if self._table is not None:
             return self._table.clone()
         sums, counts = (total[:-1] for total in self._totals())
+        if self.momentum is not None:
+            return sums.to(torch.float32)
         return (sums / counts.clamp_min(1).unsqueeze(-1)).to(torch.float32)
 
     @property
@@ -226,7 +294,90 @@ class ClassMeans:
         return 0 if self._table is not None else int(self._totals()[1][-1])
 
     def __repr__(self) -> str:
-        return f"ClassMeans(num_classes={self.num_classes}, num_features={self.num_features})"
+        sizes = f"num_classes={self.num_classes}, num_features={self.num_features}"
+        momentum = "" if self.momentum is None else f", momentum={self.momentum}"
+        return f"ClassMeans({sizes}{momentum})"
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on exactly here, for a checkpoint of this process.
+
+        Tensors (copies, on their device), numbers and texts, so that
+        ``torch.load(weights_only=True)`` reads it. What this process saw since the last merge stays
+        apart from what was merged; with a momentum and ``process_group=`` the states of all
+        processes are equal. :meth:`save` writes a file of the result instead.
+        """
+        state: dict[str, Any] = {
+            "num_classes": self.num_classes,
+            "num_features": self.num_features,
+            "momentum": self.momentum,
+            "ignore_index": self.ignore_index,
+            "metadata": dict(self.metadata),
+        }
+        for name, part in (("local", self._local), ("merged", self._merged)):
+            if part is not None:
+                state[f"{name}_sums"], state[f"{name}_counts"] = part[0].clone(), part[1].clone()
+        if self._table is not None:
+            state["table"] = self._table.clone()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was called; what was seen so far is forgotten.
+
+        The device stays that of this object; where it is not decided yet, the next features do.
+
+        Raises:
+            ValueError: a state of other sizes, another momentum or ``ignore_index``, or no state of
+                class means; nothing has changed then.
+        """
+        if not isinstance(state, dict):
+            raise ValueError(f"state must be a dict of state_dict(), got {type(state).__name__}")
+        for name in ("num_classes", "num_features", "momentum", "ignore_index"):
+            if name not in state:
+                raise ValueError(f"state is none of ClassMeans.state_dict(): it lacks {name}")
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"state has {name} {state[name]}, but these class means have "
+                    f"{getattr(self, name)}"
+                )
+        shapes = {
+            "sums": ((self.num_classes + 1, self.num_features), torch.float64),
+            "counts": ((self.num_classes + 1,), torch.int64),
+        }
+        given: dict[str, tuple[Tensor, Tensor] | None] = {}
+        for name in ("local", "merged"):
+            parts = []
+            for kind, (shape, dtype) in shapes.items():
+                tensor = state.get(f"{name}_{kind}")
+                if tensor is not None:
+                    _require_table(tensor, f"{name}_{kind}", shape, dtype)
+                    parts.append(tensor)
+            if len(parts) == 1:
+                raise ValueError(f"state has one of {name}_sums and {name}_counts, not the other")
+            given[name] = (parts[0], parts[1]) if parts else None
+        table = state.get("table")
+        if table is not None:
+            _require_table(table, "table", (self.num_classes, self.num_features), torch.float32)
+        metadata = dict(state.get("metadata", {}))
+        home = self._local[0].device if self._placed and self._local else self._device
+
+        def own(part: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            if part is None:
+                return None
+            with torch.inference_mode(False):
+                return part[0].to(home, copy=True), part[1].to(home, copy=True)
+
+        if self._placed and self._local:
+            # In place, for whoever recorded an update.
+            for mine, other in zip(self._local, given["local"] or (0, 0), strict=True):
+                mine.copy_(other) if isinstance(other, Tensor) else mine.zero_()
+        else:
+            self._local = own(given["local"])
+        self._merged = own(given["merged"])
+        self._table = None if table is None else table.clone()
+        self.metadata = metadata
 
     # -- from a model --------------------------------------------------------------------------
 
@@ -307,7 +458,7 @@ class ClassMeans:
         tensors = {"class_means": self.compute().cpu().contiguous()}
         if self._table is None:
             sums, counts = (total[:-1] for total in self._totals())
-            tensors["sums"] = sums.cpu().contiguous()
+            tensors["sums" if self.momentum is None else "averages"] = sums.cpu().contiguous()
             tensors["counts"] = counts.cpu().contiguous()
         own = {
             "format": FORMAT,
@@ -317,6 +468,8 @@ class ClassMeans:
             "ignore_index": str(self.ignore_index),
             "sha256": _digest(tensors),
         }
+        if self.momentum is not None:
+            own["momentum"] = repr(self.momentum)
         taken = sorted(set(own) & set(self.metadata))
         if taken:
             raise ValueError(f"metadata must not use the names {taken}; the file format does")
@@ -340,7 +493,8 @@ class ClassMeans:
         """Read a file written by :meth:`save`; its means, counts and metadata are those saved.
 
         What the file holds counts as merged: where several ranks continue from it, each must load
-        the same file, and :meth:`all_reduce` then adds only what they saw since.
+        the same file, and :meth:`all_reduce` then adds only what they saw since. A moving average
+        comes back with its momentum and goes on.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -375,21 +529,32 @@ class ClassMeans:
             raise ValueError(f"{path} is damaged: its contents do not match their checksum")
         if not ignored.removeprefix("-").isdecimal():
             raise ValueError(f"{path}: ignore_index {ignored!r} is no integer")
-        result = cls(*table.shape, ignore_index=int(ignored))
+        kind, momentum = "sums", None
+        if "averages" in tensors:
+            kind, text = "averages", metadata.pop("momentum", "nothing")
+            try:
+                momentum = _momentum(float(text))
+            except ValueError as error:
+                raise ValueError(f"{path}: momentum {text!r} is not between 0 and 1") from error
+        result = cls(*table.shape, momentum=momentum, ignore_index=int(ignored))
         result.metadata = {k: v for k, v in metadata.items() if k not in OWN_METADATA}
-        if "counts" not in tensors and "sums" not in tensors:
+        if "counts" not in tensors and kind not in tensors:
             result._table = table
             return result
-        sums, counts = tensors.get("sums"), tensors.get("counts")
+        sums, counts = tensors.get(kind), tensors.get("counts")
         if sums is None or sums.shape != table.shape or sums.dtype != torch.float64:
-            raise ValueError(f"{path}: 'sums' is not a {list(table.shape)} float64 table")
+            raise ValueError(f"{path}: '{kind}' is not a {list(table.shape)} float64 table")
         if counts is None or counts.shape != table.shape[:1] or counts.dtype != torch.int64:
             raise ValueError(f"{path}: 'counts' is not a ({table.shape[0]},) int64 vector")
         # With an empty row for targets without a class.
-        result._merged = (
+        held = (
             torch.cat([sums, sums.new_zeros(1, sums.shape[1])]),
             torch.cat([counts, counts.new_zeros(1)]),
         )
+        if momentum is None:
+            result._merged = held
+        else:
+            result._local = held
         return result
 
     @classmethod
@@ -466,6 +631,22 @@ def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or number < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return number
+
+
+def _momentum(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
+        raise ValueError(
+            f"momentum must be None or a number between 0 and 1, both excluded, got {value!r}"
+        )
+    return float(value)
+
+
+def _require_table(value: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"state's {name} must be {dtype} {list(shape)}, got {got}")
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -960,3 +960,393 @@ class TestFileIntegrity:
 
     def test_numpy_integers(self):
         assert ClassMeans(np.int64(3), np.int32(4)).num_features == 4
+
+
+# -- a moving average -----------------------------------------------------------------------------
+
+MOMENTUM = 0.7
+
+
+def moving(batches, momentum=MOMENTUM, classes=CLASSES, ignored=(IGNORED,)):
+    """The moving averages and counts, one class at a time."""
+    means, counts = [None] * classes, [0] * classes
+    for features, target in batches:
+        flat = features.detach().double().cpu().numpy().reshape(-1, WIDTH)
+        labels = target.cpu().flatten().tolist()
+        for k in range(classes):
+            rows = [row for row, label in zip(flat, labels, strict=True) if label == k]
+            if not rows or k in ignored:
+                continue
+            now = sum(rows) / len(rows)
+            means[k] = now if counts[k] == 0 else momentum * means[k] + (1 - momentum) * now
+            counts[k] += len(rows)
+    return np.array([np.zeros(WIDTH) if m is None else m for m in means]), counts
+
+
+def assert_moved(means, batches, **options):
+    expected, counts = moving(batches, **options)
+    result = means.compute()
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.cpu().numpy(), expected, rtol=1.2e-7, atol=1e-12)
+    assert means.counts.tolist() == counts
+    assert means.missing == [k for k, count in enumerate(counts) if count == 0]
+
+
+def moving_means(**options):
+    return ClassMeans(CLASSES, WIDTH, momentum=MOMENTUM, ignore_index=IGNORED, **options)
+
+
+def few_classes(generator, *shape, **options):
+    """A batch in which one class at least is absent."""
+    features, target = batch(generator, *shape, **options)
+    target[target == int(torch.randint(CLASSES, (), generator=generator))] = 0
+    return features, target
+
+
+def step_batch(rank, step):
+    """What a rank sees in a step; rank 1 sees nothing in the third."""
+    generator = torch.Generator().manual_seed(90 + 10 * step + rank)
+    rows = 0 if (rank, step) == (1, 2) else 5 + 3 * rank + step
+    return few_classes(generator, rows)
+
+
+def move_together(rank, world_size):
+    world = distributed.group.WORLD
+    means, alone = moving_means(), moving_means()
+    groups = [distributed.new_group([one]) for one in range(world_size)]
+    tables = []
+    for step in range(4):
+        means.update(*step_batch(rank, step), process_group=world)
+        alone.update(*step_batch(rank, step), process_group=groups[rank])
+        if step == 1:  # on with a checkpoint, as after a restart
+            state = means.state_dict()
+            means = moving_means()
+            means.load_state_dict(state)
+        tables.append((means.compute(), means.counts))
+    return {"tables": tables, "alone": (alone.compute(), alone.counts)}
+
+
+class TestMovingAverage:
+    @pytest.mark.parametrize("momentum", [0.7, 0.9, 0.1])
+    def test_equals_a_loop(self, device, generator, momentum):
+        means = ClassMeans(CLASSES, WIDTH, momentum=momentum, ignore_index=IGNORED)
+        seen = []
+        for i, shape in enumerate([(6,), (2, 3), (), (0,), (2, 1, 4), (30,), (5,), (3, 0)]):
+            index = torch.int32 if i % 2 else torch.int64
+            features, target = few_classes(generator, *shape, dtype=DTYPES[i % 4], index=index)
+            seen.append((features.to(device), target.to(device)))
+            means.update(*seen[-1])
+            means.counts.fill_(9)  # what is handed out is a copy
+            means.compute().fill_(math.nan)
+            assert_moved(means, seen, momentum=momentum)
+        assert means.compute().device.type == device
+        assert means.out_of_range == 0
+
+    def test_by_hand(self):
+        means = ClassMeans(3, 1, momentum=0.75)
+        means.update(torch.tensor([[8.0], [4.0], [1.0]]), torch.tensor([0, 0, 1]))
+        assert means.compute().tolist() == [[6.0], [1.0], [0.0]]  # not 0.25 of them
+        means.update(torch.tensor([[2.0], [16.0]]), torch.tensor([0, 2]))
+        assert means.compute().tolist() == [[5.0], [1.0], [16.0]]
+        assert means.counts.tolist() == [3, 1, 1]
+        assert means.missing == []
+
+    def test_a_nan_shows_in_its_class_only(self, generator):
+        means = moving_means()
+        features = torch.randn(4, WIDTH, generator=generator)
+        features[1, 3] = math.nan
+        features[3] = math.inf
+        target = torch.tensor([0, 1, 2, IGNORED])
+        means.update(features, target)
+        means.update(torch.ones(1, WIDTH), torch.tensor([5]))
+        bad = means.compute().isnan()
+        assert bad[1, 3]
+        assert int(bad.sum()) == 1
+
+    def test_modes_and_arguments(self, generator):
+        """In and out of inference mode; nothing given is modified, nothing wants a gradient."""
+        seen = [few_classes(generator, 8) for _ in range(3)]
+        seen[1][0].requires_grad_()
+        copies = [t.detach().clone() for one in seen for t in one]
+        means = moving_means()
+        with torch.inference_mode():
+            means.update(*seen[0])
+        means.update(*seen[1])
+        with torch.inference_mode():
+            means.update(seen[2][0] * 1, seen[2][1])
+        assert_moved(means, seen)
+        assert all(map(torch.equal, copies, (t for one in seen for t in one)))
+        assert not means.compute().requires_grad
+
+    @pytest.mark.parametrize("value", [0, 1, 1.0, -0.1, 1.5, math.nan, True, "0.9", [0.9]])
+    def test_momentum_is_checked(self, value):
+        message = "momentum must be None or a number between 0 and 1, both excluded, got "
+        with pytest.raises(ValueError, match=re.escape(message + repr(value))):
+            ClassMeans(3, 4, momentum=value)
+
+    def test_repr(self):
+        assert repr(ClassMeans(3, 4, momentum=0.9)) == (
+            "ClassMeans(num_classes=3, num_features=4, momentum=0.9)"
+        )
+        assert ClassMeans(3, 4, momentum=np.float32(0.5)).momentum == 0.5
+
+    def test_errors_change_nothing(self, generator):
+        means = moving_means()
+        seen = [few_classes(generator, 9)]
+        means.update(*seen[0])
+        features, target = few_classes(generator, 7)
+        with pytest.raises(IndexError, match=r"target\[4\] = 6 is out of range for 6 classes"):
+            means.update(features, target.index_fill(0, torch.tensor([4]), CLASSES))
+        with pytest.raises(ValueError, match=r"features must be \(\.\.\., 9\)"):
+            means.update(features[:, 1:], target)
+        with pytest.raises(ValueError, match="with a momentum cannot be merged; pass process_g"):
+            means.all_reduce()
+        assert_moved(means, seen)
+
+    def test_a_process_group_without_a_momentum(self, generator):
+        means = ClassMeans(CLASSES, WIDTH, ignore_index=IGNORED)
+        with pytest.raises(ValueError, match="process_group is for class means with a momentum"):
+            means.update(*batch(generator, 4), process_group=object())
+        assert means.counts.tolist() == [0] * CLASSES
+
+    def test_in_a_training_loop(self, generator):
+        """The loss sees the moved table in its buffer; a class without a mean has no gradient."""
+        means = ClassMeans(CLASSES, WIDTH, momentum=0.5)
+        criterion = NDLoss(means.compute())
+        for step in range(3):
+            teacher = torch.randn(8, WIDTH, generator=generator)
+            target = torch.randint(step + 1, (8,), generator=generator)
+            means.update(teacher, target)
+            criterion.class_means.copy_(means.compute())
+            student = torch.randn(8, WIDTH, generator=generator, requires_grad=True)
+            criterion(student, target, teacher_features=teacher).backward()
+            assert (student.grad != 0).any(dim=1).all()
+        assert torch.equal(criterion.class_means, means.compute())
+        student = torch.randn(1, WIDTH, requires_grad=True)
+        criterion(student, torch.tensor([5]), teacher_norms=torch.ones(1)).backward()
+        assert not student.grad.any()
+
+    def test_nothing_is_read_back(self, generator):
+        """Off the CPU no value decides anything: meta tensors have none."""
+        means = moving_means()
+        for _ in range(2):
+            features, target = batch(generator, 8)
+            means.update(features.to("meta"), target.to("meta"))
+            assert means.compute().device.type == "meta"
+
+    @pytest.mark.cuda
+    def test_no_synchronisation(self, generator):
+        features, target = (t.cuda() for t in batch(generator, 64))
+        for dtype in DTYPES:
+            converted = features.to(dtype)
+            moving_means().update(converted, target)
+            means = moving_means()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                means.update(converted, target)
+                means.update(converted * 2, target.int())
+                means.compute()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert_moved(means, [(converted, target), (converted * 2, target)])
+
+    @pytest.mark.cuda
+    def test_out_of_range_is_counted(self):
+        means = moving_means()
+        target = torch.tensor([0, CLASSES, 2, -1, IGNORED, 0]).cuda()
+        for _ in range(2):
+            means.update(torch.ones(6, WIDTH, device="cuda"), target)
+        assert means.out_of_range == 4
+        assert means.counts.tolist() == [4, 0, 2, 0, 0, 0]
+
+    @pytest.mark.cuda
+    def test_recorded_in_a_cuda_graph(self, generator):
+        features, target = (t.cuda() for t in few_classes(generator, 16))
+        means = moving_means()
+        means.update(features, target)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            means.update(features, target)
+        features += 1
+        graph.replay()
+        assert_moved(means, [(features - 1, target), (features, target)])
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    return in_processes(move_together, tmp_path_factory.mktemp("move"))
+
+
+class TestMovingProcesses:
+    def test_two_processes_equal_one_with_the_whole_batch(self, moved):
+        one = moving_means()
+        whole = []
+        for step in range(4):
+            parts = [step_batch(rank, step) for rank in (0, 1)]
+            whole.append(tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+            one.update(*whole[-1])
+            for rank in (0, 1):
+                table, counts = moved[rank]["tables"][step]
+                np.testing.assert_allclose(table, one.compute(), rtol=1.2e-7, atol=1e-12)
+                assert torch.equal(counts, one.counts)
+        assert_moved(one, whole)
+
+    def test_the_processes_hold_the_same_bits(self, moved):
+        for own, other in zip(moved[0]["tables"], moved[1]["tables"], strict=True):
+            assert torch.equal(own[0], other[0])
+            assert torch.equal(own[1], other[1])
+
+    def test_a_group_of_its_own(self, moved):
+        for rank in (0, 1):
+            table, counts = moving([step_batch(rank, step) for step in range(4)])
+            np.testing.assert_allclose(moved[rank]["alone"][0], table, rtol=1.2e-7, atol=1e-12)
+            assert moved[rank]["alone"][1].tolist() == counts
+
+
+class TestMovingFiles:
+    def test_round_trip_and_on(self, tmp_path, device, generator):
+        """The same bits as without the file between."""
+        path = tmp_path / "means.safetensors"
+        seen = [tuple(t.to(device) for t in few_classes(generator, 9)) for _ in range(4)]
+        whole, part = moving_means(), moving_means()
+        part.metadata = {"teacher": "net"}
+        for one in seen:
+            whole.update(*one)
+        for one in seen[:2]:
+            part.update(*one)
+        part.save(path)
+        loaded = ClassMeans.load(path)
+        assert loaded.momentum == MOMENTUM
+        assert loaded.ignore_index == IGNORED
+        assert loaded.metadata == {"teacher": "net"}
+        assert torch.equal(loaded.compute().cpu(), part.compute().cpu())
+        assert torch.equal(loaded.counts.cpu(), part.counts.cpu())
+        loaded.save(tmp_path / "again")
+        for one in seen[2:]:
+            loaded.update(*one)
+        assert torch.equal(loaded.compute(), whole.compute())
+        assert_moved(loaded, seen)
+
+    def test_of_nothing_seen(self, tmp_path):
+        moving_means().save(tmp_path / "means")
+        loaded = ClassMeans.load(tmp_path / "means")
+        assert loaded.momentum == MOMENTUM
+        assert loaded.missing == list(range(CLASSES))
+
+    def test_plain_means_may_have_a_momentum_in_their_metadata(self, tmp_path, generator):
+        means, seen = filled(generator)
+        means.metadata = {"momentum": "of the teacher's SGD"}
+        means.save(tmp_path / "means")
+        loaded = ClassMeans.load(tmp_path / "means")
+        assert loaded.momentum is None
+        assert loaded.metadata == means.metadata
+        assert_equals_averages(loaded, seen)
+        moved = moving_means()
+        moved.metadata = {"momentum": "mine"}
+        with pytest.raises(ValueError, match=r"metadata must not use the names \['momentum'\]"):
+            moved.save(tmp_path / "other")
+
+    @pytest.mark.parametrize("text", ["1.5", "high", "nan", None])
+    def test_a_file_with_a_wrong_momentum(self, tmp_path, text):
+        from safetensors.torch import save_file
+
+        path = tmp_path / "means.safetensors"
+        metadata = {"format": "dnkd_ext.class_means", "format_version": "1"}
+        tensors = {
+            "class_means": torch.ones(2, 3),
+            "averages": torch.ones(2, 3).double(),
+            "counts": torch.ones(2).long(),
+        }
+        save_file(tensors, path, metadata | ({} if text is None else {"momentum": text}))
+        with pytest.raises(ValueError, match=r"means\.safetensors: momentum '.*' is not between"):
+            ClassMeans.load(path)
+
+
+class TestStates:
+    """state_dict and load_state_dict of both kinds."""
+
+    @pytest.mark.parametrize("momentum", [None, MOMENTUM])
+    def test_on_from_a_checkpoint(self, momentum, tmp_path, device, generator):
+        seen = [tuple(t.to(device) for t in few_classes(generator, 9)) for _ in range(4)]
+        whole = ClassMeans(CLASSES, WIDTH, momentum=momentum, ignore_index=IGNORED)
+        whole.metadata = {"teacher": "net"}
+        for number, one in enumerate(seen):
+            whole.update(*one)
+            if number == 1:
+                torch.save(whole.state_dict(), tmp_path / "state.pt")
+        resumed = ClassMeans(CLASSES, WIDTH, momentum=momentum, ignore_index=IGNORED)
+        state = torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True)
+        resumed.load_state_dict(state)
+        assert resumed.counts.sum() == sum(int((t != IGNORED).sum()) for _, t in seen[:2])
+        for one in seen[2:]:
+            resumed.update(*one)
+        assert resumed.compute().device.type == device
+        assert torch.equal(resumed.compute(), whole.compute())
+        assert torch.equal(resumed.counts, whole.counts)
+        assert resumed.metadata == {"teacher": "net"}
+
+    @pytest.mark.parametrize("momentum", [None, MOMENTUM])
+    def test_back_in_place(self, momentum, generator):
+        """What was seen since is forgotten, and the tensors are the same ones."""
+        means = ClassMeans(CLASSES, WIDTH, momentum=momentum, ignore_index=IGNORED)
+        empty = means.state_dict()
+        means.update(*batch(generator, 9))
+        state, table = means.state_dict(), means.compute()
+        held = means._local[0]
+        means.update(*batch(generator, 9))
+        assert not torch.equal(means.compute(), table)  # and the state did not change with it
+        means.load_state_dict(state)
+        assert torch.equal(means.compute(), table)
+        means.load_state_dict(empty)
+        assert means.counts.tolist() == [0] * CLASSES
+        assert not means.compute().any()
+        assert means._local[0] is held
+
+    def test_what_was_merged_stays_merged(self, generator):
+        means, seen = filled(generator)
+        merged = means.all_reduce()
+        seen.append(batch(generator, 6))
+        merged.update(*seen[-1])
+        resumed = ClassMeans(CLASSES, WIDTH, ignore_index=IGNORED)
+        resumed.load_state_dict(merged.state_dict())
+        assert torch.equal(resumed._merged[1], merged._merged[1])
+        assert_equals_averages(resumed, seen)
+        assert_equals_averages(resumed.all_reduce(), seen)
+
+    def test_a_table_of_unknown_counts(self, tmp_path):
+        path = tmp_path / "center.json"
+        path.write_text('{"0": [1, 2], "1": [3, 4]}')
+        resumed = ClassMeans(2, 2)
+        resumed.load_state_dict(ClassMeans.from_json(path).state_dict())
+        assert resumed.counts is None
+        assert resumed.compute().tolist() == [[1, 2], [3, 4]]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_classes": 7}, "state has num_classes 7, but these class means have 6"),
+            ({"momentum": 0.5}, "state has momentum 0.5, but these class means have 0.7"),
+            ({"momentum": None}, "state has momentum None, but these class means have 0.7"),
+            ({"ignore_index": -1}, "state has ignore_index -1, but these class means have 255"),
+            ({"local_sums": None}, "one of local_sums and local_counts, not the other"),
+            (
+                {"local_sums": torch.ones(6, 9).double()},
+                r"state's local_sums must be torch.float64 \[7, 9\], got torch.float64 \[6, 9\]",
+            ),
+            ({"local_counts": 3}, r"state's local_counts must be torch.int64 \[7\], got 3"),
+            ({"table": torch.ones(6)}, r"state's table must be torch.float32 \[6, 9\], got"),
+        ],
+    )
+    def test_another_state(self, change, message, generator):
+        means = moving_means()
+        means.update(*batch(generator, 9))
+        before = means.compute()
+        with pytest.raises(ValueError, match=message):
+            means.load_state_dict(means.state_dict() | change)
+        assert torch.equal(means.compute(), before)
+
+    @pytest.mark.parametrize("state", [None, [], {}, {"class_means": torch.ones(6, 9)}])
+    def test_no_state(self, state):
+        with pytest.raises(ValueError, match=r"state must be a dict|it lacks num_classes"):
+            moving_means().load_state_dict(state)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dnkd_ext.train import presets
+from dnkd_ext.train.config import TrainConfig, flatten, replace
 from dnkd_ext.train.models import model_names
 from dnkd_ext.train.presets import (
     describe,
@@ -117,10 +118,208 @@ def test_teachers(row):
     assert preset.settings == expected(row, "ce") | own
 
 
+# Likewise. Weights are kd and nd, or alpha, beta and nd; the first accuracy is that of the ++.
+IMAGENET = {
+    "resnet34-resnet18": {
+        "kd++": ((2.5, 1), 71.98, 70.66),
+        "dkd++": ((0.8, 0.5, 1), 72.07, 71.70),
+        "reviewkd++": ((1, 3), 71.64, 71.62),
+    },
+    "resnet50-resnet18": {
+        "kd++": ((4, 1), 72.49, 71.35),
+        "dkd++": ((0.6, 0.5, 2), 72.11, 71.85),
+        "reviewkd++": ((3, 2), 71.73, 71.09),
+    },
+    "resnet101-resnet18": {
+        "kd++": ((3.5, 4), 72.54, 71.09),
+        "dkd++": ((0.8, 0.5, 1), 72.29, 72.08),
+        "reviewkd++": ((3, 1), 71.79, 70.95),
+    },
+    "resnet152-resnet18": {
+        "kd++": ((4, 2), 72.59, 71.13),
+        "dkd++": ((1, 1, 1), 72.47, 71.87),
+        "reviewkd++": ((3, 1), 71.86, 71.39),
+    },
+    "resnet50-mobilenetv1": {
+        "kd++": ((4, 1), 72.77, 70.50),
+        "dkd++": ((0.8, 1, 1), 72.63, 72.05),
+        "reviewkd++": ((8, 4), 72.96, 72.56),
+    },
+    "vit_small-resnet18": {
+        "kd++": ((1.5, 1), 71.46, 71.32),
+        "dkd++": ((1, 1, 2), 71.33, 71.21),
+    },
+    "vit_base-resnet18": {
+        "kd++": ((2, 1), 71.84, 71.63),
+        "dkd++": ((1.4, 0.5, 2), 71.69, 71.62),
+    },
+}
+TIMM = {
+    "mobilenetv1": "mobilenetv1_100",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "deit_base": "deit_base_distilled_patch16_224",
+}
+IMAGENET_SHARED = {
+    "task": "imagenet",
+    "epochs": 100,
+    "batch_size": 512,
+    "optimizer": "sgd",
+    "lr": 0.2,
+    "momentum": 0.9,
+    "nesterov": True,
+    "weight_decay": 1e-4,
+    "decay_all": True,
+    "schedule": "multistep",
+    "milestones": (30, 60, 90),
+    "lr_decay": 0.1,
+    "nd_ramp": False,
+    "label_smoothing": 0.0,
+    "crop_size": 224,
+    "crop_scale": (0.08, 1.0),
+    "eval_resize": 256,
+    "interpolation": "bilinear",
+    "flip": True,
+    "rand_augment": "",
+    "random_erasing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "drop_path": 0.0,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
+DEIT = "regnety_160-deit_base"
+IMAGENET_CELLS = [
+    (pair, method)
+    for pair, row in IMAGENET.items()
+    for method in ("ce", *(m for plus in row for m in (plus.removesuffix("++"), plus)))
+] + [(DEIT, "kd"), (DEIT, "kd++")]
+
+
+@pytest.mark.parametrize(("pair", "method"), IMAGENET_CELLS[:-2])
+def test_the_published_numbers_of_imagenet(pair, method):
+    teacher, student = (TIMM.get(name, name) for name in pair.split("-"))
+    kind, small = method.removesuffix("++"), student == "mobilenetv1_100"
+    settings = IMAGENET_SHARED | {"student": student, "teacher": teacher, "method": kind}
+    settings |= {"ce_weight": 1.0, "kd_weight": 1.0, "nd_weight": 0.0}
+    if method == "ce":
+        settings |= {"teacher": None, "kd_weight": 0.0}
+        published = 68.87 if small else 69.76
+    else:
+        weights, *accuracies = IMAGENET[pair][kind + "++"]
+        published = accuracies[0 if method.endswith("++") else 1]
+        settings["kd_warm_up"] = 5 if method.endswith("++") else 0
+    if kind in ("kd", "dkd"):
+        settings["temperature"] = 1.0
+    if kind == "reviewkd":
+        settings["mid_channels"] = 256 if small else 512
+    if method == "kd":
+        settings |= {"ce_weight": 0.5, "kd_weight": 0.5}
+    elif method == "dkd":
+        settings |= {"alpha": 1.0, "beta": 2.0 if small else 0.5}
+    elif method == "reviewkd":
+        settings["kd_weight"] = 8.0 if small else 1.0
+    elif method == "dkd++":
+        settings["alpha"], settings["beta"], settings["nd_weight"] = weights
+        settings["nd_ramp"] = True
+    elif method != "ce":
+        settings["kd_weight"], settings["nd_weight"] = weights
+    preset = load_preset(f"imagenet/{pair}/{method}")
+    assert preset.settings == settings
+    assert preset.published == published
+
+
+@pytest.mark.parametrize(("method", "nd", "published"), [("kd", 0, 83.35), ("kd++", 1.5, 83.6)])
+def test_the_published_numbers_of_deit(method, nd, published):
+    preset = load_preset(f"imagenet/{DEIT}/{method}")
+    wanted = IMAGENET_SHARED | {
+        "student": "deit_base_distilled_patch16_224",
+        "teacher": "regnety_160",
+        "method": "hard_kd",
+        "ce_weight": 1.0,
+        "kd_weight": 0.5,
+        "nd_weight": nd,
+        "kd_warm_up": 5,
+        "epochs": 300,
+        "batch_size": 2048,
+        "optimizer": "adamw",
+        "betas": (0.9, 0.95),
+        "lr": 8e-4,  # 1e-4 * 2048 / 256
+        "weight_decay": 0.3,
+        "decay_all": False,
+        "schedule": "cosine",
+        "lr_warm_up": 20,
+        "min_lr": 1e-6,
+        "label_smoothing": 0.1,
+        "interpolation": "bicubic",
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "random_erasing": 0.25,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "drop_path": 0.1,
+    }
+    for name in ("momentum", "nesterov", "milestones", "lr_decay"):
+        del wanted[name]
+    assert preset.settings == wanted
+    assert preset.published == published
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("resnet101-resnet18/dkd++", "README.md has an ND weight of 2"),
+        ("resnet50-mobilenetv1/dkd++", "beta of 0.5"),
+        ("resnet50-mobilenetv1/reviewkd++", "6 for ReviewKD and 1 for the ND loss"),
+        ("vit_small-resnet18/dkd++", "alpha 1.4, beta 0.5 and 2 for the ND loss"),
+        ("vit_small-resnet18/kd++", "mean and standard deviation are 0.5"),
+        ("vit_base-resnet18/dkd++", "ramps the ND loss, too"),
+        ("resnet34-resnet18/dkd++", "ramps the ND loss, too"),
+        (f"{DEIT}/kd", "300 epochs, the table of their README 200"),
+        (f"{DEIT}/kd++", "mix the class means of the batch's samples, not of all classes"),
+    ],
+)
+def test_conflicts_of_imagenet(name, text):
+    assert any(text in conflict for conflict in load_preset(f"imagenet/{name}").conflicts)
+
+
+def test_sources_of_imagenet():
+    """A cell's own source is not beside what is said of its method's."""
+    assert "DeiT/train.sh" in load_preset(f"imagenet/{DEIT}/kd").source
+    assert not any("mdistiller" in text for text in load_preset(f"imagenet/{DEIT}/kd").conflicts)
+    assert "ViT/train.sh and train_kd.py" in load_preset("imagenet/vit_base-resnet18/kd++").source
+    assert "mdistiller" in load_preset("imagenet/vit_base-resnet18/kd").source
+
+
+def test_inferred_of_imagenet():
+    """The weights of the methods that others published for two of the pairs alone."""
+    weights = {"kd": {"ce_weight", "kd_weight"}, "dkd": {"beta"}, "reviewkd": {"kd_weight"}}
+    known = ("resnet34-resnet18", "resnet50-mobilenetv1", DEIT)
+    for pair, method in IMAGENET_CELLS:
+        wanted = set() if pair in known else weights.get(method, set())
+        assert set(load_preset(f"imagenet/{pair}/{method}").inferred) == wanted
+
+
+def test_models_of_imagenet_are_timms():
+    timm = pytest.importorskip("timm")
+    for pair, _ in IMAGENET_CELLS:
+        for name in pair.split("-"):
+            assert timm.is_model(TIMM.get(name, name))
+
+
+def test_settings_are_a_runs_or_in_the_table_of_new_ones():
+    known = set(flatten(TrainConfig())) | set(presets.IMAGENET)
+    for name in preset_names():
+        settings = load_preset(name).settings
+        assert set(settings) <= known
+        if name.startswith("cifar100/"):
+            replace(TrainConfig(), settings)
+
+
 def test_names():
     teachers = ["resnet56", "resnet32x4", "wrn_40_2", "resnet50"]
     wanted = [f"cifar100/teacher/{name}" for name in teachers]
     wanted += [f"cifar100/{pair}/{method}" for pair in PAIRS for method in METHODS]
+    wanted += [f"imagenet/{pair}/{method}" for pair, method in IMAGENET_CELLS]
     assert preset_names() == wanted
 
 
@@ -129,10 +328,11 @@ def test_all_have_their_source_and_types():
         preset = load_preset(name)
         assert preset.name == name
         assert preset.source
-        assert any("2 x 64" in text for text in preset.conflicts)
-        assert any("lr 0.05, or 0.01" in text for text in preset.conflicts)
-        assert preset.settings["student"] in model_names()
-        assert preset.settings["teacher"] in (None, *model_names())
+        if name.startswith("cifar100/"):
+            assert any("2 x 64" in text for text in preset.conflicts)
+            assert any("lr 0.05, or 0.01" in text for text in preset.conflicts)
+            assert preset.settings["student"] in model_names()
+            assert preset.settings["teacher"] in (None, *model_names())
         for key, value in preset.settings.items():
             if key.endswith("_weight") or key in ("alpha", "beta", "gamma", "temperature", "lr"):
                 assert type(value) is float
@@ -166,7 +366,8 @@ def test_a_preset_may_be_changed():
         ("cifar100/{resnet56,wrn}*/{ce,{,d}kd{,++}}", 10, "cifar100/wrn_40_2-wrn_40_1/dkd++"),
         ("cifar100/teacher/resnet5[06]", 2, "cifar100/teacher/resnet50"),
         ("cifar100/teacher/resnet5?", 2, "cifar100/teacher/resnet56"),
-        ("*/*/*", 58, "cifar100/teacher/resnet56"),
+        ("*/*/*", 105, "cifar100/teacher/resnet56"),
+        ("imagenet/*/kd", 8, "imagenet/regnety_160-deit_base/kd"),
         ("cifar100/teacher/{*,resnet56}", 4, "cifar100/teacher/resnet56"),
     ],
 )
@@ -187,7 +388,7 @@ def test_the_order_is_the_patterns():
         ("cifar100/resnet56-resnet20/kdd++", r"no preset 'cifar.*kdd\+\+'; close are: .*/kd\+\+"),
         ("cifar100/resnet56-resnet20/{ce,fitnet}", "no preset 'cifar.*/fitnet'"),
         ("cifar100/*", r"no preset 'cifar100/\*'"),
-        ("imagenet/*/kd", r"no preset 'imagenet/\*/kd'"),
+        ("imagenet/*/dist", r"no preset 'imagenet/\*/dist'"),
         ("", "no preset ''. dnkd presets lists all"),
         ("cifar100/x/{ce,kd", "opens a brace that it does not close"),
         ("cifar100/x/ce}", "closes a brace that it does not open"),
@@ -226,6 +427,16 @@ def test_the_description():
     for sentence in (preset.source, *preset.conflicts, *preset.inferred.values()):
         assert sentence in together
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_description_of_imagenet():
+    """Whose best epoch is not known; an empty text is shown as nothing."""
+    lines = [" ".join(line.split()) for line in describe(f"imagenet/{DEIT}/kd").splitlines()]
+    assert "published: 83.35 % top-1" in lines
+    assert "betas 0.9 0.95" in lines
+    assert "rand_augment -" in [
+        " ".join(line.split()) for line in describe("imagenet/resnet34-resnet18/ce").splitlines()
+    ]
 
 
 # -- the file -------------------------------------------------------------------------------------
@@ -267,6 +478,81 @@ def test_a_small_file():
     assert teacher.settings["lr"] == 2.0
 
 
+NAMED = """
+models: {a: alpha_net, b: beta_net}
+settings:
+  {task: imagenet, epochs: 2, batch_size: 8, optimizer: sgd, momentum: 0.9, nesterov: true,
+   weight_decay: 0.1, decay_all: true, schedule: multistep, milestones: [1], lr_decay: 0.1,
+   kd_warm_up: 1, temperature: 1, nd_ramp: false, label_smoothing: 0, crop_size: 8,
+   crop_scale: [0.1, 1], eval_resize: 9, interpolation: bicubic, flip: true, rand_augment: "",
+   random_erasing: 0, mixup: 0, cutmix: 0, drop_path: 0, mean: [0.5], std: [0.5],
+   betas: {value: [0.9, 0.99], inferred: true, reason: Usual.}}
+conflicts: [They differ.]
+methods:
+  ce:
+    source: someone
+    settings: {method: ce, ce_weight: 1, kd_weight: 0, nd_weight: 0}
+    conflicts: [Of the method.]
+  kd:
+    source: another
+    settings: {method: kd, ce_weight: 1, kd_weight: 1, nd_weight: 0}
+pairs:
+  a-b:
+    settings: {lr: 1}
+    conflicts: [Of the pair.]
+    ce: {published: 5}
+    kd: {published: 6}
+  b-a:
+    settings: {lr: 1, optimizer: adamw, schedule: cosine, lr_warm_up: 1, min_lr: 0}
+    without: [kd]
+    ce: {source: a third, conflicts: [Of the cell.]}
+"""
+
+
+def test_a_file_without_teachers_and_with_named_models():
+    found = read(NAMED)
+    assert list(found) == ["t/a-b/ce", "t/a-b/kd", "t/b-a/ce"]
+    ce, kd, other = found.values()
+    assert (kd.settings["teacher"], kd.settings["student"]) == ("alpha_net", "beta_net")
+    assert (ce.settings["teacher"], other.settings["student"]) == (None, "alpha_net")
+    assert ce.conflicts == ("Of the pair.", "Of the method.", "They differ.")
+    assert (other.source, other.conflicts) == ("a third", ("Of the cell.", "They differ."))
+    # Of what stands first everyone has what it needs.
+    assert "temperature" in kd.settings
+    assert "temperature" not in ce.settings
+    assert "betas" not in ce.settings
+    assert "momentum" not in other.settings
+    assert other.settings["betas"] == (0.9, 0.99)
+    assert (ce.inferred, other.inferred) == ({}, {"betas": "Usual."})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("a-b:", "c-b:", "pairs.c-b has c, which models lacks"),
+        ("b: beta_net", "b: 3", "models.b must be a text, got 3"),
+        ("without: [kd]", "without: [dkd]", "b-a.without must be a list of methods, got ['dkd']"),
+        ("without: [kd]", "without: kd", "pairs.b-a.without must be a list of methods, got 'kd'"),
+        ("without: [kd]\n", "without: [ce]\n    kd: {}\n", "pairs.b-a has unknown keys: ce"),
+        ("    without: [kd]\n", "", "pairs.b-a lacks kd"),
+        ("lr_warm_up: 1, ", "", "b-a/ce lacks lr_warm_up"),
+        ("lr_warm_up: 1", "lr_warm_up: 1, lr_decay: 1", "b-a/ce has no use for lr_decay"),
+        ("{lr: 1}", "{lr: 1, min_lr: 1}", "a-b/ce has no use for min_lr"),
+        ("{lr: 1}", "{lr: 1, pad: 1}", "a-b/ce has no use for pad"),
+        ("drop_path: 0, ", "", "a-b/ce lacks drop_path"),
+        ("adamw", "adam", "optimizer must be one of sgd, adamw, got 'adam'"),
+        ("[0.1, 1]", "[0.1]", "settings.crop_scale must be a list of two numbers, got [0.1]"),
+        ('rand_augment: ""', "rand_augment: 9", "settings.rand_augment must be a text, got 9"),
+        ("a third", "", "pairs.b-a.ce.source must be a text, got None"),
+    ],
+)
+def test_such_a_file_with_a_mistake(old, new, message):
+    assert old in NAMED
+    with pytest.raises(ValueError, match=r"^t\.yaml") as caught:
+        read(NAMED.replace(old, new, 1))
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -283,7 +569,7 @@ def test_a_small_file():
         ("flip: true", "flip: 1", "settings.flip must be true or false, got 1"),
         ("[1]", "[1, 2.0]", "settings.milestones must be a list of integers, got [1, 2.0]"),
         ("[1]", "1", "settings.milestones must be a list of integers, got 1"),
-        ("task: cifar", "task: images", "settings.task must be one of cifar, got 'images'"),
+        ("task: cifar", "task: images", "settings.task must be one of cifar, imagenet, got"),
         ("{method: ce", "{method: fit", "methods.ce.settings.method must be one of ce, kd, "),
         ("    source: someone", "    sauce: someone", "methods.ce.sauce is not known; there are"),
         ("    source: someone\n", "", "methods.ce lacks source"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -17,6 +19,11 @@ def test_code_blocks(tmp_path, monkeypatch):
         exec(compile(block, f"README.md, block {number}", "exec"), namespace)
     assert namespace["loss"].isfinite()
     assert namespace["features"].grad.abs().sum() > 0
+    result = namespace["result"]  # of the task object for timm's loop
+    expected = result["ce"] + 2.5 * result["kd"] + result["nd"]
+    torch.testing.assert_close(result["loss"], expected)
+    assert result["output"].shape == (128, 10)
+    assert namespace["moving"].missing == []
 
 
 def test_commands_exist():

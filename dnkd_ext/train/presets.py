@@ -11,15 +11,15 @@ import fnmatch
 import functools
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
 __all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
 
-METHODS = ("ce", "kd", "dkd", "dist", "reviewkd")
-TASKS = ("cifar",)
+METHODS = ("ce", "kd", "dkd", "dist", "reviewkd", "hard_kd")
+TASKS = ("cifar", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Preset:
         name: as ``cifar100/resnet56-resnet20/kd++``, or ``cifar100/teacher/resnet56``.
         source: who published it, and in which files.
         conflicts: sentences on what the sources disagree in.
-        published: top-1 of its best epoch in percent, or None.
+        published: top-1 in percent, or None; for CIFAR-100 the best epoch's.
         settings: of a training run, by their flat names; what the method has no use for is left
             out. A ``kd_warm_up`` of 0 means no ramp.
         inferred: why, for every setting that no source gives.
@@ -126,11 +126,13 @@ def describe(name: str) -> str:
     preset = load_preset(name)
     lines = [preset.name, *_wrapped(f"source: {preset.source}", "")]
     if preset.published is not None:
-        lines.append(f"published: {preset.published:.2f} % top-1, the best epoch's")
+        of = ", the best epoch's" if preset.settings["task"] == "cifar" else ""
+        lines.append(f"published: {preset.published:.2f} % top-1{of}")
     width = max(map(len, preset.settings))
     lines.append("settings:")
     for key, value in preset.settings.items():
         shown = " ".join(map(_number, value)) if isinstance(value, tuple) else _number(value)
+        shown = shown or "-"
         lines.append(f"  {key.ljust(width)}  {shown}")
     if preset.inferred:
         lines.append("inferred:")
@@ -211,8 +213,17 @@ def _bool(value: Any) -> bool | None:
     return value if type(value) is bool else None
 
 
+def _str(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _choice(choices: tuple[str, ...]) -> Callable[[Any], str | None]:
     return lambda value: value if isinstance(value, str) and value in choices else None
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    numbers = _tuple(_float)(value)
+    return numbers if numbers and len(numbers) == 2 else None
 
 
 def _tuple(kind: Callable[[Any], Any]) -> Callable[[Any], tuple | None]:
@@ -253,14 +264,71 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "std": (_tuple(_float), "a list of numbers"),
 }
 
-# The settings that only some methods have; all others every preset must have.
+# The settings that only the presets of the imagenet task have, in the same form. A choice in words
+# is a Literal, a list of two numbers a tuple[float, ...].
+IMAGENET: dict[str, tuple[Callable[[Any], Any], str]] = {
+    # The method "hard_kd", besides: cross entropy with the teacher's most likely class, on the
+    # logits of the distillation token where the student has one; ce_weight is then for those of the
+    # class token, and nd_weight for the mean of both tokens' features. Ramped as KD is.
+    # Whether the ND loss grows with kd_warm_up, too.
+    "nd_ramp": _TRUTH,
+    # ReviewKD: width of what the fusion blocks carry.
+    "mid_channels": _INTEGER,
+    # Of the cross entropy; with mixup or cutmix of the mixed target, which the ND loss reads, too.
+    "label_smoothing": _NUMBER,
+    "optimizer": (_choice(("sgd", "adamw")), "one of sgd, adamw"),
+    # Of AdamW.
+    "betas": (_pair, "a list of two numbers"),
+    # Whether biases and other parameters of one dimension have weight decay.
+    "decay_all": _TRUTH,
+    "schedule": (_choice(("multistep", "cosine")), "one of multistep, cosine"),
+    # Epochs over which the learning rate grows from 0 along a line; the cosine is of the rest.
+    "lr_warm_up": _INTEGER,
+    # Where the cosine ends.
+    "min_lr": _NUMBER,
+    # Side of the images that the models see, in pixels.
+    "crop_size": _INTEGER,
+    # Smallest and largest share of a training image's area that is cut out.
+    "crop_scale": (_pair, "a list of two numbers"),
+    # Shorter side that test images are scaled to before their middle is cut out, in pixels.
+    "eval_resize": _INTEGER,
+    "interpolation": (_choice(("bilinear", "bicubic")), "one of bilinear, bicubic"),
+    # As timm writes it, "rand-m9-mstd0.5-inc1"; empty for none.
+    "rand_augment": (_str, "a text"),
+    # Probability, of timm's kind "pixel", once an image.
+    "random_erasing": _NUMBER,
+    # Parameter of their beta distribution, 0 for none; where there are both, each has half of the
+    # batches, at random.
+    "mixup": _NUMBER,
+    "cutmix": _NUMBER,
+    # Rate of stochastic depth in the student.
+    "drop_path": _NUMBER,
+}
+SETTINGS |= IMAGENET
+
+# The settings that only some methods, optimizers and schedules have.
 OF_METHODS: dict[str, set[str]] = {
     "ce": set(),
     "kd": {"temperature", "kd_warm_up"},
     "dkd": {"temperature", "kd_warm_up", "alpha", "beta"},
     "dist": {"temperature", "kd_warm_up", "beta", "gamma"},
-    "reviewkd": {"kd_warm_up"},
+    "reviewkd": {"kd_warm_up", "mid_channels"},
+    "hard_kd": {"kd_warm_up"},
 }
+OF_OPTIMIZERS = {"sgd": {"momentum", "nesterov"}, "adamw": {"betas"}}
+OF_SCHEDULES = {"multistep": {"milestones", "lr_decay"}, "cosine": {"lr_warm_up", "min_lr"}}
+
+
+def _wanted(settings: dict[str, Any]) -> set[str]:
+    """What settings there must be, and no others, by what the settings themselves say."""
+    wanted = set(SETTINGS)
+    for choices, choice in (
+        (OF_METHODS, settings.get("method", "ce")),
+        (OF_OPTIMIZERS, settings.get("optimizer", "sgd")),
+        (OF_SCHEDULES, settings.get("schedule", "multistep")),
+    ):
+        wanted -= set().union(*choices.values()) - choices[choice]
+    return wanted - ({"pad"} if settings.get("task") == "imagenet" else set(IMAGENET))
 
 
 @dataclass
@@ -283,21 +351,13 @@ class _File:
         self.root = self._mapping(
             self._parse(text),
             "",
-            {"models", "settings", "conflicts", "methods", "pairs", "teachers"},
+            {"models", "settings", "conflicts", "methods", "pairs"},
+            {"teachers"},
         )
 
     def presets(self) -> list[Preset]:
         shared = self._part(self.root, "", {"settings", "conflicts"}, ignore=set(self.root))
-        prefix = self._text(self.root["models"], "models")
-        teachers = self._mapping(
-            self.root["teachers"], "teachers", {"source", "settings", "conflicts", "models"}
-        )
-        common = self._part(teachers, "teachers", {"source", "settings", "conflicts"}, {"models"})
-        made = []
-        for model, cell in self._items(teachers["models"], "teachers.models"):
-            own = self._part(cell, f"teachers.models.{model}", {"published", "conflicts"})
-            models = {"student": prefix + model, "teacher": None}
-            made.append(self._preset(f"teacher/{model}", models, [shared, common, own]))
+        made = [self._teacher(model, shared, *rest) for model, *rest in self._teachers()]
         methods = {
             method: self._part(
                 content, f"methods.{method}", {"source", "settings", "conflicts"}, set()
@@ -309,17 +369,65 @@ class _File:
             teacher, dash, student = pair.partition("-")
             if not (teacher and dash and student):
                 raise self._error(key, "must be TEACHER-STUDENT")
-            self._mapping(content, key, {"settings", *methods})
-            of_pair = self._part(content, key, {"settings"}, set(methods))
-            for method, part in methods.items():
-                own = self._part(content[method], f"{key}.{method}", {"published", "conflicts"})
-                with_teacher = part.settings.get("method") != "ce"
-                models = {
-                    "student": prefix + student,
-                    "teacher": prefix + teacher if with_teacher else None,
-                }
-                made.append(self._preset(f"{pair}/{method}", models, [shared, part, of_pair, own]))
+            models = {"student": self._model(student, key), "teacher": self._model(teacher, key)}
+            without = self._without(content, key, methods)
+            cells = [method for method in methods if method not in without]
+            self._mapping(content, key, set(cells), {"settings", "conflicts", "without"})
+            of_pair = self._part(content, key, {"settings", "conflicts"}, {"without", *cells})
+            for method in cells:
+                part = methods[method]
+                own = self._part(
+                    content[method],
+                    f"{key}.{method}",
+                    {"published", "conflicts", "source"},
+                    may_lack={"source"},
+                )
+                if own.source:  # what is said of the method is of another source
+                    part = replace(part, conflicts=[])
+                with_teacher = (part.settings | own.settings).get("method") != "ce"
+                own_models = models if with_teacher else models | {"teacher": None}
+                made.append(
+                    self._preset(f"{pair}/{method}", own_models, [shared, part, of_pair, own])
+                )
         return made
+
+    def _teachers(self) -> Iterator[tuple[str, _Part, _Part]]:
+        """Name, what all have, and its own part, of every teacher that is trained itself."""
+        if "teachers" not in self.root:
+            return
+        teachers = self._mapping(
+            self.root["teachers"], "teachers", {"source", "settings", "conflicts", "models"}
+        )
+        common = self._part(teachers, "teachers", {"source", "settings", "conflicts"}, {"models"})
+        for model, cell in self._items(teachers["models"], "teachers.models"):
+            yield (
+                model,
+                common,
+                self._part(cell, f"teachers.models.{model}", {"published", "conflicts"}),
+            )
+
+    def _teacher(self, model: str, shared: _Part, common: _Part, own: _Part) -> Preset:
+        models = {"student": self._model(model, f"teachers.models.{model}"), "teacher": None}
+        return self._preset(f"teacher/{model}", models, [shared, common, own])
+
+    def _model(self, name: str, key: str) -> str:
+        """A model's full name: "models" has what stands before all, or every one by its own."""
+        models = self.root["models"]
+        if not isinstance(models, dict):
+            return self._text(models, "models") + name
+        if name not in models:
+            raise self._error(key, f"has {name}, which models lacks")
+        return self._text(models[name], f"models.{name}")
+
+    def _without(self, content: Any, key: str, methods: Iterable[str]) -> list[str]:
+        """The methods that a pair has not, for which nothing was published."""
+        if "without" not in dict(self._items(content, key)):
+            return []
+        without = content["without"]
+        known = isinstance(without, list) and without and all(name in methods for name in without)
+        if not known:
+            raise self._error(f"{key}.without", f"must be a list of methods, got {without!r}")
+        return without
 
     def _preset(self, name: str, models: dict[str, Any], parts: list[_Part]) -> Preset:
         settings: dict[str, Any] = {}
@@ -329,8 +437,11 @@ class _File:
                 settings[key] = value
                 inferred.pop(key, None)
             inferred.update(part.inferred)
-        of_some = set().union(*OF_METHODS.values())
-        wanted = (set(SETTINGS) - of_some) | OF_METHODS.get(settings.get("method", "ce"), set())
+        wanted = _wanted(settings)
+        # What stands first is for all, and they take what they need; the rest was meant.
+        needless = set(parts[0].settings).difference(wanted, *(p.settings for p in parts[1:]))
+        settings = {key: value for key, value in settings.items() if key not in needless}
+        inferred = {key: value for key, value in inferred.items() if key not in needless}
         for problem, keys in (
             ("lacks", wanted - set(settings)),
             ("has no use for", set(settings) - wanted),
@@ -350,7 +461,12 @@ class _File:
         )
 
     def _part(
-        self, content: Any, key: str, known: set[str], ignore: set[str] | None = None
+        self,
+        content: Any,
+        key: str,
+        known: set[str],
+        ignore: set[str] | None = None,
+        may_lack: Collection[str] = (),
     ) -> _Part:
         """A mapping with some of the keys of :class:`_Part`.
 
@@ -379,7 +495,7 @@ class _File:
                 self._setting(part, name, value, place)
             elif name not in ignore:
                 raise self._error(place, f"is not known; there are {', '.join(sorted(known))}")
-        if "source" in known and not part.source:
+        if "source" in known and "source" not in may_lack and not part.source:
             raise self._error(key, "lacks source")
         return part
 
@@ -399,11 +515,13 @@ class _File:
         if part.settings[name] is None:
             raise self._error(place, f"must be {wanted}, got {value!r}")
 
-    def _mapping(self, value: Any, key: str, keys: set[str]) -> dict[str, Any]:
-        """A mapping with exactly these keys."""
+    def _mapping(
+        self, value: Any, key: str, keys: set[str], optional: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """A mapping with exactly these keys, and perhaps the optional ones."""
         for problem, others in (
             ("lacks", keys - dict(self._items(value, key)).keys()),
-            ("has unknown keys:", value.keys() - keys),
+            ("has unknown keys:", value.keys() - keys - set(optional)),
         ):
             if others:
                 raise self._error(key, f"{problem} {', '.join(sorted(map(str, others)))}")
