@@ -68,22 +68,28 @@ class ModelOptions:
     are gathered first and kept in the run's folder."""
     dropout: float = 0.5
     """Of the projector, which is there where student and class means differ in width."""
+    drop_path: float = 0.0
+    """Rate of stochastic depth in the student, for models of timm that have it."""
 
 
 @dataclass(frozen=True)
 class MethodOptions:
     """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD) + nd_weight ND."""
 
-    method: Literal["ce", "kd", "dkd", "dist", "reviewkd"] = "ce"
-    """What is distilled beside the features; ce: nothing. The ++ of a method is its nd_weight."""
+    method: Literal["ce", "kd", "dkd", "dist", "reviewkd", "hard_kd"] = "ce"
+    """What is distilled beside the features; ce: nothing; hard_kd: the class that the teacher
+    finds, by cross entropy, on the distillation token where the student has one. The ++ of a method
+    is its nd_weight."""
     ce_weight: float = 1.0
     """Weight of the cross entropy."""
     kd_weight: float = 1.0
-    """Weight of KD, DKD, DIST or ReviewKD."""
+    """Weight of the distillation."""
     nd_weight: float = 0.0
     """Weight of the norm-and-direction loss; 0 leaves it out."""
     kd_warm_up: int = 0
     """Epochs over which the weight of the distillation grows from 0."""
+    nd_ramp: bool = False
+    """Let the weight of the norm-and-direction loss grow likewise."""
     temperature: float = 4.0
     """Of KD, DKD and DIST."""
     alpha: float = 1.0
@@ -92,6 +98,9 @@ class MethodOptions:
     """DKD: weight of the other classes' part. DIST: weight of the correlation over classes."""
     gamma: float = 1.0
     """DIST: weight of the correlation over samples."""
+    mid_channels: int | None = None
+    """ReviewKD: width of what its fusion blocks carry; by default that of the student's last stage,
+    at most 512."""
     label_smoothing: float = 0.0
     """Of the cross entropy."""
     logit_standardization: bool = False
@@ -196,7 +205,7 @@ class TrainConfig:
         for name in ("lr", "lr_decay", "temperature"):
             if not (math.isfinite(flat[name]) and flat[name] > 0):
                 raise ValueError(f"--{_option(name)} must be greater than 0, got {flat[name]}")
-        for name in ("dropout", "label_smoothing"):
+        for name in ("dropout", "drop_path", "label_smoothing"):
             if not 0 <= flat[name] <= 1:
                 raise ValueError(f"--{_option(name)} must be between 0 and 1, got {flat[name]}")
         for name in ("momentum", "ema_decay"):
@@ -269,6 +278,7 @@ LEAST = {
     "beta": 0,
     "gamma": 0,
     "kd_warm_up": 0,
+    "mid_channels": 1,
     "epochs": 1,
     "batch_size": 1,
     "accumulate": 1,

@@ -264,44 +264,26 @@ SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "std": (_tuple(_float), "a list of numbers"),
 }
 
-# The settings that only the presets of the imagenet task have, in the same form. A choice in words
-# is a Literal, a list of two numbers a tuple[float, ...].
+# The settings that only the presets of the imagenet task have, in the same form.
 IMAGENET: dict[str, tuple[Callable[[Any], Any], str]] = {
-    # The method "hard_kd", besides: cross entropy with the teacher's most likely class, on the
-    # logits of the distillation token where the student has one; ce_weight is then for those of the
-    # class token, and nd_weight for the mean of both tokens' features. Ramped as KD is.
-    # Whether the ND loss grows with kd_warm_up, too.
     "nd_ramp": _TRUTH,
-    # ReviewKD: width of what the fusion blocks carry.
     "mid_channels": _INTEGER,
-    # Of the cross entropy; with mixup or cutmix of the mixed target, which the ND loss reads, too.
     "label_smoothing": _NUMBER,
     "optimizer": (_choice(("sgd", "adamw")), "one of sgd, adamw"),
-    # Of AdamW.
     "betas": (_pair, "a list of two numbers"),
-    # Whether biases and other parameters of one dimension have weight decay.
-    "decay_all": _TRUTH,
+    "decay_vectors": _TRUTH,
     "schedule": (_choice(("multistep", "cosine")), "one of multistep, cosine"),
-    # Epochs over which the learning rate grows from 0 along a line; the cosine is of the rest.
     "lr_warm_up": _INTEGER,
-    # Where the cosine ends.
-    "min_lr": _NUMBER,
-    # Side of the images that the models see, in pixels.
-    "crop_size": _INTEGER,
-    # Smallest and largest share of a training image's area that is cut out.
-    "crop_scale": (_pair, "a list of two numbers"),
-    # Shorter side that test images are scaled to before their middle is cut out, in pixels.
-    "eval_resize": _INTEGER,
+    "lr_end": _NUMBER,
+    "image_size": _INTEGER,
+    "scale": (_pair, "a list of two numbers"),
+    "crop_pct": _NUMBER,
     "interpolation": (_choice(("bilinear", "bicubic")), "one of bilinear, bicubic"),
-    # As timm writes it, "rand-m9-mstd0.5-inc1"; empty for none.
-    "rand_augment": (_str, "a text"),
-    # Probability, of timm's kind "pixel", once an image.
+    "hflip": _NUMBER,
+    "auto_augment": (_str, "a text"),
     "random_erasing": _NUMBER,
-    # Parameter of their beta distribution, 0 for none; where there are both, each has half of the
-    # batches, at random.
     "mixup": _NUMBER,
     "cutmix": _NUMBER,
-    # Rate of stochastic depth in the student.
     "drop_path": _NUMBER,
 }
 SETTINGS |= IMAGENET
@@ -316,7 +298,7 @@ OF_METHODS: dict[str, set[str]] = {
     "hard_kd": {"kd_warm_up"},
 }
 OF_OPTIMIZERS = {"sgd": {"momentum", "nesterov"}, "adamw": {"betas"}}
-OF_SCHEDULES = {"multistep": {"milestones", "lr_decay"}, "cosine": {"lr_warm_up", "min_lr"}}
+OF_SCHEDULES = {"multistep": {"milestones", "lr_decay"}, "cosine": {"lr_warm_up", "lr_end"}}
 
 
 def _wanted(settings: dict[str, Any]) -> set[str]:
@@ -328,7 +310,7 @@ def _wanted(settings: dict[str, Any]) -> set[str]:
         (OF_SCHEDULES, settings.get("schedule", "multistep")),
     ):
         wanted -= set().union(*choices.values()) - choices[choice]
-    return wanted - ({"pad"} if settings.get("task") == "imagenet" else set(IMAGENET))
+    return wanted - ({"pad", "flip"} if settings.get("task") == "imagenet" else set(IMAGENET))
 
 
 @dataclass
