@@ -16,6 +16,7 @@ import tyro
 
 from dnkd_ext.train.config import (
     DataOptions,
+    DetectionOptions,
     MethodOptions,
     ModelOptions,
     OptimOptions,
@@ -58,6 +59,7 @@ class Train:
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
     reader: ReaderOptions = field(default_factory=ReaderOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
 
 
 @dataclass
@@ -90,6 +92,7 @@ class ClassMeansArguments:
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     reader: ReaderOptions = field(default_factory=ReaderOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
 
 
 @dataclass
@@ -103,6 +106,7 @@ class Eval:
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     reader: ReaderOptions = field(default_factory=ReaderOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
 
 
 @dataclass
@@ -140,6 +144,17 @@ def _arguments_of(preset: str, out: str) -> Train:
         optim=config.optim,
         run=config.run,
         reader=config.reader,
+        detection=config.detection,
+    )
+
+
+def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
+    """The configuration of a command that does not train."""
+    return TrainConfig(
+        data=arguments.data,
+        run=arguments.run,
+        reader=arguments.reader,
+        detection=arguments.detection,
     )
 
 
@@ -162,6 +177,7 @@ def train(argv: Sequence[str]) -> int:
             arguments.optim,
             arguments.run,
             arguments.reader,
+            arguments.detection,
         )
         configs.append((config, load_preset(name).published if name else None))
     assert arguments is not None
@@ -214,7 +230,7 @@ def presets(argv: Sequence[str]) -> int:
 def class_means(argv: Sequence[str]) -> int:
     """``dnkd class-means``."""
     arguments = _parse(ClassMeansArguments, "class-means", argv)
-    config = TrainConfig(data=arguments.data, run=arguments.run, reader=arguments.reader)
+    config = _config(arguments)
     out = Path(arguments.out)
     config.check_data()
     with join_world(arguments.run.device) as world:
@@ -238,7 +254,7 @@ def class_means(argv: Sequence[str]) -> int:
 def evaluate(argv: Sequence[str]) -> int:
     """``dnkd eval``."""
     arguments = _parse(Eval, "eval", argv)
-    config = TrainConfig(data=arguments.data, run=arguments.run, reader=arguments.reader)
+    config = _config(arguments)
     config.check_data()
     with join_world(arguments.run.device) as world:
         result = run_eval(arguments.model, arguments.weights, config, world)

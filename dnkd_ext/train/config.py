@@ -17,6 +17,7 @@ from dnkd_ext.train.readers import ReaderOptions
 
 __all__ = [
     "DataOptions",
+    "DetectionOptions",
     "MethodOptions",
     "ModelOptions",
     "OptimOptions",
@@ -31,12 +32,14 @@ __all__ = [
 class DataOptions:
     """Images and what is done to them."""
 
-    task: Literal["cifar", "imagenet"] = "cifar"
+    task: Literal["cifar", "imagenet", "detection"] = "cifar"
     """cifar: small images that are held in memory; imagenet: images that are read from disk while
-    training (the reader options, and not limit, cache, pad and flip, are theirs)."""
+    training (the reader options, and not limit, cache, pad and flip, are theirs); detection: boxes
+    in images of COCO's format (the detection options are theirs, and of the reader's workers)."""
     data: str = ""
     """Folder of the data set: train/CLASS/* and test or val; for cifar also CIFAR-100 as
-    torchvision unpacks it, for imagenet also tar archives and WebDataset shards."""
+    torchvision unpacks it, for imagenet also tar archives and WebDataset shards. For detection
+    train2017/*, val2017/* and annotations/instances_train2017.json, instances_val2017.json."""
     limit: int | None = None
     """Use at most this many training images, as many of every class, and a third as many test
     images."""
@@ -57,12 +60,13 @@ class ModelOptions:
     """Student and teacher."""
 
     student: str = "cifar_resnet20"
-    """Model to train: a cifar_* name, or any name that timm knows."""
+    """Model to train: a cifar_* name, or any name that timm knows; for detection
+    fasterrcnn_resnet18, _resnet50, _resnet101 or _mobilenet_v2."""
     teacher: str | None = None
     """Model to learn from, likewise; none for cross entropy alone."""
     teacher_weights: str | None = None
     """File of the teacher's weights (safetensors or PyTorch), the folder of the run that trained
-    it, whose best weights are taken, or pretrained: timm's own."""
+    it, whose best weights are taken, or pretrained: timm's own, for detection torchvision's."""
     class_means: str | None = None
     """File of the teacher's class means (dnkd class-means, or the authors' JSON); without one they
     are gathered first and kept in the run's folder."""
@@ -74,7 +78,11 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD) + nd_weight ND."""
+    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD) + nd_weight ND.
+
+    In detection all of the detector's own losses stand in the place of CE, and a sample is a
+    proposal.
+    """
 
     method: Literal["ce", "kd", "dkd", "dist", "reviewkd", "hard_kd"] = "ce"
     """What is distilled beside the features; ce: nothing; hard_kd: the class that the teacher
@@ -100,7 +108,7 @@ class MethodOptions:
     """DIST: weight of the correlation over samples."""
     mid_channels: int | None = None
     """ReviewKD: width of what its fusion blocks carry; by default that of the student's last stage,
-    at most 512."""
+    at most 512; 256 for detection."""
     label_smoothing: float = 0.0
     """Of the cross entropy."""
     logit_standardization: bool = False
@@ -140,8 +148,8 @@ class OptimOptions:
     """Epochs at which the learning rate is multiplied by lr_decay."""
     lr_decay: float = 0.1
     """See milestones."""
-    lr_warm_up: int = 0
-    """Epochs over which the learning rate grows to lr, every step."""
+    lr_warm_up: float = 0.0
+    """Epochs over which the learning rate grows to lr, every step; may be a part of one."""
     lr_start: float = 0.0
     """Learning rate at the start of the warm-up."""
     lr_end: float = 0.0
@@ -183,6 +191,55 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class DetectionOptions:
+    """Detectors and their data."""
+
+    train_set: str = "train2017"
+    """Folder of the training images in the data's; annotations/instances_NAME.json beside it."""
+    val_set: str = "val2017"
+    """Likewise of the images of the evaluation."""
+    backbone_weights: str | None = None
+    """ImageNet weights with which the student's backbone begins: a file by torchvision's names, or
+    pretrained for those that torchvision downloads. Its batch normalisation is frozen then."""
+    trainable_layers: int = 3
+    """How many of the backbone's five parts (stem and four stages), from the last, are trained;
+    all of them without backbone_weights."""
+    min_size: tuple[int, ...] = (800,)
+    """Length to which the shorter side of an image is resized; of several one is drawn for every
+    training image, and the last is for evaluation."""
+    max_size: int = 1333
+    """Longest side of a resized image, which overrules min_size."""
+    anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
+    """Side of the anchors of the feature pyramid's five levels, in pixels."""
+    rpn_proposals: int = 1000
+    """Proposals of every training image from which are sampled those the box head sees."""
+    proposals: int = 512
+    """Sampled proposals of every image, at most a quarter of them on objects."""
+    epoch_steps: int | None = None
+    """Steps that are called an epoch: evaluations, checkpoints, milestones and epochs count in
+    these; by default a pass over the training images."""
+    detect_batch_size: int = 8
+    """Images per step of evaluation and of class means, of all processes together; made a multiple
+    of these."""
+
+    def check(self) -> None:
+        """ValueError for values out of range, naming the option."""
+        sizes = self.min_size
+        if not sizes or min(sizes) < 1 or self.max_size < max(sizes):
+            raise ValueError(
+                f"--min-size must be sizes from 1 to --max-size {self.max_size}, got {sizes}"
+            )
+        if len(self.anchor_sizes) != 5 or min(self.anchor_sizes) < 1:
+            raise ValueError(
+                f"--anchor-sizes must be five sizes from 1 on, got {self.anchor_sizes}"
+            )
+        if not 0 <= self.trainable_layers <= 5:
+            raise ValueError(
+                f"--trainable-layers must be between 0 and 5, got {self.trainable_layers}"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run."""
 
@@ -194,6 +251,7 @@ class TrainConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     run: RunOptions = field(default_factory=RunOptions)
     reader: ReaderOptions = field(default_factory=ReaderOptions)
+    detection: DetectionOptions = field(default_factory=DetectionOptions)
 
     def check(self, world_size: int = 1) -> None:
         """ValueError for values out of range or at odds with each other, naming the option."""
@@ -233,6 +291,8 @@ class TrainConfig:
                 f"{self.optim.accumulate}, got {self.optim.batch_size}"
             )
         self.check_data()
+        if self.data.task == "detection":
+            self._check_detection()
         if self.needs_teacher:
             if self.model.teacher is None:
                 raise ValueError(
@@ -250,9 +310,28 @@ class TrainConfig:
                 "name a --method"
             )
 
+    def _check_detection(self) -> None:
+        """What detection has no part in."""
+        if self.method.method in ("dist", "hard_kd"):
+            raise ValueError(f"--method {self.method.method} has no part in --task detection")
+        if self.method.label_smoothing:
+            raise ValueError("--label-smoothing has no part in --task detection")
+        for name in ("compile", "cuda_graph"):
+            if getattr(self.run, name):
+                raise ValueError(
+                    f"--{_option(name)} is for batches of one shape, and those of --task detection "
+                    "have many"
+                )
+
     def check_data(self) -> None:
         """What is wrong with the data's options alone."""
         flat = flatten(self)
+        if self.data.task == "detection":
+            self.detection.check()
+            if self.reader.workers < 0:
+                raise ValueError(f"--workers must be at least 0, got {self.reader.workers}")
+            if self.data.cache is not None:
+                raise ValueError(f"--cache is for --task cifar, got {self.data.cache}")
         if self.data.task == "imagenet":
             self.reader.check()
             for name in ("limit", "cache"):
@@ -288,6 +367,10 @@ LEAST = {
     "lr_end": 0,
     "seed": 0,
     "eval_batch_size": 1,
+    "detect_batch_size": 1,
+    "epoch_steps": 1,
+    "rpn_proposals": 1,
+    "proposals": 1,
     "checkpoint_every": 1,
     "log_every": 1,
 }
@@ -305,6 +388,7 @@ FREE = {
     "cuda_graph",
     "deterministic",
     "eval_batch_size",
+    "detect_batch_size",
     "checkpoint_every",
     "log_every",
     "tensorboard",
@@ -313,7 +397,7 @@ FREE = {
     "on_error",
 }
 
-GROUPS = ("data", "model", "method", "optim", "run", "reader")
+GROUPS = ("data", "model", "method", "optim", "run", "reader", "detection")
 
 
 def _option(name: str) -> str:

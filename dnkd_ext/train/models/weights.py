@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,12 +15,23 @@ __all__ = ["load_weights"]
 KEYS = ("model", "state_dict")
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    adapt: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> None:
     """Put the weights of a file into the model, all of them and nothing else.
 
     Reads safetensors files, PyTorch files of a state dictionary, and checkpoints that hold one
     under ``model`` (mdistiller's) or ``state_dict``; the prefix ``module.`` of DataParallel is
     dropped. Nothing in the file is executed. The model is untouched where an error is raised.
+
+    Args:
+        model: gets the weights.
+        path: of the file.
+        adapt: from what the file holds to the names and shapes that the model has; a ValueError of
+            its own is told with the file's name.
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,6 +44,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = _read(path)
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    if adapt is not None:
+        try:
+            state = adapt(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     wanted = model.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in wanted]

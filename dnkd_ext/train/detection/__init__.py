@@ -1,0 +1,1 @@
+"""Faster R-CNN with FPN on COCO: torchvision's detectors, learning from a teacher's proposals."""
