@@ -78,6 +78,8 @@ class Presets:
 class ClassMeansArguments:
     """Gather the mean feature of every class over the training images, as they are.
 
+    Of a detector that of every class and of the background, over sampled proposals.
+
     The file is what --class-means of dnkd train and dnkd_ext.ClassMeans.load read.
     """
 
@@ -103,6 +105,8 @@ class Eval:
     """A cifar_* name, or any name that timm knows."""
     weights: str
     """File of the weights, or a run's folder, whose best weights are taken."""
+    detections: str | None = None
+    """Detection: file for what was found in every image, JSON in COCO's results format."""
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     reader: ReaderOptions = field(default_factory=ReaderOptions)
@@ -244,9 +248,10 @@ def class_means(argv: Sequence[str]) -> int:
         )
         if world.is_first:
             counts = means.counts
+            samples = "proposals" if config.data.task == "detection" else "images"
             print(
                 f"{out}: {means.num_classes} classes x {means.num_features} features of "
-                f"{int(counts.sum())} images"
+                f"{int(counts.sum())} {samples}"
             )
     return 0
 
@@ -257,7 +262,8 @@ def evaluate(argv: Sequence[str]) -> int:
     config = _config(arguments)
     config.check_data()
     with join_world(arguments.run.device) as world:
-        result = run_eval(arguments.model, arguments.weights, config, world)
+        detections = None if arguments.detections is None else Path(arguments.detections)
+        result = run_eval(arguments.model, arguments.weights, config, world, detections)
         if world.is_first:
             print(json.dumps(result, indent=2))
     return 0

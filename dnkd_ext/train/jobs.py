@@ -39,7 +39,7 @@ from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
 from dnkd_ext.train.models import load_weights
 from dnkd_ext.train.plots import plot_curves, plot_features
-from dnkd_ext.train.sources import Source, open_source
+from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 
 __all__ = ["Job", "plan_jobs", "run_class_means", "run_eval", "run_jobs", "run_plot"]
@@ -47,6 +47,7 @@ __all__ = ["Job", "plan_jobs", "run_class_means", "run_eval", "run_jobs", "run_p
 CONFIG = "config.json"
 RESULT = "result.json"
 CLASS_MEANS = "class_means.safetensors"
+DETECTIONS = "detections.json"
 CURVES = "curves.png"
 FEATURES = "features.png"
 # What a run writes, apart from the folder tensorboard/.
@@ -54,6 +55,7 @@ OWN_FILES = (
     CONFIG,
     RESULT,
     CLASS_MEANS,
+    DETECTIONS,
     CURVES,
     FEATURES,
     LOG,
@@ -66,11 +68,58 @@ OWN_FILES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A run: its configuration, its folder, and the accuracy that was published, in percent."""
+    """A run: its configuration, its folder, and the accuracy or AP that was published."""
 
     config: TrainConfig
     out: Path
     published: float | None = None
+
+
+def _is_detection(config: TrainConfig) -> bool:
+    return config.data.task == "detection"
+
+
+def _detection() -> Any:
+    """The module of the detectors, which needs torchvision.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from dnkd_ext.train.detection import task
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"--task detection needs torchvision ({error}); install it with pip install "
+            "'dnkd_ext[detect]'"
+        ) from error
+    return task
+
+
+def _task_class(config: TrainConfig) -> Any:
+    return _detection().DetectionTask if _is_detection(config) else Classification
+
+
+def _open(config: TrainConfig, world: World) -> Any:
+    """The data set: a Source, or a DetectionSource."""
+    if _is_detection(config):
+        shown = config.run.progress and world.is_first
+        return _detection().DetectionSource.open(config, progress=shown)
+    return open_source(config, world, progress=config.run.progress)
+
+
+def _load_teacher(
+    name: str, weights: str, source: Any, config: TrainConfig, world: World
+) -> Teacher:
+    if _is_detection(config):
+        return _detection().load_teacher(name, weights, source, config, world)
+    return load_teacher(name, weights, source, world.device, channels_last=config.run.channels_last)
+
+
+def _gather(
+    model: torch.nn.Module, source: Any, config: TrainConfig, world: World, notes: dict[str, str]
+) -> ClassMeans:
+    gather = _detection().gather_class_means if _is_detection(config) else gather_class_means
+    return gather(model, source, config, world, metadata=notes)
 
 
 def resolve(options: RunOptions, world: World) -> RunOptions:
@@ -146,7 +195,7 @@ def run_jobs(
     shared = _Shared(world)
     for job, state in zip(ready, states, strict=True):
         source, teacher = shared.source(job.config), shared.teacher(job.config)
-        Classification.check(job.config, source, teacher)
+        _task_class(job.config).check(job.config, source, teacher)
         if state.identity is not None:
             told = {"identity": state.identity}
             check_identity(job.out, told, identity(job.config, source, teacher))
@@ -249,21 +298,21 @@ class _Shared:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._sources: dict[Any, Source] = {}
+        self._sources: dict[Any, Any] = {}
         self._teachers: dict[Any, Teacher] = {}
 
-    def source(self, config: TrainConfig) -> Source:
-        """The data set."""
-        key = (config.data, config.reader)
+    def source(self, config: TrainConfig) -> Any:
+        """The data set, a Source or a DetectionSource."""
+        key = (config.data, config.reader, config.detection)
         if key not in self._sources:
-            self._sources[key] = open_source(config, self.world, progress=config.run.progress)
+            self._sources[key] = _open(config, self.world)
         return self._sources[key]
 
     def _key(self, config: TrainConfig) -> Any:
         model = config.model
         return (
             (model.teacher, model.teacher_weights, model.class_means),
-            (config.data, config.reader, config.run.channels_last),
+            (config.data, config.reader, config.detection, config.run.channels_last),
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
@@ -275,16 +324,13 @@ class _Shared:
         if key not in self._teachers:
             assert config.model.teacher is not None
             assert config.model.teacher_weights is not None
-            teacher = load_teacher(
-                config.model.teacher,
-                config.model.teacher_weights,
-                source,
-                self.world.device,
-                channels_last=config.run.channels_last,
+            teacher = _load_teacher(
+                config.model.teacher, config.model.teacher_weights, source, config, self.world
             )
             if config.model.class_means is not None:
                 path, name = config.model.class_means, config.model.teacher
-                means = read_class_means(path, name, teacher, source)
+                read = _detection().read_means if _is_detection(config) else read_class_means
+                means = read(path, name, teacher, source)
                 origin = means_digest(means)
                 teacher = teacher._replace(class_means=means, means_origin=origin)
             self._teachers[key] = teacher
@@ -300,7 +346,7 @@ class _Shared:
         if teacher is None:
             return None
         if teacher.class_means is None:
-            if config.data.task == "imagenet" and not config.method.nd_weight:
+            if config.data.task != "cifar" and not config.method.nd_weight:
                 return teacher
             assert config.model.teacher is not None
             source, means = self.source(config), None
@@ -310,9 +356,7 @@ class _Shared:
                     means = _kept_means(out / CLASS_MEANS, notes)
             means = self.world.from_first(means)
             if means is None:
-                means = gather_class_means(
-                    teacher.model, source, config, self.world, metadata=notes
-                )
+                means = _gather(teacher.model, source, config, self.world, notes)
             teacher = teacher._replace(class_means=means)
             self._teachers[self._key(config)] = teacher
         with self.world.first_alone():
@@ -353,7 +397,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     prepare_device(config.run, world)
     teacher = shared.teacher_with_means(config, out)
     source = shared.source(config)
-    task = Classification(config, source, teacher, world)
+    task = _task_class(config)(config, source, teacher, world)
     if world.is_first:
         print(_heading(job, source, world), flush=True)
     log = train(
@@ -367,13 +411,14 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         metadata={"model": config.model.student, "dataset": source.name},
     )
     last = log["rows"][-1]
+    figure = task.metric.removeprefix("test_")
     result = {
         "preset": config.preset,
         "seed": config.run.seed,
-        "published_top1": job.published,
-        "best_top1": log["best"],
+        f"published_{figure}": job.published,
+        f"best_{figure}": log["best"],
         "best_epoch": log["best_epoch"],
-        "last_top1": last[log["metric"]],
+        f"last_{figure}": last[log["metric"]],
         "last": last,
         "training_seconds": log["seconds"],
         "train_images": source.train_images,
@@ -383,7 +428,12 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         "config": flatten(config),
         "versions": dnkd_ext.build_info(),
     }
-    norms, cosines = task.feature_figures()
+    norms: dict[str, Any] = {}
+    cosines: dict[str, Any] = {}
+    if isinstance(task, Classification):
+        norms, cosines = task.feature_figures()
+    else:
+        task.finish(out)
     with world.first_alone():
         if world.is_first:
             name = config.preset or config.model.student
@@ -397,7 +447,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     return result
 
 
-def _heading(job: Job, source: Source, world: World) -> str:
+def _heading(job: Job, source: Any, world: World) -> str:
     config = job.config
     method = config.method
     words = [f"{config.preset or 'no preset'}, seed {config.run.seed}:"]
@@ -416,13 +466,23 @@ def _heading(job: Job, source: Source, world: World) -> str:
 
 
 def _line(result: dict[str, Any], out: Path) -> str:
-    published = result["published_top1"]
+    name = _figure(result)
+    published = result[f"published_{name}"]
     beside = "" if published is None else f" (published, on all data: {published:.2f})"
     return (
-        f"{result['preset'] or 'run'}, seed {result['seed']}: best top-1 {result['best_top1']:.2f} "
-        f"in epoch {result['best_epoch']}, last {result['last_top1']:.2f}{beside}; "
+        f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]} "
+        f"{result[f'best_{name}']:.2f} "
+        f"in epoch {result['best_epoch']}, last {result[f'last_{name}']:.2f}{beside}; "
         f"{result['training_seconds']:.0f} s; results in {out}"
     )
+
+
+# What a result's accuracy is called: in its file, and for reading.
+FIGURES = {"top1": "top-1", "ap": "AP"}
+
+
+def _figure(result: dict[str, Any]) -> str:
+    return next(name for name in FIGURES if f"best_{name}" in result)
 
 
 def machine(world: World) -> dict[str, Any]:
@@ -437,16 +497,17 @@ def machine(world: World) -> dict[str, Any]:
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per preset: best and last accuracy over its seeds, in percent, and the published."""
+    """A row per preset: best and last accuracy (or AP) over its seeds, and the published."""
     rows = []
     for preset in dict.fromkeys(result["preset"] for result in results):
         own = [result for result in results if result["preset"] == preset]
         row: dict[str, Any] = {"preset": preset, "seeds": len(own)}
-        for name in ("best_top1", "last_top1"):
+        figure = _figure(own[0])
+        for name in (f"best_{figure}", f"last_{figure}"):
             values = [result[name] for result in own]
             row[name] = round(statistics.fmean(values), 3)
             row[f"{name}_std"] = round(statistics.stdev(values), 3) if len(values) > 1 else None
-        row["published_top1"] = own[0]["published_top1"]
+        row[f"published_{figure}"] = own[0][f"published_{figure}"]
         row["training_seconds"] = round(sum(r["training_seconds"] for r in own) / len(own), 1)
         rows.append(row)
     return rows
@@ -455,19 +516,23 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def format_summary(rows: list[dict[str, Any]]) -> str:
     """The table for the terminal."""
 
-    def cell(row: dict[str, Any], name: str) -> str:
+    def cell(row: dict[str, Any], which: str) -> str:
+        name = f"{which}_{_figure(row)}"
         spread = row[f"{name}_std"]
         return f"{row[name]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
     width = max(len("preset"), *(len(row["preset"]) for row in rows))
+    words = "/".join(dict.fromkeys(FIGURES[_figure(row)] for row in rows))
     lines = [
-        f"{'preset':{width}}  seeds  {'best top-1':>14}  {'last top-1':>14}  published  seconds/run"
+        f"{'preset':{width}}  seeds  {'best ' + words:>14}  {'last ' + words:>14}  published  "
+        "seconds/run"
     ]
     for row in rows:
-        published = "-" if row["published_top1"] is None else f"{row['published_top1']:.2f}"
+        known = row[f"published_{_figure(row)}"]
+        published = "-" if known is None else f"{known:.2f}"
         lines.append(
-            f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best_top1'):>14}  "
-            f"{cell(row, 'last_top1'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
+            f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best'):>14}  "
+            f"{cell(row, 'last'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
         )
     lines.append("accuracies in percent, mean ± std over seeds; published: best epoch, all data")
     return "\n".join(lines)
@@ -492,17 +557,10 @@ def run_class_means(
     out.parent.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, run=resolve(config.run, world))
     prepare_device(config.run, world)
-    source = open_source(config, world, progress=config.run.progress)
-    teacher = load_teacher(
-        model, weights, source, world.device, channels_last=config.run.channels_last
-    )
-    means = gather_class_means(
-        teacher.model,
-        source,
-        config,
-        world,
-        metadata=means_notes(model, teacher.digest, source),
-    )
+    source = _open(config, world)
+    teacher = _load_teacher(model, weights, source, config, world)
+    notes = means_notes(model, teacher.digest, source)
+    means = _gather(teacher.model, source, config, world, notes)
     with world.first_alone():
         if world.is_first:
             means.save(out)
@@ -510,10 +568,22 @@ def run_class_means(
 
 
 def run_eval(
-    model: str, weights: str, config: TrainConfig, world: World
+    model: str, weights: str, config: TrainConfig, world: World, detections: Path | None = None
 ) -> dict[str, float | int | str]:
-    """Accuracy of trained weights over the test images, in percent."""
+    """Accuracy of trained weights over the test images, in percent; of a detector COCO's figures.
+
+    Args:
+        model: its name.
+        weights: a file, or a run's folder.
+        config: its groups ``data``, ``run``, ``reader`` and ``detection``.
+        world: the processes.
+        detections: file for a detector's detections.
+    """
     config = dataclasses.replace(config, run=resolve(config.run, world))
+    if _is_detection(config):
+        return _detection().run_evaluation(model, weights, config, world, detections)
+    if detections is not None:
+        raise ValueError(f"--detections is for --task detection, got {detections}")
     source = open_source(config, world, progress=config.run.progress)
     path = weights_file(weights)
     network = build_model(model, len(source.classes), source.channels)

@@ -1,0 +1,441 @@
+"""Images with boxes in COCO's format, and batches of images of like shape."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.readers import DataError
+from dnkd_ext.train.world import World
+
+__all__ = ["BoxSplit", "DetectionSource", "Sample", "TestBatches", "TrainBatches", "read_split"]
+
+Target = dict[str, Tensor]
+
+
+class Sample(NamedTuple):
+    """Which image, and whether it is mirrored."""
+
+    index: int
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class BoxSplit:
+    """Images of one annotation file, in its order, and the boxes that a detector is trained on.
+
+    Attributes:
+        annotations: the file.
+        folder: of the images.
+        names: of the images' files, in the folder.
+        image_ids: (N,) int64, as the file has them.
+        sizes: (N, 2) int64, height and width.
+        boxes: (M, 4) float32, corners x1, y1, x2, y2 in pixels, image after image.
+        labels: (M,) int64, from 1 on.
+        starts: (N + 1,) int64, where each image's boxes begin.
+        classes: names, the background first.
+        category_ids: of the classes but the background, as the file has them, growing.
+        dropped: boxes that were left out because they have no area within their image.
+    """
+
+    annotations: Path
+    folder: Path
+    names: list[str]
+    image_ids: np.ndarray
+    sizes: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    starts: np.ndarray
+    classes: list[str]
+    category_ids: list[int]
+    dropped: int
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def target(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes and labels of an image."""
+        own = slice(self.starts[index], self.starts[index + 1])
+        return self.boxes[own], self.labels[own]
+
+    def part(self, count: int) -> BoxSplit:
+        """At most so many images, evenly spread over all."""
+        if count >= len(self):
+            return self
+        chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        own = [np.arange(self.starts[i], self.starts[i + 1]) for i in chosen]
+        rows = np.concatenate(own)
+        return BoxSplit(
+            self.annotations,
+            self.folder,
+            [self.names[i] for i in chosen],
+            self.image_ids[chosen],
+            self.sizes[chosen],
+            self.boxes[rows],
+            self.labels[rows],
+            np.cumsum([0, *map(len, own)]),
+            self.classes,
+            self.category_ids,
+            self.dropped,
+        )
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_split(data: str, name: str) -> BoxSplit:
+    """``annotations/instances_NAME.json`` of a folder, and the names of the images in ``NAME/``.
+
+    Categories, whose ids may have gaps as COCO's 1 to 90 have, get the labels 1, 2, ... in the
+    order of their ids. Images without boxes are kept. Boxes of crowds have no part in training,
+    nor have those without area inside their image, which are counted.
+
+    Raises:
+        FileNotFoundError: the folder, the file, or an image is missing.
+        ValueError: a broken file; what is wrong, and where in it.
+    """
+    root = Path(data)
+    path, folder = root / "annotations" / f"instances_{name}.json", root / name
+    if not root.is_dir():
+        raise FileNotFoundError(f"no data folder at {root}")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no annotations at {path}; COCO's format has {name}/* and "
+            f"annotations/instances_{name}.json in --data"
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no images at {folder}, for which {path} has the annotations")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole JSON file: {error}") from error
+    images = _list(content, "images", path)
+    categories = sorted(_list(content, "categories", path), key=lambda c: _id(c, path))
+    boxes = _list(content, "annotations", path, may_be_empty=True)
+    category_ids = [_id(category, path) for category in categories]
+    _unique(category_ids, "categories", path)
+    labels = {number: label for label, number in enumerate(category_ids, 1)}
+    image_ids = [_id(image, path) for image in images]
+    _unique(image_ids, "images", path)
+    places = {number: place for place, number in enumerate(image_ids)}
+    names, sizes = _images(images, folder, path)
+    rows: list[tuple[int, int, list[float]]] = []
+    dropped = 0
+    for number, one in enumerate(boxes):
+        where = f"annotation {number}"
+        if not isinstance(one, dict) or not {"image_id", "category_id", "bbox"} <= one.keys():
+            raise ValueError(f"{path}: {where} lacks image_id, category_id or bbox")
+        if one["image_id"] not in places:
+            raise ValueError(f"{path}: {where} is of image {one['image_id']}, which it has not")
+        if one["category_id"] not in labels:
+            raise ValueError(
+                f"{path}: {where} is of category {one['category_id']}, which it has not"
+            )
+        box = one["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
+            raise ValueError(f"{path}: {where} has bbox {box!r}, not [x, y, width, height]")
+        if one.get("iscrowd"):
+            continue
+        place = places[one["image_id"]]
+        height, width = sizes[place]
+        x, y, w, h = box
+        corners = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
+        # As float32 has them, which the detectors compute with.
+        corners = np.asarray(corners, np.float32).tolist()
+        if corners[2] <= corners[0] or corners[3] <= corners[1]:
+            dropped += 1
+            continue
+        rows.append((place, labels[one["category_id"]], corners))
+    rows.sort(key=lambda row: row[0])
+    counts = np.bincount([row[0] for row in rows], minlength=len(images))
+    return BoxSplit(
+        path,
+        folder,
+        names,
+        np.asarray(image_ids, np.int64),
+        np.asarray(sizes, np.int64),
+        np.asarray([row[2] for row in rows], np.float32).reshape(-1, 4),
+        np.asarray([row[1] for row in rows], np.int64),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        ["background", *(str(c.get("name", _id(c, path))) for c in categories)],
+        category_ids,
+        dropped,
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _list(content: Any, key: str, path: Path, *, may_be_empty: bool = False) -> list[Any]:
+    found = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not (found or may_be_empty):
+        raise ValueError(f"{path} must have a list of {key}, as COCO's instances files have")
+    return found
+
+
+def _id(one: Any, path: Path) -> int:
+    number = one.get("id") if isinstance(one, dict) else None
+    if type(number) is not int:
+        raise ValueError(f"{path}: an image or category has the id {number!r}, not an integer")
+    return number
+
+
+def _unique(numbers: list[int], what: str, path: Path) -> None:
+    if len(set(numbers)) < len(numbers):
+        twice = next(n for n in numbers if numbers.count(n) > 1)
+        raise ValueError(f"{path}: two {what} have the id {twice}")
+
+
+def _images(images: list[Any], folder: Path, path: Path) -> tuple[list[str], list[tuple[int, int]]]:
+    present = {entry.name for entry in os.scandir(folder)}
+    names, sizes = [], []
+    for number, image in enumerate(images):
+        name, size = image.get("file_name"), (image.get("height"), image.get("width"))
+        if not isinstance(name, str) or not all(type(s) is int and s > 0 for s in size):
+            raise ValueError(
+                f"{path}: image {number} must have file_name, height and width, got {name!r}, "
+                f"{size[0]!r} and {size[1]!r}"
+            )
+        if name not in present and not (folder / name).is_file():
+            raise FileNotFoundError(f"no image at {folder / name}, which {path} has")
+        names.append(name)
+        sizes.append(size)
+    return names, sizes
+
+
+class _Images(Dataset):
+    """A sample to its image (3, H, W) uint8, its target, and its index."""
+
+    def __init__(self, split: BoxSplit) -> None:
+        self.split = split
+
+    def __getitem__(self, sample: Sample) -> tuple[Tensor, Target, int]:
+        from PIL import Image
+
+        split = self.split
+        path = split.folder / split.names[sample.index]
+        try:
+            with Image.open(path) as opened:
+                pixels = np.array(opened.convert("RGB"))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{path} cannot be read as an image: {error}") from error
+        height, width = split.sizes[sample.index]
+        if pixels.shape[:2] != (height, width):
+            raise DataError(
+                f"{path} is {pixels.shape[0]} x {pixels.shape[1]} pixels, but {split.annotations} "
+                f"says {height} x {width}"
+            )
+        boxes, labels = split.target(sample.index)
+        if sample.mirrored:
+            pixels = pixels[:, ::-1]
+            boxes = np.stack(
+                [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
+            )
+        target = {"boxes": torch.tensor(boxes).view(-1, 4), "labels": torch.tensor(labels)}
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return image, target, sample.index
+
+
+# -- batches --------------------------------------------------------------------------------------
+
+
+def _loader(split: BoxSplit, batches: Any, config: TrainConfig, world: World) -> DataLoader:
+    workers = config.reader.workers
+    return DataLoader(
+        _Images(split),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=world.device.type == "cuda",
+        # Of its own, so that what the step draws does not depend on when a loader was made.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _on_device(
+    batch: list[tuple[Tensor, Target, int]], device: torch.device
+) -> tuple[list[Tensor], list[Target]]:
+    images = [image.to(device, non_blocking=True).float() / 255 for image, _, _ in batch]
+    targets = [
+        {name: value.to(device, non_blocking=True) for name, value in target.items()}
+        for _, target, _ in batch
+    ]
+    return images, targets
+
+
+class TrainBatches:
+    """Shuffled and mirrored batches of images that are all upright or all wide.
+
+    Every pass over the images is drawn from (seed, number of the pass) alone, for all processes
+    alike, and each takes its part of every batch. What upright and wide images leave over beside
+    whole batches is put together, so that a pass has as many batches as without groups. An epoch
+    is a pass, or ``epoch_steps`` batches of the passes one after another.
+
+    Args:
+        split: the images.
+        config: batch size, seed, ``flip``, ``epoch_steps`` and workers.
+        world: the processes.
+    """
+
+    def __init__(self, split: BoxSplit, config: TrainConfig, world: World) -> None:
+        self.split = split
+        self.config = config
+        self.world = world
+        self.batch_size = config.optim.batch_size
+        self.per_pass = len(split) // self.batch_size
+        if not self.per_pass:
+            raise ValueError(
+                f"--batch-size must be at most the {len(split)} training images, got "
+                f"{self.batch_size}"
+            )
+        self.steps = config.detection.epoch_steps or self.per_pass
+        self._wide = split.sizes[:, 1] >= split.sizes[:, 0]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def plan(self, number: int) -> list[list[Sample]]:
+        """The batches of a pass, of all processes together."""
+        state = np.random.SeedSequence([self.config.run.seed, number, 2])
+        random = np.random.default_rng(state)
+        order = random.permutation(len(self.split))
+        mirrored = random.integers(2, size=len(self.split)) > 0
+        if not self.config.data.flip:
+            mirrored[:] = False
+        size, batches, rest = self.batch_size, [], []
+        for group in (order[self._wide[order]], order[~self._wide[order]]):
+            whole = len(group) // size * size
+            batches += list(group[:whole].reshape(-1, size))
+            rest.append(group[whole:])
+        left = np.concatenate(rest)
+        batches += list(left[: len(left) // size * size].reshape(-1, size))
+        return [
+            [Sample(int(i), bool(mirrored[i])) for i in batches[place]]
+            for place in random.permutation(len(batches))
+        ]
+
+    def own(self, epoch: int, start: int = 0) -> Iterator[list[Sample]]:
+        """This process's part of the batches of an epoch, from number ``start`` on."""
+        first, rank = epoch * self.steps, self.world.rank
+        share = self.batch_size // self.world.size
+        known: tuple[int, list[list[Sample]]] = (-1, [])
+        for step in range(first + start, first + self.steps):
+            number, place = divmod(step, self.per_pass)
+            if known[0] != number:
+                known = (number, self.plan(number))
+            yield known[1][place][rank * share : (rank + 1) * share]
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[list[Tensor], list[Target]]]:
+        """(images, targets) of this process, as torchvision's detectors take them."""
+        batches = list(self.own(epoch, start))
+        for batch in _loader(self.split, batches, self.config, self.world):
+            yield _on_device(batch, self.world.device)
+
+
+class TestBatches:
+    """Every image once: (images, targets, their numbers in the split), wide ones first.
+
+    The processes share the images; one may have a batch less than another.
+    """
+
+    __test__ = False  # nothing for pytest
+
+    def __init__(self, split: BoxSplit, config: TrainConfig, world: World) -> None:
+        self.split = split
+        self.config = config
+        self.world = world
+        size = -(-config.detection.detect_batch_size // world.size)
+        wide = split.sizes[:, 1] >= split.sizes[:, 0]
+        order = np.concatenate([np.flatnonzero(wide), np.flatnonzero(~wide)])
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        self._own = [
+            [Sample(int(i), False) for i in batch] for batch in batches[world.rank :: world.size]
+        ]
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target], list[int]]]:
+        for batch in _loader(self.split, self._own, self.config, self.world):
+            yield *_on_device(batch, self.world.device), [index for _, _, index in batch]
+
+
+# -- the source -----------------------------------------------------------------------------------
+
+
+class DetectionSource:
+    """Training and test images with boxes of the same classes.
+
+    Attributes:
+        name: of the data set.
+        classes: names, the background first.
+        category_ids: of the classes but the background.
+        train_split: to train on.
+        test_split: for the evaluation.
+    """
+
+    def __init__(self, name: str, train_split: BoxSplit, test_split: BoxSplit) -> None:
+        self.name = name
+        self.train_split, self.test_split = train_split, test_split
+        self.classes = train_split.classes
+        self.category_ids = train_split.category_ids
+        digest = hashlib.sha256(json.dumps([self.classes, self.category_ids]).encode())
+        for split in (train_split, test_split):
+            for values in (split.image_ids, split.sizes, split.starts, split.boxes, split.labels):
+                digest.update(np.ascontiguousarray(values).data)
+        self._digest = digest.hexdigest()[:16]
+
+    @property
+    def train_images(self) -> int:
+        """How many there are to train on."""
+        return len(self.train_split)
+
+    @property
+    def test_images(self) -> int:
+        """How many there are in the evaluation."""
+        return len(self.test_split)
+
+    def fingerprint(self) -> str:
+        """By every annotation, not by what is in the images."""
+        return f"{self.train_images} + {self.test_images} images, boxes {self._digest}"
+
+    @staticmethod
+    def open(config: TrainConfig, *, progress: bool = False) -> DetectionSource:
+        """The data set that the configuration names.
+
+        Raises:
+            FileNotFoundError: a folder, a file, or an image is missing.
+            ValueError: a broken annotation file, or other categories in one than in the other.
+        """
+        began = time.perf_counter()
+        options = config.detection
+        train = read_split(config.data.data, options.train_set)
+        test = read_split(config.data.data, options.val_set)
+        for what in ("category_ids", "classes"):
+            if getattr(train, what) != getattr(test, what):
+                raise ValueError(
+                    f"{test.annotations} has other categories than {train.annotations}"
+                )
+        if config.data.limit is not None:
+            train = train.part(config.data.limit)
+            test = test.part(-(-config.data.limit // 3))
+        if progress:
+            words = f"{len(train)} and {len(test)} images"
+            if train.dropped:
+                words += f", {train.dropped} training boxes without area left out"
+            print(f"{config.data.data}: {words} ({time.perf_counter() - began:.0f} s)", flush=True)
+        return DetectionSource(Path(config.data.data).name, train, test)

@@ -1,0 +1,285 @@
+"""Detectors, alone or learning from a teacher, as the engine trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FasterRCNN
+
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.progress import Progress
+from dnkd_ext.train.classification import Teacher, identity, read_class_means, weights_file
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.detection.data import DetectionSource, TestBatches, TrainBatches
+from dnkd_ext.train.detection.distillation import TERMS, DetectorDistillation, make_criterion
+from dnkd_ext.train.detection.evaluation import (
+    Detection,
+    coco_figures,
+    detect,
+    ground_truth,
+    write_detections,
+)
+from dnkd_ext.train.detection.models import FEATURES, PRETRAINED, create_detector, load_detector
+from dnkd_ext.train.engine import Task
+from dnkd_ext.train.world import World
+
+__all__ = [
+    "DETECTIONS",
+    "DetectionTask",
+    "gather_class_means",
+    "load_teacher",
+    "read_means",
+    "run_evaluation",
+]
+
+DETECTIONS = "detections.json"
+
+
+def load_teacher(
+    name: str, weights: str, source: DetectionSource, config: TrainConfig, world: World
+) -> Teacher:
+    """A trained detector in evaluation mode, without gradients, on the device.
+
+    Raises:
+        FileNotFoundError: no weights.
+        ValueError: no such detector, weights of another one or of another number of classes.
+    """
+    path = weights if weights == PRETRAINED else str(weights_file(weights))
+    model, digest = load_detector(name, path, config, source.classes, source.category_ids)
+    model.to(world.device)
+    if config.run.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return Teacher(model, digest, None)
+
+
+def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) -> ClassMeans:
+    """Class means from a file, the background's in row 0.
+
+    In the authors' JSON files the background is the last class, as in Detectron2; its row is moved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or of other classes or another teacher.
+    """
+    means = read_class_means(path, name, teacher, source)
+    if path.endswith(".json"):
+        state = means.state_dict()
+        means.load_state_dict({**state, "table": state["table"].roll(1, 0)})
+    return means
+
+
+@torch.no_grad()
+def gather_class_means(
+    model: FasterRCNN,
+    source: DetectionSource,
+    config: TrainConfig,
+    world: World,
+    *,
+    metadata: dict[str, str] | None = None,
+) -> ClassMeans:
+    """Mean box features of every class and of the background, over sampled proposals.
+
+    The training images as they are, at the size of the evaluation; of each the teacher's own
+    proposals with the boxes of the annotations among them, sampled as in training. What is drawn
+    depends on the seed and the image alone. The detector's modes are restored. Collective.
+    """
+    means = ClassMeans(len(source.classes), FEATURES, device=world.device)
+    means.metadata = dict(metadata or {})
+    batches = TestBatches(source.train_split, config, world)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    # As many proposals as in training; its head has nothing that behaves otherwise then.
+    model.rpn.train()
+    shown = config.run.progress and world.is_first
+    devices = [world.device] if world.device.type == "cuda" else []
+    autocast = _autocast(config, world)
+    try:
+        with (
+            torch.random.fork_rng(devices),
+            Progress(len(batches), "class means", unit="batch", enabled=shown) as bar,
+        ):
+            for images, targets, numbers in batches:
+                with autocast:
+                    features, labels = sampled_features(
+                        model, images, targets, [(config.run.seed, number) for number in numbers]
+                    )
+                means.update(features, labels)
+                bar.advance()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return means.all_reduce()
+
+
+def sampled_features(
+    model: FasterRCNN,
+    images: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    seeds: list[tuple[int, int]],
+) -> tuple[Tensor, Tensor]:
+    """Box features (R, 1024) of sampled proposals and their labels (R,), with a seed per image.
+
+    The detector is in evaluation mode, its ``rpn`` in training mode.
+    """
+    resized, scaled = model.transform(images, targets)
+    maps = model.backbone(resized.tensors)
+    proposals, _ = model.rpn(resized, maps, scaled)
+    chosen: list[Tensor] = []
+    labels: list[Tensor] = []
+    for seed, own, target in zip(seeds, proposals, scaled, strict=True):
+        state = np.random.SeedSequence([*seed, 3]).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0] >> np.uint64(1)))
+        taken, _, label, _ = model.roi_heads.select_training_samples([own], [target])
+        chosen += taken
+        labels += label
+    pooled = model.roi_heads.box_roi_pool(maps, chosen, resized.image_sizes)
+    return model.roi_heads.box_head(pooled), torch.cat(labels)
+
+
+def _autocast(config: TrainConfig, world: World) -> torch.autocast:
+    return torch.autocast(
+        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
+    )
+
+
+def run_evaluation(
+    model: str, weights: str, config: TrainConfig, world: World, detections: Path | None
+) -> dict[str, float | int | str]:
+    """COCO's figures of trained weights over the test images, in percent; writes the detections.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_teacher` and :meth:`DetectionSource.open`.
+    """
+    source = DetectionSource.open(config, progress=False)
+    network, _ = load_teacher(model, weights, source, config, world)[:2]
+    split = source.test_split
+    found = detect(
+        network,
+        TestBatches(split, config, world),
+        _autocast(config, world),
+        world,
+        progress=config.run.progress,
+    )
+    figures: dict[str, float] = {}
+    with world.first_alone():
+        if world.is_first:
+            figures = coco_figures(ground_truth(split), found, split.image_ids.tolist())
+            if detections is not None:
+                write_detections(detections, found)
+    return {
+        "model": model,
+        "weights": weights,
+        "test_images": len(split),
+        "detections": len(found),
+        **{f"test_{name}": value for name, value in figures.items()},
+    }
+
+
+class DetectionTask(Task):
+    """A student, its data and its teacher."""
+
+    terms = TERMS
+    metric = "test_ap"
+
+    def __init__(
+        self, config: TrainConfig, source: DetectionSource, teacher: Teacher | None, world: World
+    ) -> None:
+        self.world = world
+        self.source = source
+        run, device = config.run, world.device
+        torch.manual_seed(run.seed)  # the same weights for every method, on every process
+        student = create_detector(
+            config.model.student,
+            len(source.classes),
+            config,
+            backbone_weights=config.detection.backbone_weights,
+        )
+        criterion = None
+        if config.needs_teacher:
+            assert teacher is not None
+            means = None if teacher.class_means is None else teacher.class_means.compute()
+            criterion = make_criterion(config.method, means if config.method.nd_weight else None)
+        self.step = DetectorDistillation(
+            student,
+            criterion,
+            teacher.model if teacher else None,
+            config.method.method,
+            config.method.ce_weight,
+        ).to(device)
+        if run.channels_last:
+            self.step.to(memory_format=torch.channels_last)
+        self.model = student
+        self._train = TrainBatches(source.train_split, config, world)
+        self._test = TestBatches(source.test_split, config, world)
+        self.steps_per_epoch = len(self._train)
+        self.batch_size = config.optim.batch_size
+        self.identity = identity(config, source, teacher)
+        self._autocast = _autocast(config, world)
+        self._truth: Any = None
+        if world.is_first:
+            self._truth = ground_truth(source.test_split)
+        # Of the latest evaluation, on the first process.
+        self._found: list[Detection] | None = None
+
+    @staticmethod
+    def check(config: TrainConfig, source: DetectionSource, teacher: Teacher | None) -> None:
+        """What would fail once training begins, told before.
+
+        Raises:
+            ValueError: no such student, no or other weights of its backbone, too large a batch.
+            FileNotFoundError: no such file of weights.
+            ModuleNotFoundError: pycocotools is not installed.
+        """
+        import importlib.util
+
+        if importlib.util.find_spec("pycocotools") is None:
+            raise ModuleNotFoundError(
+                "the evaluation of detectors needs pycocotools; install it with pip install "
+                "'dnkd_ext[detect]'"
+            )
+        if config.optim.batch_size > source.train_images:
+            raise ValueError(
+                f"--batch-size must be at most the {source.train_images} training images, got "
+                f"{config.optim.batch_size}"
+            )
+        create_detector(
+            config.model.student,
+            len(source.classes),
+            config,
+            backbone_weights=config.detection.backbone_weights,
+        )
+
+    def batches(self, epoch: int, start: int) -> Iterator[tuple[Any, ...]]:
+        """Lists of images and targets."""
+        return self._train.epoch(epoch, start)
+
+    def split(self, batch: tuple[Any, ...], parts: int) -> list[tuple[Any, ...]]:
+        """Whole images in equal parts."""
+        size = len(batch[0]) // parts
+        return [tuple(values[i * size : (i + 1) * size] for values in batch) for i in range(parts)]
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """COCO's figures in percent."""
+        found = detect(model, self._test, self._autocast, self.world)
+        figures: dict[str, float] = {}
+        with self.world.first_alone():
+            if self.world.is_first:
+                ids = self.source.test_split.image_ids.tolist()
+                figures = coco_figures(self._truth, found, ids)
+                self._found = found
+        figures = self.world.from_first(figures)
+        return {f"test_{name}": value for name, value in figures.items()}
+
+    def finish(self, out: Path) -> None:
+        """Write the detections of the last evaluation; of the last weights where there was none."""
+        if self.world.any(self.world.is_first and self._found is None):
+            self.evaluate(self.model)
+        with self.world.first_alone():
+            if self.world.is_first:
+                assert self._found is not None
+                write_detections(out / DETECTIONS, self._found)
