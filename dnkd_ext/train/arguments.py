@@ -10,7 +10,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -26,7 +26,14 @@ from dnkd_ext.train.config import (
     replace,
 )
 from dnkd_ext.train.engine import Interrupted
-from dnkd_ext.train.jobs import plan_jobs, run_class_means, run_eval, run_jobs, run_plot
+from dnkd_ext.train.jobs import (
+    plan_jobs,
+    run_class_means,
+    run_eval,
+    run_jobs,
+    run_pictures,
+    run_plot,
+)
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.world import join_world
 
@@ -115,12 +122,29 @@ class Eval:
 
 @dataclass
 class Plot:
-    """Draw the curves of one or several runs into one picture, curves.png."""
+    """Draw the curves of one or several runs into one picture, curves.png.
+
+    With --task detection the boxes of some images, too: boxes.png of a single run, and
+    boxes-1.png, boxes-2.png and so on of several.
+    """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs."""
     out: str
-    """Folder for the picture."""
+    """Folder for the pictures."""
+    task: Literal["curves", "detection"] = "curves"
+    """detection: draw the annotated boxes of some images of the evaluation, and those that student
+    and teacher find, too."""
+    images: tuple[int, ...] = ()
+    """Ids of the images; by default some that are evenly spread over all."""
+    count: int = 4
+    """How many, where no ids are given."""
+    threshold: float = 0.5
+    """Smallest score of a box that is drawn."""
+    data: str = ""
+    """Folder of the data, where it is not that of the run any more."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the detectors run."""
 
 
 def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = None) -> T:
@@ -274,7 +298,28 @@ def plot(argv: Sequence[str]) -> int:
     arguments = _parse(Plot, "plot", argv)
     if not arguments.runs:
         raise ValueError("name at least one run's folder")
-    print(run_plot([Path(run) for run in arguments.runs], Path(arguments.out)))
+    if arguments.count < 1 or not 0 <= arguments.threshold <= 1:
+        raise ValueError(
+            "--count must be at least 1 and --threshold between 0 and 1, got "
+            f"{arguments.count} and {arguments.threshold}"
+        )
+    folders, out = [Path(run) for run in arguments.runs], Path(arguments.out)
+    print(run_plot(folders, out))
+    if arguments.task == "curves":
+        return 0
+    with join_world(arguments.device) as world:
+        for number, folder in enumerate(folders, 1):
+            print(
+                run_pictures(
+                    folder,
+                    out / ("boxes.png" if len(folders) == 1 else f"boxes-{number}.png"),
+                    world,
+                    images=arguments.images,
+                    count=arguments.count,
+                    threshold=arguments.threshold,
+                    data=arguments.data,
+                )
+            )
     return 0
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,15 @@ from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 
-__all__ = ["Job", "plan_jobs", "run_class_means", "run_eval", "run_jobs", "run_plot"]
+__all__ = [
+    "Job",
+    "plan_jobs",
+    "run_class_means",
+    "run_eval",
+    "run_jobs",
+    "run_pictures",
+    "run_plot",
+]
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -636,3 +645,30 @@ def run_plot(folders: list[Path], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     plot_curves(runs, out / CURVES)
     return out / CURVES
+
+
+def run_pictures(
+    folder: Path,
+    out: Path,
+    world: World,
+    *,
+    images: Sequence[int],
+    count: int,
+    threshold: float,
+    data: str,
+) -> Path:
+    """Boxes that a run's student and teacher find, beside the annotated, as a PNG file."""
+    _detection()  # which tells what is not installed
+    from dnkd_ext.train.detection.pictures import draw_run
+
+    settings, _ = read_run(folder)
+    return draw_run(
+        folder,
+        settings,
+        out,
+        world,
+        images=images,
+        count=count,
+        threshold=threshold,
+        data=data,
+    )

@@ -102,11 +102,18 @@ PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
         {"train_loss": "training", "test_loss": "test"},
     ),
     ("Cross entropy", "cross entropy (nat)", "log", {"ce": ""}),
+    ("Boxes", "smooth L1 of the offsets", "log", {"box": "box head", "rpn_box": "RPN"}),
+    ("Objectness", "binary cross entropy (nat)", "log", {"objectness": ""}),
     ("Distillation", "distillation term, unweighted", "log", {"kd": ""}),
     ("Feature direction and norm", "ND loss, unweighted", "linear", {"nd": ""}),
     ("Accuracy", "top-1 accuracy (%)", "linear", {"test_top1": "test", "train_top1": "training"}),
+    ("Average precision", "AP (%)", "linear", {"test_ap": "AP", "test_ap50": "AP50"}),
     ("Learning rate", "learning rate", "log", {"lr": ""}),
 )
+
+
+# Terms of the loss, whose columns may have train_ before their names.
+OF_TRAINING = ("ce", "box", "rpn_box", "objectness", "kd", "nd")
 
 
 def plot_curves(
@@ -121,7 +128,8 @@ def plot_curves(
         rows_by_run: per name of a run its logged rows, one per epoch and in any order. A row has
             ``epoch``, counted from 0, and any of ``lr``, ``train_loss``, ``test_loss``, ``ce``,
             ``kd``, ``nd`` (or ``train_ce``, ``train_kd``, ``train_nd``), ``train_top1`` and
-            ``test_top1`` in percent; numbers, or their text as a CSV file has it. What is missing,
+            ``test_top1`` in percent, and of a detector ``box``, ``rpn_box``, ``objectness`` (or
+            ``train_box`` and so on), ``test_ap`` and ``test_ap50`` in percent; numbers, or their text as a CSV file has it. What is missing,
             None, empty or not finite leaves a gap; other columns are passed over.
         path: of the PNG file.
         title: above the panels.
@@ -181,7 +189,7 @@ def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarra
     for number, row in enumerate(rows):
         for name, values in table.items():
             value = row.get(name)
-            if value in (None, "") and name in ("ce", "kd", "nd"):
+            if value in (None, "") and name in OF_TRAINING:
                 value = row.get(f"train_{name}")
             try:
                 values.append(math.nan if value in (None, "") else float(value))
@@ -229,7 +237,7 @@ def _draw_panel(axis, panel, curves: dict[str, dict[str, np.ndarray]]) -> None:
                 marker="." if np.isfinite(values).sum() == 1 else None,
                 **_style(position),
             )
-            if column == "test_top1":
+            if column in ("test_top1", "test_ap"):
                 best = int(np.nanargmax(values))
                 axis.plot(
                     curve["epoch"][best],

@@ -19,7 +19,7 @@ from typing import Any
 __all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
 
 METHODS = ("ce", "kd", "dkd", "dist", "reviewkd", "hard_kd")
-TASKS = ("cifar", "imagenet")
+TASKS = ("cifar", "imagenet", "detection")
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ IMAGENET: dict[str, tuple[Callable[[Any], Any], str]] = {
     "betas": (_pair, "a list of two numbers"),
     "decay_vectors": _TRUTH,
     "schedule": (_choice(("multistep", "cosine")), "one of multistep, cosine"),
-    "lr_warm_up": _INTEGER,
+    "lr_warm_up": _NUMBER,
     "lr_end": _NUMBER,
     "image_size": _INTEGER,
     "scale": (_pair, "a list of two numbers"),
@@ -286,7 +286,19 @@ IMAGENET: dict[str, tuple[Callable[[Any], Any], str]] = {
     "cutmix": _NUMBER,
     "drop_path": _NUMBER,
 }
-SETTINGS |= IMAGENET
+# Likewise of the detection task.
+DETECTION: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "lr_start": _NUMBER,
+    "epoch_steps": _INTEGER,
+    "backbone_weights": (_str, "a text"),
+    "trainable_layers": _INTEGER,
+    "min_size": (_tuple(_int), "a list of integers"),
+    "max_size": _INTEGER,
+    "anchor_sizes": (_tuple(_int), "a list of integers"),
+    "rpn_proposals": _INTEGER,
+    "proposals": _INTEGER,
+}
+SETTINGS |= IMAGENET | DETECTION
 
 # The settings that only some methods, optimizers and schedules have.
 OF_METHODS: dict[str, set[str]] = {
@@ -298,6 +310,11 @@ OF_METHODS: dict[str, set[str]] = {
     "hard_kd": {"kd_warm_up"},
 }
 OF_OPTIMIZERS = {"sgd": {"momentum", "nesterov"}, "adamw": {"betas"}}
+OF_TASKS = {
+    "cifar": {"pad", "flip"},
+    "imagenet": set(IMAGENET),
+    "detection": {"flip", "mid_channels", "lr_warm_up", *DETECTION},
+}
 OF_SCHEDULES = {"multistep": {"milestones", "lr_decay"}, "cosine": {"lr_warm_up", "lr_end"}}
 
 
@@ -308,9 +325,11 @@ def _wanted(settings: dict[str, Any]) -> set[str]:
         (OF_METHODS, settings.get("method", "ce")),
         (OF_OPTIMIZERS, settings.get("optimizer", "sgd")),
         (OF_SCHEDULES, settings.get("schedule", "multistep")),
+        (OF_TASKS, settings.get("task", "cifar")),
     ):
         wanted -= set().union(*choices.values()) - choices[choice]
-    return wanted - ({"pad", "flip"} if settings.get("task") == "imagenet" else set(IMAGENET))
+    # Detectors begin slowly whatever the schedule.
+    return wanted | ({"lr_warm_up"} if settings.get("task") == "detection" else set())
 
 
 @dataclass
