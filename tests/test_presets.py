@@ -320,6 +320,8 @@ def test_names():
     teachers = ["resnet56", "resnet32x4", "wrn_40_2", "resnet50"]
     wanted = [f"cifar100/teacher/{name}" for name in teachers]
     wanted += [f"cifar100/{pair}/{method}" for pair in PAIRS for method in METHODS]
+    wanted += ["coco/teacher/r101", "coco/teacher/r50"]
+    wanted += [f"coco/{pair}/{method}" for pair in COCO for method in COCO_METHODS]
     wanted += [f"imagenet/{pair}/{method}" for pair, method in IMAGENET_CELLS]
     assert preset_names() == wanted
 
@@ -338,6 +340,49 @@ def test_all_have_their_source_and_types():
             if key.endswith("_weight") or key in ("alpha", "beta", "gamma", "temperature", "lr"):
                 assert type(value) is float
         assert set(preset.inferred) <= set(preset.settings)
+
+
+# Likewise: kd and nd of KD++ and of ReviewKD++, and kd of ReviewKD alone.
+COCO = {
+    "r101-r18": ((1, 1.5), (1.2, 1.5), 1.2),
+    "r101-r50": ((1, 1), (1.4, 1), 1),
+    "r50-mv2": ((1, 1), (2.2, 1.5), 2),
+}
+COCO_METHODS = ("plain", "kd", "kd++", "dkd", "reviewkd", "reviewkd++")
+
+
+@pytest.mark.parametrize("pair", COCO)
+@pytest.mark.parametrize("method", COCO_METHODS)
+def test_the_published_numbers_of_coco(pair, method):
+    preset = load_preset(f"coco/{pair}/{method}")
+    found = preset.settings
+    plus, review, review_alone = COCO[pair]
+    weights = {
+        "plain": (0, 0),
+        "kd": (1, 0),
+        "kd++": plus,
+        "dkd": (1, 0),
+        "reviewkd": (review_alone, 0),
+        "reviewkd++": review,
+    }
+    assert (found["kd_weight"], found["nd_weight"]) == weights[method]
+    names = {"r18": "resnet18", "r50": "resnet50", "r101": "resnet101", "mv2": "mobilenet_v2"}
+    teacher, student = (f"fasterrcnn_{names[name]}" for name in pair.split("-"))
+    assert found["student"] == student
+    assert found["teacher"] == (None if method == "plain" else teacher)
+    # 180,000 steps of 8 images, milestones at 120,000 and 160,000, 1,000 steps of warm-up.
+    epoch = found["epoch_steps"]
+    assert [epoch * n for n in (found["epochs"], *found["milestones"])] == [180e3, 120e3, 160e3]
+    assert epoch * found["lr_warm_up"] == 1000
+    assert (found["batch_size"], found["lr"]) == (8, 0.01)
+    if method not in ("plain", "reviewkd", "reviewkd++"):
+        assert found["temperature"] == 1
+    assert found.get("kd_warm_up", 0) == 0
+    config = replace(TrainConfig(), found | {"data": "coco", "teacher_weights": "weights"})
+    if method == "plain":
+        config = replace(config, {"teacher_weights": None})
+    config.check(2)
+    assert any("Detectron2" in conflict for conflict in preset.conflicts)
 
 
 def test_inferred():
@@ -573,7 +618,7 @@ def test_such_a_file_with_a_mistake(old, new, message):
         (
             "task: cifar",
             "task: images",
-            "settings.task must be one of cifar, imagenet, detection, got",
+            "settings.task must be one of cifar, imagenet, det",
         ),
         ("{method: ce", "{method: fit", "methods.ce.settings.method must be one of ce, kd, "),
         ("    source: someone", "    sauce: someone", "methods.ce.sauce is not known; there are"),

@@ -129,8 +129,9 @@ def plot_curves(
             ``epoch``, counted from 0, and any of ``lr``, ``train_loss``, ``test_loss``, ``ce``,
             ``kd``, ``nd`` (or ``train_ce``, ``train_kd``, ``train_nd``), ``train_top1`` and
             ``test_top1`` in percent, and of a detector ``box``, ``rpn_box``, ``objectness`` (or
-            ``train_box`` and so on), ``test_ap`` and ``test_ap50`` in percent; numbers, or their text as a CSV file has it. What is missing,
-            None, empty or not finite leaves a gap; other columns are passed over.
+            ``train_box`` and so on), ``test_ap`` and ``test_ap50`` in percent; numbers, or their
+            text as a CSV file has it. What is missing, None, empty or not finite leaves a gap;
+            other columns are passed over.
         path: of the PNG file.
         title: above the panels.
 

@@ -242,9 +242,8 @@ class _Images(Dataset):
         boxes, labels = split.target(sample.index)
         if sample.mirrored:
             pixels = pixels[:, ::-1]
-            boxes = np.stack(
-                [width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1
-            )
+            left, right = np.float32(width) - boxes[:, 2], np.float32(width) - boxes[:, 0]
+            boxes = np.stack([left, boxes[:, 1], right, boxes[:, 3]], 1)
         target = {"boxes": torch.tensor(boxes).view(-1, 4), "labels": torch.tensor(labels)}
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         return image, target, sample.index
