@@ -365,6 +365,20 @@ def test_frozen_normalisation_is_torchvisions():
         assert own(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_boxes_under_autocast_are_float32(shapes):
+    """bfloat16 would put their corners on every fourth pixel."""
+    torch.manual_seed(0)
+    model = models.create_detector(R18, CLASSES, config(shapes)).eval()
+    image = torch.rand(3, 64, 90)
+    seen = []
+    model.rpn.register_forward_hook(lambda module, inputs, output: seen.append(output[0][0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model([image])
+    (boxes,) = seen
+    assert boxes.dtype == torch.float32
+    assert (boxes != boxes.bfloat16().float()).float().mean() > 0.5
+
+
 def test_weights_of_91_classes_are_taken_by_category(shapes, tmp_path):
     """As torchvision's detectors have them, with the names of its first files."""
     big = models.create_detector(R18, 91, config(shapes)).eval()

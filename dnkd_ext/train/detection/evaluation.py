@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,21 +26,24 @@ FIGURES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 Detection = dict[str, Any]
 
 
-def to_results(
-    found: dict[str, Tensor], image_id: int, category_ids: Sequence[int]
-) -> list[Detection]:
-    """One image's detections, as torchvision's detectors give them, in COCO's results format."""
-    boxes = found["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
-    rows = zip(boxes.tolist(), found["labels"].tolist(), found["scores"].tolist(), strict=True)
+def _compact(found: dict[str, Tensor]) -> np.ndarray:
+    """An image's detections as (R, 6) float64: x, y, width, height, label, score."""
+    columns = [found["boxes"], found["labels"][:, None], found["scores"][:, None]]
+    rows = torch.cat([column.double() for column in columns], 1).cpu().numpy()
+    rows[:, 2:4] -= rows[:, :2]
+    return rows
+
+
+def _results(rows: np.ndarray, image_id: int, category_ids: Sequence[int]) -> list[Detection]:
+    """The same in COCO's results format."""
     return [
         {
-            "image_id": int(image_id),
-            "category_id": category_ids[label - 1],
+            "image_id": image_id,
+            "category_id": category_ids[int(label) - 1],
             "bbox": [round(value, 3) for value in box],
             "score": score,
         }
-        for box, label, score in rows
+        for *box, label, score in rows.tolist()
     ]
 
 
@@ -52,29 +56,35 @@ def detect(
     *,
     progress: bool = False,
 ) -> list[Detection]:
-    """All processes' detections of a detector in evaluation mode; its modes are restored.
+    """Detections of a detector in evaluation mode; its modes are restored. Collective.
 
-    Collective. In the order of the images, then of the scores, whatever the number of processes.
+    The first process gets those of all, in the order of the images, then of the scores, whatever
+    the number of processes; the others get none.
     """
     split = batches.split
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    own: list[tuple[int, list[Detection]]] = []
+    own: list[tuple[int, np.ndarray]] = []
     shown = progress and world.is_first
     try:
         with Progress(len(batches), "evaluate", unit="batch", enabled=shown) as bar:
             for images, _, numbers in batches:
                 with autocast:
                     found = model(images)
-                for number, one in zip(numbers, found, strict=True):
-                    results = to_results(one, split.image_ids[number], split.category_ids)
-                    own.append((number, results))
+                own += [(n, _compact(one)) for n, one in zip(numbers, found, strict=True)]
                 bar.advance()
     finally:
         for module, mode in modes.items():
             module.training = mode
-    parts = [part for of_process in world.gather(own) for part in of_process]
-    return [one for _, results in sorted(parts, key=lambda part: part[0]) for one in results]
+    of_all = world.gather(own)
+    if not world.is_first:
+        return []
+    parts = sorted((part for of_one in of_all for part in of_one), key=lambda part: part[0])
+    return [
+        one
+        for number, rows in parts
+        for one in _results(rows, int(split.image_ids[number]), split.category_ids)
+    ]
 
 
 def ground_truth(split: BoxSplit) -> Any:

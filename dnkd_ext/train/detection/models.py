@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -100,8 +101,25 @@ def create_detector(
         box_batch_size_per_image=options.proposals,
     )
     DistillingRoIHeads.put_into(model)
+    for part in (model.rpn.head, model.roi_heads.box_predictor):
+        part.register_forward_hook(_in_float32)
     model.num_features = FEATURES
     return model
+
+
+def _in_float32(module: nn.Module, inputs: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A head's output in float32 under autocast.
+
+    torchvision decodes boxes in the dtype of the offsets, and bfloat16 has only every fourth or
+    eighth pixel of a large image.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        return [convert(one) for one in value]
+
+    return tuple(convert(value) for value in output)
 
 
 def _backbone(name: str, norm: Callable[[int], nn.Module], trained: int) -> BackboneWithFPN:
