@@ -27,6 +27,13 @@ __all__ = [
 ]
 
 
+# Mean and standard deviation of every channel, by task: of CIFAR-100 and of ImageNet.
+NORMALISATION = {
+    "cifar": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Images and what is done to them."""
@@ -46,10 +53,20 @@ class DataOptions:
     """Black border, in pixels, from which training images are cut at random."""
     flip: bool = True
     """Mirror every second training image."""
-    mean: tuple[float, ...] = (0.5071, 0.4867, 0.4408)
-    """Mean of every channel, of pixels in [0, 1]."""
-    std: tuple[float, ...] = (0.2675, 0.2565, 0.2761)
-    """Standard deviation of every channel."""
+    mean: tuple[float, ...] | None = None
+    """Mean of every channel, of pixels in [0, 1]; by default that of CIFAR-100, or with imagenet
+    that of ImageNet."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of every channel; likewise."""
+
+    @property
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """Mean and std as they are used."""
+        mean, std = NORMALISATION[self.task]
+        return {
+            "mean": mean if self.mean is None else self.mean,
+            "std": std if self.std is None else self.std,
+        }
 
 
 @dataclass(frozen=True)
@@ -252,12 +269,15 @@ class TrainConfig:
 
     def check_data(self) -> None:
         """What is wrong with the data's options alone."""
-        flat = flatten(self)
         if self.data.task == "imagenet":
             self.reader.check()
-            for name in ("limit", "cache"):
-                if flat[name] is not None:
-                    raise ValueError(f"--{name} is for --task cifar, got {flat[name]}")
+            task, others, names = "cifar", self.data, ["limit", "cache", "pad", "flip"]
+        else:
+            task, others, names = "imagenet", self.reader, list(vars(self.reader))
+        for name in names:
+            value = getattr(others, name)
+            if value != getattr(type(others)(), name):
+                raise ValueError(f"--{_option(name)} is for --task {task}, got {value}")
         if not self.data.data:
             raise ValueError("--data must name the folder of the data set, got nothing")
 

@@ -26,9 +26,9 @@ from dnkd_ext.train.classification import (
     Teacher,
     build_model,
     evaluate,
-    gather_class_means,
     identity,
     load_teacher,
+    load_weights_for,
     means_digest,
     means_notes,
     read_class_means,
@@ -37,7 +37,7 @@ from dnkd_ext.train.classification import (
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
 from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
-from dnkd_ext.train.models import load_weights
+from dnkd_ext.train.gather import find_parts, gather_class_means, remove_parts
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.sources import Source, open_source
 from dnkd_ext.train.world import World
@@ -188,6 +188,7 @@ def _remove(out: Path) -> None:
     """A run's files, and no others."""
     for name in (RESULT, CONFIG, *OWN_FILES):
         (out / name).unlink(missing_ok=True)
+    remove_parts(out / CLASS_MEANS)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)
 
 
@@ -290,7 +291,9 @@ class _Shared:
             self._teachers[key] = teacher
         return self._teachers[key]
 
-    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
+    def teacher_with_means(
+        self, config: TrainConfig, out: Path, *, resume: bool = False
+    ) -> Teacher | None:
         """The teacher with its class means, gathered now unless ``out`` or a file has them.
 
         Without the ND loss they only serve diagnostics, and are left out where gathering them is a
@@ -311,7 +314,13 @@ class _Shared:
             means = self.world.from_first(means)
             if means is None:
                 means = gather_class_means(
-                    teacher.model, source, config, self.world, metadata=notes
+                    teacher.model,
+                    source,
+                    config,
+                    self.world,
+                    metadata=notes,
+                    path=out / CLASS_MEANS,
+                    resume=resume,
                 )
             teacher = teacher._replace(class_means=means)
             self._teachers[self._key(config)] = teacher
@@ -319,6 +328,7 @@ class _Shared:
             if self.world.is_first:
                 assert teacher.class_means is not None
                 teacher.class_means.save(out / CLASS_MEANS)
+                remove_parts(out / CLASS_MEANS)
         return teacher
 
 
@@ -351,7 +361,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             remove_temporaries(out)
             write_json(out / CONFIG, flatten(config))
     prepare_device(config.run, world)
-    teacher = shared.teacher_with_means(config, out)
+    teacher = shared.teacher_with_means(config, out, resume=resume)
     source = shared.source(config)
     task = Classification(config, source, teacher, world)
     if world.is_first:
@@ -477,36 +487,63 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
 
 
 def run_class_means(
-    model: str, weights: str, config: TrainConfig, out: Path, world: World, *, overwrite: bool
+    model: str,
+    weights: str,
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> ClassMeans:
     """Gather a teacher's class means and write their file.
 
     Raises:
-        FileExistsError: ``out`` exists, and ``overwrite`` is not given.
+        FileExistsError: ``out`` exists, or a part of it, and neither ``overwrite`` nor, for parts,
+            ``resume`` is given.
         ValueError, FileNotFoundError: a wrong option or input.
     """
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder; name a file")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, run=resolve(config.run, world))
+    with world.first_alone():
+        if world.is_first:
+            _look_at_means(out, overwrite, resume)
     prepare_device(config.run, world)
     source = open_source(config, world, progress=config.run.progress)
     teacher = load_teacher(
         model, weights, source, world.device, channels_last=config.run.channels_last
     )
+    notes, done = means_notes(model, teacher.digest, source), None
+    with world.first_alone():
+        if world.is_first and resume and not overwrite:
+            done = _kept_means(out, notes)
+            if done is None and out.exists():
+                raise FileExistsError(f"--out {out} exists, and is of other data or another model")
+    done = world.from_first(done)
+    if done is not None:
+        return done
     means = gather_class_means(
-        teacher.model,
-        source,
-        config,
-        world,
-        metadata=means_notes(model, teacher.digest, source),
+        teacher.model, source, config, world, metadata=notes, path=out, resume=resume
     )
     with world.first_alone():
         if world.is_first:
             means.save(out)
+            remove_parts(out)
     return means
+
+
+def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; name a file")
+    if out.exists() and not (overwrite or resume):
+        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
+    if find_parts(out) and not (overwrite or resume):
+        raise FileExistsError(
+            f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
+            "--overwrite"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        remove_parts(out)
 
 
 def run_eval(
@@ -517,7 +554,7 @@ def run_eval(
     source = open_source(config, world, progress=config.run.progress)
     path = weights_file(weights)
     network = build_model(model, len(source.classes), source.channels)
-    load_weights(network, path)
+    load_weights_for(network, path, source.image_size)
     network.to(world.device)
     if config.run.channels_last:
         network.to(memory_format=torch.channels_last)
