@@ -520,7 +520,7 @@ class Classification(Task):
             return student
         projector.eval()
         try:
-            return projector(student)
+            return projector(student.to(projector.linear.weight.dtype))
         finally:
             projector.train()
 
