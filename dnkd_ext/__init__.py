@@ -8,7 +8,13 @@ from dnkd_ext._extension import build_info, empty_cache  # first: its warning po
 from dnkd_ext import reference
 from dnkd_ext.adapters import extract_features, features
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
+from dnkd_ext.criteria import (
+    DISTPlusPlus,
+    DKDPlusPlus,
+    HardKDPlusPlus,
+    KDPlusPlus,
+    ReviewKDPlusPlus,
+)
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.losses import (
     NDLoss,
@@ -28,6 +34,7 @@ __all__ = [
     "DISTPlusPlus",
     "DKDPlusPlus",
     "FeatureProjector",
+    "HardKDPlusPlus",
     "KDPlusPlus",
     "NDLoss",
     "ReviewKDPlusPlus",
