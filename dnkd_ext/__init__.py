@@ -6,7 +6,12 @@ from dnkd_ext._extension import build_info, empty_cache  # first: its warning po
 
 # isort: split
 from dnkd_ext import reference
-from dnkd_ext.adapters import extract_features, features
+from dnkd_ext.adapters import (
+    DistilledFeatures,
+    distilled_features,
+    extract_features,
+    features,
+)
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.criteria import (
     DISTPlusPlus,
@@ -33,6 +38,7 @@ __all__ = [
     "ClassMeans",
     "DISTPlusPlus",
     "DKDPlusPlus",
+    "DistilledFeatures",
     "FeatureProjector",
     "HardKDPlusPlus",
     "KDPlusPlus",
@@ -44,6 +50,7 @@ __all__ = [
     "ce_dkd_loss",
     "ce_kd_loss",
     "dist_loss",
+    "distilled_features",
     "dkd_loss",
     "empty_cache",
     "extract_features",
