@@ -717,11 +717,10 @@ def test_timm_with_two_heads(name, size, options, training, distilled, generator
             torch.testing.assert_close((heads[0](own), heads[1](own)), (first, second))
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "efficientformerv2_s0"])
-def test_timm_with_one_of_two_heads(name, generator):
+@pytest.mark.parametrize(("name", "size"), [("repvit_m0_9", 64), ("efficientformerv2_s0", 224)])
+def test_timm_with_one_of_two_heads(name, size, generator):
     timm = pytest.importorskip("timm")
-    size, options = (64, {}) if name == "repvit_m0_9" else (224, {"distillation": False})
-    model = timm.create_model(name, num_classes=7, **options).eval()
+    model = timm.create_model(name, num_classes=7, distillation=False).eval()
     images = torch.randn(1, 3, size, size, generator=generator)
     with torch.no_grad():
         found = distilled_features(model, images)
