@@ -22,6 +22,7 @@ from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
 from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
 
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 TERMS = ("loss", "ce", "kd", "nd", "top1")
+# By which stage_maps runs a model, in place of its call.
+STAGE_METHODS = ("forward_stages", "forward_intermediates")
 
 
 # -- the step -------------------------------------------------------------------------------------
@@ -395,6 +398,7 @@ class Classification(Task):
     """A student, its data and its teacher, as the engine trains them."""
 
     terms = TERMS
+    methods = STAGE_METHODS
     metric = "test_top1"
 
     def __init__(
@@ -405,6 +409,8 @@ class Classification(Task):
         run, device = config.run, world.device
         torch.manual_seed(run.seed)  # the same weights for every method, on every process
         student = build_model(config.model.student, len(source.classes), source.channels)
+        if run.activation_checkpointing:
+            checkpoint_activations(student, config.model.student)
         criterion = projector = None
         if config.needs_teacher:
             assert teacher is not None
@@ -451,6 +457,8 @@ class Classification(Task):
                 f"{config.optim.batch_size}"
             )
         student = build_model(config.model.student, len(source.classes), source.channels)
+        if config.run.activation_checkpointing:
+            checkpoint_activations(student, config.model.student)
         if config.method.method == "reviewkd":
             assert teacher is not None
             ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)

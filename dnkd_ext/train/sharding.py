@@ -44,6 +44,7 @@ LARGEST, SMALLEST = 1 / 4, 1 / 512
 
 
 def _count(module: nn.Module) -> int:
+    """Of the module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
