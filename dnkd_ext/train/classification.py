@@ -489,7 +489,8 @@ class Classification(Task):
             return student
         projector.eval()
         try:
-            return projector(student)
+            dtype = next(projector.parameters()).dtype  # the evaluation gives float32
+            return projector(student.to(dtype)).float()
         finally:
             projector.train()
 

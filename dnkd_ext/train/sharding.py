@@ -108,7 +108,12 @@ def shard_model(
         compile: torch.compile of every block; FSDP's own work stays outside.
     """
     _prepare(model)
-    for block in blocks(model):
+    parts = blocks(model)
+    if compile:
+        # Blocks of a class share the code, of which Dynamo keeps so many forms.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
+    for block in parts:
         if compile:
             block.compile()
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
