@@ -245,7 +245,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step is written.
         ValueError: the checkpoint is damaged, or of another training.
     """
-    training = _Training(task, optim, run, out, world, kd_warm_up, metadata or {}, settings or {})
+    training = _Training(task, optim, run, out, world, kd_warm_up, metadata or {}, settings)
     try:
         return training.run_all(resume)
     finally:
@@ -292,7 +292,7 @@ class _Training:
         world: World,
         kd_warm_up: int,
         metadata: dict[str, str],
-        settings: dict[str, Any],
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.task = task
         self.optim = optim
@@ -301,7 +301,7 @@ class _Training:
         self.world = world
         self.kd_warm_up = kd_warm_up
         self.metadata = metadata
-        self.settings = settings
+        self.settings = settings or {}
         device = world.device
         self.lr = torch.tensor(optim.lr, device=device)
         self.ramp = torch.tensor(1.0, device=device)
@@ -377,8 +377,10 @@ class _Training:
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         """Gradients of a batch, the step of the optimiser, and the terms counted."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.run.fsdp:
+            for parameter in self.parameters:
+                parameter.grad = None
         parts = self.task.split(batch, self.optim.accumulate)
         terms: Tensor | None = None
         for number, part in enumerate(parts):
