@@ -85,12 +85,16 @@ LONG = ("--student", "cifar_wrn_16_2", "--epochs", "4", "--ema-decay", "0.8")
 
 
 def ways(teacher: Path) -> dict[str, tuple[list[str], list[str], list[str]]]:
-    """Options of runs, those of one process, and those of two that share the step."""
+    """Options of runs, those of one process, and those of two that share the step.
+
+    DIST is over the whole batch, which one process in two parts does not see: its run is compared
+    with one of two processes with copies.
+    """
     two = ["--accumulate", "2"]
     short = ("--epochs", "2")
     return {
         "kd": (of(teacher, "kd", 1.0, *short), two, []),
-        "dist": (of(teacher, "dist", 1.0, *short), two, ["--compile"]),
+        "dist": (of(teacher, "dist", 1.0, *short), [], ["--compile"]),
         "reviewkd": (of(teacher, "reviewkd", 1.0, *short), two, ["--fsdp-teacher"]),
         "adamw": (
             of(teacher, "kd", 1.0, *ADAMW),
@@ -115,6 +119,7 @@ def runs(images, teacher, tmp_path_factory):
     long = [*of(teacher, "kd", 1.0, *LONG), "--fsdp", "--log-every", "1"]
     within = options(images, folder / "within", *long)
     commands += [
+        {"arguments": options(images, folder / "dist-copies", *ways(teacher)["dist"][0])},
         {"arguments": options(images, folder / "whole", *long)},
         {
             "arguments": options(images, folder / "stopped", *long),
@@ -150,8 +155,11 @@ def near(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("way", ["kd", "dist", "reviewkd", "adamw"])
 def test_two_sharing_processes_train_as_one(images, teacher, runs, tmp_path, double, way):
     more, alone, own = ways(teacher)[way]
-    run(images, tmp_path / "alone", *more, *alone)
-    near(tmp_path / "alone", runs / way)
+    if way == "dist":
+        near(runs / "dist-copies", runs / "dist")
+    else:
+        run(images, tmp_path / "alone", *more, *alone)
+        near(tmp_path / "alone", runs / way)
     sizes = json.loads((runs / way / "sizes.json").read_text())
     held, total = sizes["step"]
     assert held < 0.6 * total
