@@ -7,10 +7,12 @@ and a run would give other figures than without.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
+import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,14 @@ def gather_whole(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
 # -- files ----------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _alone_without_a_warning() -> Iterator[None]:
+    """One process may read and write shards, too, which DCP takes for an oversight."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def _checksum(path: Path) -> int:
     value = 0
     with path.open("rb") as file:
@@ -205,7 +215,8 @@ def write_shards(out: Path, label: str, tensors: dict[str, Tensor], world: World
     folder = out / name
     try:
         writer = dcp.HuggingFaceStorageWriter(os.fspath(folder), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        with _alone_without_a_warning():
+            dcp.save(tensors, storage_writer=writer)
     except CheckpointException as error:  # no Exception; the same on all processes
         raise OSError(f"the checkpoint {folder} cannot be written: {error}") from error
     world.wait()
@@ -255,6 +266,7 @@ def read_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
         ValueError: the folder cannot be read.
     """
     try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(os.fspath(folder)))
+        with _alone_without_a_warning():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(os.fspath(folder)))
     except CheckpointException as error:
         raise ValueError(f"{folder} cannot be read: {error}") from error
