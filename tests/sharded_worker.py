@@ -69,7 +69,9 @@ class Trouble:
 
         # The compiler proper takes a minute, and is torch's matter.
         own_compile = lambda module: compiled(module, backend="aot_eager")  # noqa: E731
+        restarted = told.get("restarted") == self.rank
         self.patches = [
+            mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": "1"} if restarted else {}),
             mock.patch.object(Classification, "batches", own_batches),
             mock.patch.object(Classification, "__init__", own_begin),
             mock.patch.object(engine._Training, "_finish", own_finish),

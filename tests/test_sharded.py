@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,8 +62,9 @@ def together(
     path = folder / "commands.json"
     path.write_text(json.dumps(commands))
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), *more, "-m", "tests.sharded_worker", str(path)),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *(() if "--nnodes" in more else ("--standalone",)),
+        *(*more, "-m", "tests.sharded_worker", str(path)),
     ]
     root = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
@@ -174,6 +177,30 @@ def test_a_sharded_run_stopped_within_an_epoch_goes_on_exactly(runs):
         assert same(weights(runs / "within", name), weights(runs / "whole", name))
 
 
+def test_two_nodes_train_as_one(images, teacher, runs, tmp_path):
+    """Both have a first process of their own; one of all writes the files."""
+    more = [*of(teacher, "kd", 1.0, *LONG), "--fsdp", "--log-every", "1"]
+    places = [tmp_path / "0", tmp_path / "1"]
+    for place in places:
+        place.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = ("--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
+    command = [{"arguments": options(images, tmp_path / "run", *more)}]
+    with ThreadPoolExecutor() as pool:
+        nodes = [
+            pool.submit(together, place, command, 1, *rendezvous, "--node-rank", place.name)
+            for place in places
+        ]
+        for node in nodes:
+            succeeded(node.result())
+    assert log(tmp_path / "run") == log(runs / "whole")
+    assert same(weights(tmp_path / "run"), weights(runs / "whole"))
+    names = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert names == {path.name for path in (runs / "whole").iterdir() if path.is_file()}
+
+
 def test_only_named_folders_are_kept(runs):
     for name in ("whole", "stopped", "within"):
         kept = shard_folders(runs / name)
@@ -229,10 +256,14 @@ def test_a_damaged_folder_leaves_the_one_before(images, teacher, runs, tmp_path)
         if kind == "changed":
             (out / "log.csv").unlink()  # it is written again
         commands.append({"arguments": options(images, out, *more, "--resume")})
+    # Of two nodes torchrun restarts what one had, and the other's is new: nobody says --resume.
+    out = tmp_path / "restarted"
+    shutil.copytree(runs / "stopped", out)
+    commands.append({"arguments": options(images, out, *more), "trouble": {"restarted": 1}})
     told = succeeded(together(tmp_path, commands))
     assert "is missing or not whole; going on from" in told
     assert "is damaged; going on from" in told
-    for kind in ("cut", "changed", "missing"):
+    for kind in ("cut", "changed", "missing", "restarted"):
         assert log(tmp_path / kind) == log(runs / "whole")
         assert same(weights(tmp_path / kind), weights(runs / "whole"))
 

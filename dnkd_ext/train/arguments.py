@@ -172,6 +172,8 @@ def train(argv: Sequence[str]) -> int:
     # torchrun starts the same command again when a process died.
     resume = arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     with join_world(arguments.run.device) as world:
+        # Where a node was replaced, its torchrun has restarted nothing yet.
+        resume = world.any(resume)
         try:
             run_jobs(
                 plan_jobs(configs, seeds, out),

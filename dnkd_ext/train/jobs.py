@@ -424,7 +424,7 @@ def _heading(job: Job, source: Source, world: World) -> str:
     words.append(f"on {source.train_images} images of {source.name}, {config.optim.epochs} epochs;")
     words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
     if config.run.fsdp:
-        words.append("sharing the teacher, too" if config.run.fsdp_teacher else "sharded")
+        words.append("share the student" + " and the teacher" * config.run.fsdp_teacher)
     optim = config.optim
     late = [step for step in optim.milestones if step >= optim.epochs]
     if optim.schedule == "multistep" and late:
