@@ -329,13 +329,13 @@ def test_overwrite_removes_shards(images, runs, tmp_path):
 # -- what is sharded ------------------------------------------------------------------------------
 
 
-def check_blocks(model: nn.Module, least: float) -> None:
+def check_blocks(model: nn.Module) -> None:
     found = blocks(model)
     inner = [id(module) for block in found for module in block.modules()]
     assert len(inner) == len(set(inner))  # none holds another
     sizes = [sum(p.numel() for p in block.parameters()) for block in found]
     total = sum(p.numel() for p in model.parameters())
-    assert sum(sizes) >= least * total
+    assert 2 * sum(sizes) >= total
     lists = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
     assert not any(isinstance(block, lists) for block in found)
 
@@ -344,7 +344,7 @@ def test_blocks_hold_the_bulk():
     for name in model_names():
         model = create_model(name, 10)
         if "vgg" not in name:  # plain layers
-            check_blocks(model, 0.6)
+            check_blocks(model)
     assert len(blocks(create_model("cifar_resnet20", 10))) == 9
 
 
@@ -363,7 +363,7 @@ def test_blocks_of_timms_models_hold_the_bulk():
     ):
         with torch.device("meta"):
             model = timm.create_model(name)
-        check_blocks(model, 0.6)
+        check_blocks(model)
 
 
 # -- activations ----------------------------------------------------------------------------------
