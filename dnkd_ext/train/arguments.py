@@ -173,6 +173,8 @@ def train(argv: Sequence[str]) -> int:
     out = Path(arguments.out)
     resume = arguments.resume or restarted()
     with join_world(arguments.run.device) as world:
+        # Where a node was replaced, its torchrun has restarted nothing yet.
+        resume = world.any(resume)
         try:
             run_jobs(
                 plan_jobs(configs, seeds, out),

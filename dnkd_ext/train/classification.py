@@ -13,15 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnkd_ext.adapters import features
+from dnkd_ext.adapters import distilled_features, features
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
+from dnkd_ext.criteria import (
+    DISTPlusPlus,
+    DKDPlusPlus,
+    HardKDPlusPlus,
+    KDPlusPlus,
+    ReviewKDPlusPlus,
+)
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
 from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
 from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
 
@@ -36,6 +43,8 @@ __all__ = [
 ]
 
 TERMS = ("loss", "ce", "kd", "nd", "top1")
+# By which stage_maps runs a model, in place of its call.
+STAGE_METHODS = ("forward_stages", "forward_intermediates")
 
 
 # -- the step -------------------------------------------------------------------------------------
@@ -51,6 +60,7 @@ class Distillation(nn.Module):
         projector: of the student's features, where the class means are of another width.
         method: as the configuration names it.
         label_smoothing: of the cross entropy alone; a criterion has its own.
+        nd_ramp: let the ramp be that of the ND loss, too.
 
     Shape:
         images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
@@ -65,6 +75,7 @@ class Distillation(nn.Module):
         projector: nn.Module | None,
         method: str,
         label_smoothing: float = 0.0,
+        nd_ramp: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -72,6 +83,7 @@ class Distillation(nn.Module):
         self.projector = projector
         self.method = method
         self.label_smoothing = label_smoothing
+        self.nd_ramp = nd_ramp
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
         self._teacher = (teacher,)
 
@@ -83,6 +95,7 @@ class Distillation(nn.Module):
             loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
             none = torch.zeros_like(loss)
             return loss, loss.detach(), none, none, _top1(logits, target)
+        more: dict[str, Any] = {"nd_ramp": ramp} if self.nd_ramp else {}
         if self.method == "reviewkd":
             with torch.no_grad():
                 # timm's models give their maps after the activation only.
@@ -94,12 +107,21 @@ class Distillation(nn.Module):
         else:
             with torch.no_grad():
                 teacher_features, teacher_logits = features(teacher, images)
-            student_features, logits = features(self.student, images)
+            if self.method == "hard_kd":
+                student_features, logits, distilled = distilled_features(self.student, images)
+                more["distillation_logits"] = distilled
+            else:
+                student_features, logits = features(self.student, images)
             compared = (logits, teacher_logits)
         if self.projector is not None:
             student_features = self.projector(student_features)
         terms = self.criterion(
-            *compared, student_features, target, teacher_features=teacher_features, kd_ramp=ramp
+            *compared,
+            student_features,
+            target,
+            teacher_features=teacher_features,
+            kd_ramp=ramp,
+            **more,
         )
         return *terms, _top1(logits, target)
 
@@ -410,6 +432,7 @@ def _criterion(
             tau=options.temperature,
             process_group=torch.distributed.group.WORLD if world.size > 1 else None,
         ),
+        "hard_kd": lambda: HardKDPlusPlus(class_means, **shared),
         "reviewkd": lambda: ReviewKDPlusPlus.from_models(
             student, teacher, class_means, **shared, mid_channels=options.mid_channels
         ),
@@ -433,6 +456,7 @@ class Classification(Task):
     """A student, its data and its teacher, as the engine trains them."""
 
     terms = TERMS
+    methods = STAGE_METHODS
     metric = "test_top1"
 
     def __init__(
@@ -443,6 +467,8 @@ class Classification(Task):
         run, device = config.run, world.device
         torch.manual_seed(run.seed)  # the same weights for every method, on every process
         student = build_student(config, source)
+        if run.activation_checkpointing:
+            checkpoint_activations(student, config.model.student)
         criterion = projector = guide = None
         mixes = config.data.task == "imagenet" and config.reader.mixes
         # Where images are mixed their targets are smoothed, which all terms of the loss read.
@@ -457,10 +483,11 @@ class Classification(Task):
                     projector = FeatureProjector(width, means.shape[1], config.model.dropout)
             criterion = _criterion(config.method, means, student, teacher.model, world, smoothing)
             guide = teacher.model
-            if run.precision == "bfloat16":
+            if run.precision == "bfloat16" and not run.fsdp_teacher:
                 guide = _cast_once(guide)
+        method = config.method
         self.step = Distillation(
-            student, criterion, guide, projector, config.method.method, smoothing
+            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)
@@ -490,6 +517,8 @@ class Classification(Task):
                 f"{config.optim.batch_size}"
             )
         student = build_student(config, source)
+        if config.run.activation_checkpointing:
+            checkpoint_activations(student, config.model.student)
         if config.method.method == "reviewkd":
             assert teacher is not None
             ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
@@ -520,7 +549,8 @@ class Classification(Task):
             return student
         projector.eval()
         try:
-            return projector(student.to(projector.linear.weight.dtype))
+            dtype = next(projector.parameters()).dtype  # the evaluation gives float32
+            return projector(student.to(dtype)).float()
         finally:
             projector.train()
 

@@ -185,6 +185,14 @@ class RunOptions:
     """torch.compile of teacher, student and loss."""
     cuda_graph: bool = False
     """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
+    fsdp: bool = False
+    """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
+    instead of having copies; torch.compile is then that of the student's blocks."""
+    fsdp_teacher: bool = False
+    """With fsdp: the teacher's parameters are shared, too."""
+    activation_checkpointing: bool = False
+    """Compute the student's activations again in the backward pass instead of keeping them, for
+    models of timm that know how to."""
     deterministic: bool = False
     """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
     eval_batch_size: int = 500
@@ -195,6 +203,9 @@ class RunOptions:
     """Steps between looks at the loss, which wait for the device."""
     tensorboard: bool = True
     """Write TensorBoard's files, too."""
+    wandb: bool = False
+    """Log every epoch to Weights & Biases, too; WANDB_PROJECT and its other environment variables
+    say where."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -249,6 +260,14 @@ class TrainConfig:
                 f"--batch-size must be a multiple of {world_size} processes times --accumulate "
                 f"{self.optim.accumulate}, got {self.optim.batch_size}"
             )
+        if self.run.fsdp and world_size == 1:
+            raise ValueError("--fsdp is for several processes, started by torchrun; got one")
+        if self.run.fsdp and self.run.cuda_graph:
+            raise ValueError("--cuda-graph cannot record the messages of --fsdp; pass one of them")
+        if self.run.fsdp_teacher and not self.run.fsdp:
+            raise ValueError("--fsdp-teacher goes with --fsdp only")
+        if self.run.fsdp_teacher and not self.needs_teacher:
+            raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
         self.check_data()
         if self.needs_teacher:
             if self.model.teacher is None:
@@ -323,11 +342,15 @@ FREE = {
     "channels_last",
     "compile",
     "cuda_graph",
+    "fsdp",
+    "fsdp_teacher",
+    "activation_checkpointing",
     "deterministic",
     "eval_batch_size",
     "checkpoint_every",
     "log_every",
     "tensorboard",
+    "wandb",
     "progress",
     "workers",
     "on_error",

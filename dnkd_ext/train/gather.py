@@ -95,6 +95,9 @@ def gather_class_means(
     batches, metadata = source.clean(config, world), metadata or {}
     origin = _origin(source, config, metadata)
     held = _load(_part(path, world), origin) if path is not None and resume else None
+    if config.run.fsdp_teacher and len(set(world.gather(held and held[0]))) > 1:
+        # A sharded model runs on all processes at once or not at all.
+        held = None
     start, state = held or (0, None)
     means: ClassMeans | None = None
 
@@ -107,7 +110,7 @@ def gather_class_means(
     shown = config.run.progress and world.is_first
     number, kept = start, time.monotonic()
     with (
-        torch.inference_mode(),
+        torch.no_grad(),  # a sharded model cannot run in inference mode
         Progress(len(batches), "class means", initial=start, enabled=shown) as bar,
     ):
         try:

@@ -19,9 +19,10 @@ import torch
 import dnkd_ext
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
-from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint
+from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.classification import (
     PRETRAINED,
+    STAGE_METHODS,
     Classification,
     Teacher,
     build_model,
@@ -39,6 +40,7 @@ from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
 from dnkd_ext.train.gather import find_parts, gather_class_means, remove_parts
 from dnkd_ext.train.plots import plot_curves, plot_features
+from dnkd_ext.train.sharding import shard_model
 from dnkd_ext.train.sources import Source, open_source
 from dnkd_ext.train.world import World
 
@@ -49,7 +51,7 @@ RESULT = "result.json"
 CLASS_MEANS = "class_means.safetensors"
 CURVES = "curves.png"
 FEATURES = "features.png"
-# What a run writes, apart from the folder tensorboard/.
+# What a run writes, apart from folders: tensorboard/, wandb/ and those of sharded checkpoints.
 OWN_FILES = (
     CONFIG,
     RESULT,
@@ -136,6 +138,10 @@ def run_jobs(
         job.config.check(world.size)
         if job.config.run.tensorboard:
             _require_tensorboard()
+        if job.config.run.wandb and importlib.util.find_spec("wandb") is None:
+            raise ModuleNotFoundError(
+                "--wandb needs Weights & Biases; install it with pip install wandb"
+            )
         config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
         ready.append(dataclasses.replace(job, config=config))
     states: list[_State] = []
@@ -189,7 +195,8 @@ def _remove(out: Path) -> None:
     for name in (RESULT, CONFIG, *OWN_FILES):
         (out / name).unlink(missing_ok=True)
     remove_parts(out / CLASS_MEANS)
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    for folder in (out / "tensorboard", out / "wandb", *shard_folders(out)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _all_results(out: Path) -> list[dict[str, Any]]:
@@ -203,6 +210,7 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file")
     present = [name for name in OWN_FILES if (out / name).exists()]
+    present += [path.name for path in shard_folders(out)]
     weights = job.config.model.teacher_weights
     has_file = weights is not None and weights != PRETRAINED
     if overwrite and has_file and out.resolve() in weights_file(weights).resolve().parents:
@@ -264,7 +272,7 @@ class _Shared:
         model = config.model
         return (
             (model.teacher, model.teacher_weights, model.class_means),
-            (config.data, config.reader, config.run.channels_last),
+            (config.data, config.reader, config.run.channels_last, config.run.fsdp_teacher),
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
@@ -283,6 +291,13 @@ class _Shared:
                 self.world.device,
                 channels_last=config.run.channels_last,
             )
+            if config.run.fsdp_teacher:
+                shard_model(
+                    teacher.model,
+                    self.world.mesh,
+                    methods=STAGE_METHODS,
+                    compile=config.run.compile,
+                )
             if config.model.class_means is not None:
                 path, name = config.model.class_means, config.model.teacher
                 means = read_class_means(path, name, teacher, source)
@@ -359,6 +374,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         if world.is_first:
             out.mkdir(parents=True, exist_ok=True)
             remove_temporaries(out)
+            remove_unnamed(out)
             write_json(out / CONFIG, flatten(config))
     prepare_device(config.run, world)
     teacher = shared.teacher_with_means(config, out, resume=resume)
@@ -375,6 +391,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         kd_warm_up=config.method.kd_warm_up,
         resume=resume,
         metadata={"model": config.model.student, "dataset": source.name},
+        settings=flatten(config),
     )
     last = log["rows"][-1]
     result = {
@@ -416,6 +433,8 @@ def _heading(job: Job, source: Source, world: World) -> str:
         words.append(f"from {config.model.teacher} by {method.method}, nd {method.nd_weight:g},")
     words.append(f"on {source.train_images} images of {source.name}, {config.optim.epochs} epochs;")
     words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
+    if config.run.fsdp:
+        words.append("share the student" + " and the teacher" * config.run.fsdp_teacher)
     optim = config.optim
     late = [step for step in optim.milestones if step >= optim.epochs]
     if optim.schedule == "multistep" and late:
