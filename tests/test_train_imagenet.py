@@ -306,7 +306,8 @@ def test_every_preset_trains_a_step(data, preset, tmp_path):
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
     moved = [not torch.equal(before[name], p) for name, p in task.step.named_parameters()]
-    assert sum(moved) > 0.9 * len(moved)
+    # timm's residual branches end in weights of 0, before which nothing gets a gradient at first.
+    assert sum(moved) > 0.8 * len(moved)
     projects = getattr(task.model, "num_features", 0) != getattr(given.model, "num_features", 0) \
         if given else False  # fmt: skip
     assert (task.step.projector is not None) == (projects and method.nd_weight > 0)
@@ -349,6 +350,32 @@ def test_mixed_images_have_soft_targets_in_every_term(data):
         unit = F.normalize(target @ F.normalize(means, dim=1), dim=1)
         longest = torch.maximum(own.norm(dim=1), wanted.norm(dim=1))
         assert nd.item() == pytest.approx((1 - (own * unit).sum(1) / longest).mean().item())
+
+
+def test_hard_labels_go_to_the_distillation_token(data):
+    """Cross entropy with the teacher's class there, ND on both tokens' mean; ND ramped on demand."""
+    more = {"method": "hard_kd", "student": "deit_tiny_distilled_patch16_224", "nd_ramp": True}
+    config = settings(data["folders"], **more)
+    source = open_source(config, ALONE)
+    given = untrained(config, source)
+    task = Classification(config, source, given, ALONE)
+    task.step.eval()
+    images, target = next(iter(task.batches(0, 0)))
+    loss, ce, kd, nd, _ = task.step(images, target, torch.tensor(0.25))
+    tokens = task.model.forward_features(images)
+    of_class, of_teacher = tokens[:, 0], tokens[:, 1]
+    found = given.model(images).argmax(1)
+    hard = F.cross_entropy(task.model.head_dist(of_teacher), found)
+    assert ce.item() == pytest.approx(F.cross_entropy(task.model.head(of_class), target).item())
+    assert kd.item() == pytest.approx(hard.item(), rel=1e-5)
+    own = task.step.projector((of_class + of_teacher) / 2)
+    means = given.class_means.compute()
+    longest = torch.maximum(own.norm(dim=1), features(given.model, images)[0].norm(dim=1))
+    direction = (own * F.normalize(means[target], dim=1)).sum(1) / longest
+    assert nd.item() == pytest.approx((1 - direction).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((ce + 0.25 * (kd + 1.5 * nd)).item(), rel=1e-5)
+    first = task.step(images, target, torch.tensor(0.0))[0]
+    assert first.item() == pytest.approx(ce.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "test_convnext"])
