@@ -353,7 +353,7 @@ def test_mixed_images_have_soft_targets_in_every_term(data):
 
 
 def test_hard_labels_go_to_the_distillation_token(data):
-    """Cross entropy with the teacher's class there, ND on both tokens' mean; ND ramped on demand."""
+    """There the teacher's class, ND on both tokens' mean; ND with the ramp on demand."""
     more = {"method": "hard_kd", "student": "deit_tiny_distilled_patch16_224", "nd_ramp": True}
     config = settings(data["folders"], **more)
     source = open_source(config, ALONE)
