@@ -32,11 +32,11 @@ from dnkd_ext.train.classification import (
     Classification,
     Teacher,
     build_model,
-    gather_class_means,
 )
 from dnkd_ext.train.config import DataOptions, TrainConfig, replace
 from dnkd_ext.train.data import Images, ImageSet
 from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.image_files import load_images
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand, load_preset
@@ -91,10 +91,10 @@ def synthetic(images: int, test_images: int) -> ImageSet:
         ).byte()
         return Images(pixels, torch.arange(count) % CLASSES)
 
-    options = DataOptions()
+    mean, std = (torch.tensor(values) for values in DataOptions().normalisation.values())
     return ImageSet(
         SYNTHETIC, split(images), split(test_images), [str(number) for number in range(CLASSES)],
-        torch.tensor(options.mean), torch.tensor(options.std), True,
+        mean, std, True,
     )  # fmt: skip
 
 

@@ -6,9 +6,20 @@ from dnkd_ext._extension import build_info, empty_cache  # first: its warning po
 
 # isort: split
 from dnkd_ext import reference
-from dnkd_ext.adapters import extract_features, features
+from dnkd_ext.adapters import (
+    DistilledFeatures,
+    distilled_features,
+    extract_features,
+    features,
+)
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
+from dnkd_ext.criteria import (
+    DISTPlusPlus,
+    DKDPlusPlus,
+    HardKDPlusPlus,
+    KDPlusPlus,
+    ReviewKDPlusPlus,
+)
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.losses import (
     NDLoss,
@@ -27,7 +38,9 @@ __all__ = [
     "ClassMeans",
     "DISTPlusPlus",
     "DKDPlusPlus",
+    "DistilledFeatures",
     "FeatureProjector",
+    "HardKDPlusPlus",
     "KDPlusPlus",
     "NDLoss",
     "ReviewKDPlusPlus",
@@ -37,6 +50,7 @@ __all__ = [
     "ce_dkd_loss",
     "ce_kd_loss",
     "dist_loss",
+    "distilled_features",
     "dkd_loss",
     "empty_cache",
     "extract_features",

@@ -1,11 +1,39 @@
-"""Penultimate features of any classifier."""
+"""Penultimate features of any classifier.
+
+Source of the distillation token: "Training data-efficient image transformers & distillation through
+attention" (arXiv 2012.12877).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["extract_features", "features", "find_classifier"]
+__all__ = [
+    "DistilledFeatures",
+    "distilled_features",
+    "extract_features",
+    "features",
+    "find_classifier",
+]
+
+
+class DistilledFeatures(NamedTuple):
+    """What :func:`distilled_features` returns.
+
+    Attributes:
+        features: ``(N, D)``, the mean of what the two heads read.
+        logits: ``(N, C)``, of the class token's head.
+        distillation_logits: ``(N, C)``, of the distillation token's head; the same tensor as
+            ``logits`` where the model has none.
+    """
+
+    features: Tensor
+    logits: Tensor
+    distillation_logits: Tensor
 
 
 def find_classifier(model: nn.Module) -> nn.Module:
@@ -15,10 +43,19 @@ def find_classifier(model: nn.Module) -> nn.Module:
     ``nn.Linear``.
 
     Raises:
-        ValueError: there is none; pass the layer by hand.
+        ValueError: there is none; pass the layer by hand. Or there are two, of a class and a
+            distillation token, which :func:`features` and :func:`distilled_features` both run.
     """
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
+        if _is_pair(classifier):
+            raise ValueError(
+                f"{type(model).__name__}.get_classifier() gives two heads, of the class and the "
+                "distillation token; call dnkd_ext.features(model, images) for the mean of both, "
+                "dnkd_ext.distilled_features(model, images) for each, or pass classifier="
+            )
+        if isinstance(classifier, tuple) and len(classifier) == 2 and classifier[1] is None:
+            classifier = classifier[0]  # a model that could have had a distillation head
         if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
             return classifier
         raise ValueError(
@@ -45,6 +82,11 @@ def features(
     wrappers and others' hooks keep working; a model that ``torch.compile`` has already compiled
     does not call it: compile the function around this one, or a model of the first kind.
 
+    Of a model with a head for a class token and one for a distillation token (timm's
+    ``deit_*_distilled_*``, ``levit_*``, ``efficientformer_*`` and others) it gives the mean of what
+    the heads read and the mean of their logits, as the model itself does in evaluation;
+    :func:`distilled_features` keeps the logits apart.
+
     Args:
         model: the classifier.
         images: its input.
@@ -61,11 +103,60 @@ def features(
     if classifier is None and _is_split(model):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
-    return _listen(model, images, classifier)
+    heads = _find_heads(model) if classifier is None else None
+    if heads is None:
+        return _listen(model, images, classifier)
+    both, output = _run_heads(model, images, heads)
+    if output is None:
+        output = (both.logits + both.distillation_logits) / 2
+    return both.features, output
 
 
 # The name it had first.
 extract_features = features
+
+
+def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
+    """Run a student once: its features, and the logits of its class and its distillation token.
+
+    DeiT's students learn from the target with one head and from the teacher with another, which is
+    what ``distillation_logits`` of :class:`dnkd_ext.HardKDPlusPlus` takes. These are timm's models
+    whose ``get_classifier()`` gives two heads (``deit_*_distilled_*``, ``levit_*``,
+    ``efficientformer_*``, ``pit_*_distilled_*``, ``swiftformer_*``) or one layer that holds two
+    (``repvit_*``), and all others with that interface. It makes no difference whether they train,
+    what ``set_distilled_training`` said, or whether they are in DistributedDataParallel. A bare
+    DeiT is run by its parts, which ``torch.compile`` traces without a break, all others with hooks
+    on the heads, as :func:`features` tells. A model without a distillation head is run by
+    :func:`features`.
+
+    Source: "Training data-efficient image transformers & distillation through attention"
+    (arXiv 2012.12877).
+
+    Args:
+        model: the student.
+        images: its input.
+
+    Returns:
+        A named tuple ``(features, logits, distillation_logits)`` of ``(N, D)``, ``(N, C)`` and
+        ``(N, C)``, all part of the autograd graph: the mean of what the two heads read, and the
+        output of each. Without a distillation head the last two are one tensor.
+
+    Raises:
+        ValueError: no head can be found, or the model returned neither both heads' outputs nor
+            their mean. Whether it is their mean is looked at on the CPU only, because it would
+            wait for a GPU.
+
+    Example:
+        >>> student = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5))
+        >>> own, logits, of_token = distilled_features(student, torch.randn(4, 3, 2, 2))
+        >>> of_token is logits  # as there is no distillation token
+        True
+    """
+    heads = _find_heads(model)
+    if heads is None:
+        own, logits = features(model, images)
+        return DistilledFeatures(own, logits, logits)
+    return _run_heads(model, images, heads)[0]
 
 
 SPLIT = ("forward_features", "forward_head")
@@ -74,16 +165,24 @@ SPLIT = ("forward_features", "forward_head")
 def _is_split(model: nn.Module) -> bool:
     """Whether calling the model is no more than timm's three parts one after another.
 
+    Not for classifiers that are no linear layer, which may want another shape than the pooled
+    features.
+    """
+    return _is_in_parts(model) and isinstance(model.get_classifier(), nn.Linear)
+
+
+def _is_in_parts(model: nn.Module) -> bool:
+    """Whether calling the model is ``forward_head(forward_features(images))``.
+
     Not where something surrounds the call: hooks (FSDP's among them), a compiled or replaced
-    forward, or one that does more. And not for classifiers that are no linear layer, which may
-    want another shape than the pooled features.
+    forward, or one that does more.
     """
     kind = type(model)
     if not all(callable(getattr(kind, name, None)) for name in (*SPLIT, "get_classifier")):
         return False
     if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
         return False
-    if model._compiled_call_impl is not None or not isinstance(model.get_classifier(), nn.Linear):
+    if model._compiled_call_impl is not None:
         return False
     if getattr(model, "aux_head", None) is not None:  # VOLO adds its output to the classifier's
         return False
@@ -118,16 +217,7 @@ def _listen(
         raise TypeError(
             f"classifier must be a name or an nn.Module, got {type(classifier).__name__}"
         )
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def remember(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        seen.append((args[0] if args else next(iter(kwargs.values())), output))
-
-    handle = classifier.register_forward_hook(remember, with_kwargs=True)
-    try:
-        logits = model(images)
-    finally:
-        handle.remove()
+    (seen,), logits = _hear(model, images, [classifier])
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"the model returned {type(logits).__name__}, expected a tensor of logits")
     if len(seen) != 1 or not _is_same(seen[0][1], logits):
@@ -137,6 +227,134 @@ def _listen(
             "hooks: compile the function around features() instead)"
         )
     return seen[0][0], logits
+
+
+def _hear(
+    model: nn.Module, images: Tensor, layers: Sequence[nn.Module]
+) -> tuple[list[list[tuple[Tensor, Tensor]]], object]:
+    """Call the model: input and output of every call of each layer, and the model's output."""
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+    handles = []
+    try:
+        for layer, calls in zip(layers, seen, strict=True):
+
+            def remember(
+                module: nn.Module, args: tuple, kwargs: dict, output: Tensor, calls: list = calls
+            ) -> None:
+                calls.append((args[0] if args else next(iter(kwargs.values())), output))
+
+            handles.append(layer.register_forward_hook(remember, with_kwargs=True))
+        return seen, model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# -- two heads ------------------------------------------------------------------------------------
+
+Heads = tuple[nn.Module, nn.Module]
+
+
+def _is_pair(classifier: object) -> bool:
+    """Whether these are the heads of a class and a distillation token, which give logits."""
+    return (
+        isinstance(classifier, tuple)
+        and len(classifier) == 2
+        and all(isinstance(head, nn.Module) for head in classifier)
+        and not any(isinstance(head, (nn.Identity, nn.ModuleList)) for head in classifier)
+    )
+
+
+def _find_heads(model: nn.Module) -> Heads | None:
+    """The heads of the class and the distillation token; None for all other models.
+
+    A wrapper's are those of the model inside, unless a linear layer follows that model.
+    """
+    if callable(getattr(model, "get_classifier", None)):
+        return _own_heads(model)
+    modules = list(model.modules())
+    for inner in modules[1:]:
+        heads = _own_heads(inner) if callable(getattr(inner, "get_classifier", None)) else None
+        if heads is not None:
+            last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
+            inside = [module for head in heads for module in head.modules()]
+            return heads if all(any(one is part for part in inside) for one in last) else None
+    return None
+
+
+def _own_heads(model: nn.Module) -> Heads | None:
+    classifier = model.get_classifier()
+    if isinstance(classifier, nn.Module):  # one that holds both, as RepViT's
+        classifier = (getattr(classifier, "head", None), getattr(classifier, "head_dist", None))
+    return classifier if _is_pair(classifier) else None
+
+
+# All that forward_head of a VisionTransformerDistilled names. One that names more does more.
+TOKEN_HEAD = {
+    *("head_drop", "head", "head_dist"),
+    *("distilled_training", "training", "torch", "jit", "is_scripting"),
+}
+
+
+def _is_distilled_vit(model: nn.Module) -> bool:
+    """Whether the first two tokens, after the dropout, are what timm's two heads read."""
+    if not _is_in_parts(model):
+        return False
+    head = type(model).forward_head
+    return head.__module__ == "timm.models.deit" and set(head.__code__.co_names) <= TOKEN_HEAD
+
+
+def _run_heads(
+    model: nn.Module, images: Tensor, heads: Heads
+) -> tuple[DistilledFeatures, Tensor | None]:
+    """Features and both logits; and the model's output, where it is the mean of the logits."""
+    if _is_distilled_vit(model):
+        tokens = model.forward_features(images)
+        inputs = model.head_drop(tokens[:, 0]), model.head_drop(tokens[:, 1])
+        logits = heads[0](inputs[0]), heads[1](inputs[1])
+        return DistilledFeatures(_mean(*inputs), *logits), None
+    seen, output = _hear(model, images, heads)
+    times = [len(calls) for calls in seen]
+    if times == [1, 1]:
+        inputs, logits = zip(*(calls[0] for calls in seen), strict=True)
+        if isinstance(output, (tuple, list)) and len(output) == 2:
+            if all(map(_is_same, logits, output)):
+                # The model's own, to which a wrapper may have added something.
+                return DistilledFeatures(_mean(*inputs), *output), None
+        elif isinstance(output, Tensor) and _is_mean(output, *logits):
+            return DistilledFeatures(_mean(*inputs), *logits), output
+    raise ValueError(
+        f"the heads of {type(model).__name__} for class and distillation token ran {times[0]} and "
+        f"{times[1]} times and gave neither the model's output nor, as their mean, a tensor of it; "
+        "pass the last linear layer as classifier= of dnkd_ext.features (a compiled model does not "
+        "call hooks: compile the function around it instead)"
+    )
+
+
+def _mean(first: Tensor, second: Tensor) -> Tensor:
+    return first if first is second else (first + second) / 2
+
+
+def _is_mean(output: Tensor, first: Tensor, second: Tensor) -> bool:
+    """Whether the output may be the mean of both, and is, where looking costs no waiting."""
+    if not (
+        output.shape == first.shape == second.shape
+        and output.dtype == first.dtype
+        and output.device == first.device
+    ):
+        return False
+    if (
+        output.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or isinstance(output, torch._subclasses.FakeTensor)
+    ):
+        return True
+    with torch.no_grad():
+        tolerance = 4 * torch.finfo(output.dtype).eps
+        return torch.allclose(
+            output, (first + second) / 2, rtol=tolerance, atol=tolerance, equal_nan=True
+        )
 
 
 def _is_same(output: Tensor, logits: Tensor) -> bool:

@@ -418,7 +418,8 @@ class ClassMeans:
         modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            with torch.inference_mode():
+            # Not inference_mode: a model that FSDP shards keeps what it gathers for training, too.
+            with torch.no_grad():
                 for images, target in progress_bar(loader, "class means", enabled=progress):
                     features, logits = extract_features(
                         model, images.to(device, non_blocking=True), classifier=classifier

@@ -1,4 +1,4 @@
-"""KD++, DKD++, DIST++, ReviewKD++: cross entropy, a distillation and the ND loss, weighted.
+"""KD++, DKD++, DIST++, ReviewKD++ and hard KD++: cross entropy, a distillation and the ND loss.
 
 Source: "Improving Knowledge Distillation via Regularizing Feature Direction and Norm"
 (arXiv 2305.17007).
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dnkd_ext._checks import (
+    accumulate_dtype,
     require_floating,
     require_number,
+    require_same_device,
     require_tensor,
     require_weight,
 )
@@ -30,18 +32,26 @@ from dnkd_ext.review import ReviewFusion, stage_channels
 if TYPE_CHECKING:
     from dnkd_ext.class_means import ClassMeans
 
-__all__ = ["CriterionTerms", "DISTPlusPlus", "DKDPlusPlus", "KDPlusPlus", "ReviewKDPlusPlus"]
+__all__ = [
+    "CriterionTerms",
+    "DISTPlusPlus",
+    "DKDPlusPlus",
+    "HardKDPlusPlus",
+    "KDPlusPlus",
+    "ReviewKDPlusPlus",
+]
 
 
 class CriterionTerms(NamedTuple):
     """What a criterion returns: 0-dim tensors on the logits' device.
 
     Attributes:
-        loss: ``ce_weight * ce + kd_weight * kd_ramp * kd + nd_weight * nd``, differentiable.
+        loss: ``ce_weight * ce + kd_weight * kd_ramp * kd + nd_weight * nd_ramp * nd``,
+            differentiable.
         ce: the cross entropy without its weight, for logging; needs no gradient.
-        kd: the distillation term (KD, DKD, DIST or ReviewKD's) without its weight; needs no
-            gradient.
-        nd: the ND loss without its weight, needs no gradient; 0 where its weight is 0.
+        kd: the distillation term (KD, DKD, DIST, ReviewKD's or the hard one) without its weight and
+            ramp; needs no gradient.
+        nd: the ND loss without its weight and ramp, needs no gradient; 0 where either is 0.
     """
 
     loss: Tensor
@@ -107,31 +117,29 @@ class _PlusPlus(nn.Module):
         student_logits: Tensor,
         student_features: Tensor | None,
         kd_ramp: float | Tensor,
-    ) -> float | Tensor:
-        """Check what all criteria are given, and return the weight of the distillation."""
+        nd_ramp: float | Tensor,
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """Check what all criteria are given; the weights of the distillation and the ND loss."""
         if self._has_nd():
             self._check_features(student_logits, student_features)
         require_tensor(student_logits, "student_logits")
-        require_weight(kd_ramp, "kd_ramp", student_logits, "student_logits")
-        if not isinstance(kd_ramp, Tensor) and not torch.compiler.is_compiling():
-            _require_finite(kd_ramp, "kd_ramp")  # a traced float has no value to look at
-        return self.kd_weight * kd_ramp
+        for ramp, name in ((kd_ramp, "kd_ramp"), (nd_ramp, "nd_ramp")):
+            require_weight(ramp, name, student_logits, "student_logits")
+            if not isinstance(ramp, Tensor) and not torch.compiler.is_compiling():
+                _require_finite(ramp, name)  # a traced float has no value to look at
+        return self.kd_weight * kd_ramp, self.nd_weight * nd_ramp
+
+    def _cross_entropy(self, student_logits: Tensor, target: Tensor) -> LogitTerms:
+        """The cross entropy with the target alone."""
+        return _cross_entropy(
+            student_logits, target, self.ce_weight, self.label_smoothing, self.ignore_index
+        )
 
     def _with_cross_entropy(
         self, kd: Tensor, kd_weight: float | Tensor, student_logits: Tensor, target: Tensor
     ) -> LogitTerms:
         """A distillation that is no part of the fused operator, beside the cross entropy alone."""
-        # The fused one beside a KD from the student itself, which is 0.
-        terms = ce_kd_loss(
-            student_logits,
-            student_logits.detach(),
-            target,
-            temperature=1.0,
-            ce_weight=self.ce_weight,
-            kd_weight=0.0,
-            label_smoothing=self.label_smoothing,
-            ignore_index=self.ignore_index,
-        )
+        terms = self._cross_entropy(student_logits, target)
         loss = (terms.loss + kd_weight * kd).to(terms.ce.dtype)
         return LogitTerms(loss, terms.ce, kd.detach())
 
@@ -142,6 +150,7 @@ class _PlusPlus(nn.Module):
         target: Tensor,
         teacher_features: Tensor | None,
         teacher_norms: Tensor | None,
+        nd_weight: float | Tensor,
     ) -> CriterionTerms:
         """The terms so far, and the ND loss where it takes part."""
         if not self._has_nd():
@@ -155,13 +164,15 @@ class _PlusPlus(nn.Module):
             teacher_features=teacher_features,
             teacher_norms=teacher_norms,
             ignore_index=self.ignore_index,
-            loss_weight=self.nd_weight,
+            loss_weight=nd_weight,
             eps=self.eps,
         )
-        nd = weighted.detach() / self.nd_weight
-        if isinstance(self.nd_weight, Tensor):
+        nd = weighted.detach()
+        if isinstance(nd_weight, Tensor):
             # On the device, where alone the weight is known; NaN / 0 must not hide behind the 0.
-            nd = torch.where((self.nd_weight == 0) & (weighted == 0), 0, nd).to(weighted.dtype)
+            nd = torch.where((nd_weight == 0) & (nd == 0), 0, nd / nd_weight).to(weighted.dtype)
+        elif nd_weight != 0:  # a ramp may be; the graph stays, so that gradients are 0, not None
+            nd = nd / nd_weight
         return CriterionTerms(terms.loss + weighted, terms.ce, terms.kd, nd)
 
     def _check_features(self, student_logits: Tensor, student_features: Tensor | None) -> None:
@@ -231,11 +242,14 @@ class _LogitPlusPlus(_PlusPlus):
         teacher_features: Tensor | None = None,
         teacher_norms: Tensor | None = None,
         kd_ramp: float | Tensor = 1.0,
+        nd_ramp: float | Tensor = 1.0,
     ) -> CriterionTerms:
         """The weighted loss and its terms; see the class."""
-        kd_weight = self._begin(student_logits, student_features, kd_ramp)
+        kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)
         terms = self._logit_terms(student_logits, teacher_logits, target, kd_weight)
-        return self._with_nd(terms, student_features, target, teacher_features, teacher_norms)
+        return self._with_nd(
+            terms, student_features, target, teacher_features, teacher_norms, nd_weight
+        )
 
 
 class KDPlusPlus(_LogitPlusPlus):
@@ -244,7 +258,7 @@ class KDPlusPlus(_LogitPlusPlus):
     .. math::
         w_{ce}\,\mathrm{CE}(z_s, y) + w_{kd}\, r\, T^2\,
         \mathrm{KL}\bigl(\mathrm{softmax}(z_t / T) \,\|\, \mathrm{softmax}(z_s / T)\bigr)
-        + w_{nd}\, \mathrm{ND}(f_s, y)
+        + w_{nd}\, r'\, \mathrm{ND}(f_s, y)
 
     each term a mean over the samples it counts (:func:`dnkd_ext.ce_kd_loss`,
     :func:`dnkd_ext.nd_loss`). The weights enter the terms' own kernels, so that each of them is
@@ -272,7 +286,7 @@ class KDPlusPlus(_LogitPlusPlus):
 
     Shape:
         ``criterion(student_logits, teacher_logits, student_features, target, *,
-        teacher_features=None, teacher_norms=None, kd_ramp=1.0)``
+        teacher_features=None, teacher_norms=None, kd_ramp=1.0, nd_ramp=1.0)``
 
         - student_logits, teacher_logits: ``(..., C)``, float16, bfloat16, float32 or float64; the
           teacher's get no gradient.
@@ -285,10 +299,12 @@ class KDPlusPlus(_LogitPlusPlus):
         - kd_ramp: multiplies ``kd_weight``; the paper's is ``min(1, epoch / warm_up)`` with epochs
           counted from 0. A float, or a 0-dim tensor on the logits' device, which neither recompiles
           nor has to be captured again when it changes.
+        - nd_ramp: multiplies ``nd_weight``, as ``kd_ramp`` does ``kd_weight``; the paper's ImageNet
+          experiments with DKD++ ramp both. At 0 the ND loss has a gradient of zeros.
 
     Returns:
         A named tuple ``(loss, ce, kd, nd)``: the weighted sum, and the terms without weights and
-        ramp, which need no gradient. float32 for half-precision inputs.
+        ramps, which need no gradient. float32 for half-precision inputs.
 
     Raises:
         TypeError: an argument of a wrong dtype.
@@ -364,7 +380,7 @@ class DKDPlusPlus(_LogitPlusPlus):
 
     .. math::
         w_{ce}\,\mathrm{CE}(z_s, y) + w_{kd}\, r\, T^2 (\alpha\,\mathrm{TCKD} +
-        \beta\,\mathrm{NCKD}) + w_{nd}\, \mathrm{ND}(f_s, y)
+        \beta\,\mathrm{NCKD}) + w_{nd}\, r'\, \mathrm{ND}(f_s, y)
 
     with :func:`dnkd_ext.ce_dkd_loss` and :func:`dnkd_ext.nd_loss`. With ``nd_weight=0`` it is plain
     DKD.
@@ -463,7 +479,7 @@ class DISTPlusPlus(_LogitPlusPlus):
 
     .. math::
         w_{ce}\,\mathrm{CE}(z_s, y) + w_{kd}\, r\, \tau^2 (\beta\,\mathrm{inter} +
-        \gamma\,\mathrm{intra}) + w_{nd}\, \mathrm{ND}(f_s, y)
+        \gamma\,\mathrm{intra}) + w_{nd}\, r'\, \mathrm{ND}(f_s, y)
 
     with the cross entropy of :func:`dnkd_ext.ce_kd_loss`, :func:`dnkd_ext.dist_loss` and
     :func:`dnkd_ext.nd_loss`. With ``nd_weight=0`` it is plain DIST.
@@ -564,7 +580,7 @@ class ReviewKDPlusPlus(_PlusPlus):
 
     .. math::
         w_{ce}\,\mathrm{CE}(z_s, y) + w_{kd}\, r\, \mathrm{HCL}(\mathrm{fused}(m_s), m_t)
-        + w_{nd}\, \mathrm{ND}(f_s, y)
+        + w_{nd}\, r'\, \mathrm{ND}(f_s, y)
 
     with the cross entropy of :func:`dnkd_ext.ce_kd_loss`, :func:`dnkd_ext.hcl_loss` and
     :func:`dnkd_ext.nd_loss`. With ``nd_weight=0`` it is plain ReviewKD.
@@ -596,7 +612,7 @@ class ReviewKDPlusPlus(_PlusPlus):
 
     Shape:
         ``criterion(student_maps, teacher_maps, student_logits, student_features, target, *,
-        teacher_features=None, teacher_norms=None, kd_ramp=1.0)``
+        teacher_features=None, teacher_norms=None, kd_ramp=1.0, nd_ramp=1.0)``
 
         - student_maps: one ``(N, C_i, H_i, W_i)`` per stage, the shallowest first; the embedding,
           ``(N, D)`` or ``(N, D, 1, 1)``, last. :func:`dnkd_ext.stage_maps` gives such a list. The
@@ -605,8 +621,8 @@ class ReviewKDPlusPlus(_PlusPlus):
           gradient. Sizes may differ from the student's, from stage to stage and from step to step:
           the fusion blocks give maps of the teacher's. The CIFAR experiments take them before the
           activation.
-        - student_logits, student_features, target, teacher_features, teacher_norms, kd_ramp: as in
-          :class:`dnkd_ext.KDPlusPlus`.
+        - student_logits, student_features, target, teacher_features, teacher_norms, kd_ramp,
+          nd_ramp: as in :class:`dnkd_ext.KDPlusPlus`.
 
         In training mode there must be two samples, or maps of more than one pixel, because the
         fusion blocks end in batch normalisation. Without any sample ReviewKD's term is 0.
@@ -703,9 +719,10 @@ class ReviewKDPlusPlus(_PlusPlus):
         teacher_features: Tensor | None = None,
         teacher_norms: Tensor | None = None,
         kd_ramp: float | Tensor = 1.0,
+        nd_ramp: float | Tensor = 1.0,
     ) -> CriterionTerms:
         """The weighted loss and its terms; see the class."""
-        kd_weight = self._begin(student_logits, student_features, kd_ramp)
+        kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)
         self.fusion.check(student_maps, teacher_maps)
         student_maps, teacher_maps = (
             [one if one.dim() == 4 else one[..., None, None] for one in maps]
@@ -714,13 +731,154 @@ class ReviewKDPlusPlus(_PlusPlus):
         fused = self.fusion(student_maps, [one.shape[2:] for one in teacher_maps])
         kd = hcl_loss(fused, teacher_maps)
         terms = self._with_cross_entropy(kd, kd_weight, student_logits, target)
-        return self._with_nd(terms, student_features, target, teacher_features, teacher_norms)
+        return self._with_nd(
+            terms, student_features, target, teacher_features, teacher_norms, nd_weight
+        )
 
     def _options(self) -> dict[str, Any]:
         return {"mid_channels": self.fusion.mid_channels}
 
 
-# -- options --------------------------------------------------------------------------------------
+class HardKDPlusPlus(_PlusPlus):
+    r"""Hard-label KD++: cross entropy, DeiT's hard distillation and the ND loss in one criterion.
+
+    .. math::
+        w_{ce}\,\mathrm{CE}(z_s, y) + w_{kd}\, r\,
+        \mathrm{CE}\bigl(z_d, \operatorname{argmax} z_t\bigr)
+        + w_{nd}\, r'\, \mathrm{ND}(f_s, y)
+
+    with the cross entropies of :func:`dnkd_ext.ce_kd_loss`, and :func:`dnkd_ext.nd_loss`. The
+    :math:`z_d` are the logits of the student's distillation token, which
+    :func:`dnkd_ext.distilled_features` gives beside those of the class token; any other student's
+    logits :math:`z_s` serve both. DeiT weights them with ``ce_weight=0.5, kd_weight=0.5``. With
+    ``nd_weight=0`` it is plain hard distillation.
+
+    Source: "Training data-efficient image transformers & distillation through attention"
+    (arXiv 2012.12877); "Improving Knowledge Distillation via Regularizing Feature Direction and
+    Norm" (arXiv 2305.17007).
+
+    Args:
+        class_means: see :class:`dnkd_ext.KDPlusPlus`, as for all that is not named here.
+        ce_weight: a finite float, or a 0-dim tensor, which becomes a buffer.
+        kd_weight: as ``ce_weight``.
+        nd_weight: as ``ce_weight``.
+        label_smoothing: of the cross entropy with the target, between 0 and 1; the one with the
+            teacher's decision is not smoothed.
+        ignore_index: rows with this class index count in neither the cross entropy with the target
+            nor the ND loss; the hard distillation counts every row.
+        eps: of the ND loss.
+
+    Shape:
+        ``criterion(student_logits, teacher_logits, student_features, target, *,
+        distillation_logits=None, teacher_features=None, teacher_norms=None, kd_ramp=1.0,
+        nd_ramp=1.0)``
+
+        - distillation_logits: ``(..., C)`` as student_logits, of any of the four dtypes; None
+          stands for the student_logits.
+        - all others: as in :class:`dnkd_ext.KDPlusPlus`. Of the teacher's logits the first of the
+          largest counts; a row of them that holds NaN or +infinity makes the loss NaN.
+
+    Returns:
+        As :class:`dnkd_ext.KDPlusPlus`; ``kd`` is the cross entropy with the teacher's decision.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, IndexError: as :class:`dnkd_ext.KDPlusPlus`.
+
+    Example:
+        >>> criterion = HardKDPlusPlus(torch.randn(10, 64), ce_weight=0.5, kd_weight=0.5)
+        >>> logits, of_token = (torch.randn(8, 10, requires_grad=True) for _ in range(2))
+        >>> features = torch.randn(8, 64, requires_grad=True)
+        >>> terms = criterion(logits, torch.randn(8, 10), features, torch.arange(8),
+        ...                   distillation_logits=of_token)
+        >>> terms.loss.backward()
+    """
+
+    def __init__(
+        self,
+        class_means: Tensor | ClassMeans | None,
+        *,
+        ce_weight: float | Tensor = 1.0,
+        kd_weight: float | Tensor = 1.0,
+        nd_weight: float | Tensor = 1.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        eps: float = 1e-12,
+    ) -> None:
+        super().__init__(
+            class_means,
+            ce_weight=ce_weight,
+            kd_weight=kd_weight,
+            nd_weight=nd_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            eps=eps,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        student_features: Tensor | None,
+        target: Tensor,
+        *,
+        distillation_logits: Tensor | None = None,
+        teacher_features: Tensor | None = None,
+        teacher_norms: Tensor | None = None,
+        kd_ramp: float | Tensor = 1.0,
+        nd_ramp: float | Tensor = 1.0,
+    ) -> CriterionTerms:
+        """The weighted loss and its terms; see the class."""
+        kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)
+        # Here, where it still has its name; the operator would call it its cross entropy's.
+        require_weight(kd_weight, "kd_weight", student_logits, "student_logits")
+        if distillation_logits is None:
+            distillation_logits = student_logits
+        for logits, name in (
+            (teacher_logits, "teacher_logits"),
+            (distillation_logits, "distillation_logits"),
+        ):
+            require_floating(logits, name)
+            require_same_device(logits, name, student_logits, "student_logits")
+            if logits.shape != student_logits.shape:
+                raise ValueError(
+                    f"{name} must have the shape of student_logits "
+                    f"{list(student_logits.shape)}, got shape {list(logits.shape)}"
+                )
+        ce = self._cross_entropy(student_logits, target)
+        largest, labels = teacher_logits.detach().max(-1)
+        # The index alone would hide a teacher without a decision: 0, or NaN where a row has NaN
+        # or infinity. In the weight, so that the gradient becomes NaN as well.
+        doubt = (largest * 0).sum(dtype=accumulate_dtype(student_logits.dtype))
+        # No label is negative, while ignore_index may be a class.
+        kd = _cross_entropy(distillation_logits, labels, kd_weight + doubt, 0.0, -100)
+        dtype = ce.ce.dtype
+        terms = LogitTerms((ce.loss + kd.loss).to(dtype), ce.ce, (kd.ce + doubt).to(dtype))
+        return self._with_nd(
+            terms, student_features, target, teacher_features, teacher_norms, nd_weight
+        )
+
+
+# -- parts and options ----------------------------------------------------------------------------
+
+
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: float | Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+) -> LogitTerms:
+    """The fused operator with nothing but its cross entropy."""
+    return ce_kd_loss(
+        logits,
+        logits.detach(),  # the KD from the student itself is 0
+        target,
+        temperature=1.0,
+        ce_weight=weight,
+        kd_weight=0.0,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+    )
 
 
 def _require_finite(value: float, name: str) -> None:

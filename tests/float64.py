@@ -9,22 +9,27 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
-from dnkd_ext.train import sources
+from dnkd_ext.train import loaders, sources
 
 
 @contextlib.contextmanager
 def in_float64() -> Iterator[None]:
     """Weights, images and everything that is computed of them."""
-    before = torch.get_default_dtype(), sources.TrainBatches, sources.EvalBatches
-    torch.set_default_dtype(torch.float64)
-    for name in ("TrainBatches", "EvalBatches"):
-        kind = getattr(sources, name)
-        setattr(sources, name, functools.partial(kind, dtype=torch.float64))
-    try:
+    before = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        torch.set_default_dtype(torch.float64)
+        stack.callback(torch.set_default_dtype, before)
+        for place, name in (
+            (sources, "TrainBatches"),
+            (sources, "EvalBatches"),
+            (loaders, "TrainLoader"),
+            (loaders, "EvalLoader"),
+        ):
+            kind = getattr(place, name)
+            wide = functools.partial(kind, dtype=torch.float64)
+            stack.enter_context(mock.patch.object(place, name, wide))
         yield
-    finally:
-        torch.set_default_dtype(before[0])
-        sources.TrainBatches, sources.EvalBatches = before[1:]

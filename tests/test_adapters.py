@@ -8,8 +8,17 @@ from torch import nn
 
 import dnkd_ext
 from dnkd_ext import extract_features
-from dnkd_ext.adapters import _is_split, _listen, features, find_classifier
+from dnkd_ext.adapters import (
+    _find_heads,
+    _is_distilled_vit,
+    _is_split,
+    _listen,
+    distilled_features,
+    features,
+    find_classifier,
+)
 from dnkd_ext.train import models
+from tests.test_distributed import in_processes
 
 
 def plain():
@@ -357,6 +366,368 @@ def test_parts_of_timm_are_what_a_hook_sees(name, generator):
         torch.testing.assert_close(features(model, images), _listen(model, images, None))
 
 
+# -- two heads, of a class and a distillation token -----------------------------------------------
+
+
+class Tokens(nn.Module):
+    """timm's interface for DeiT's students: two tokens, a head for each."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        torch.manual_seed(4)
+        self.stem = nn.Linear(6, 9)
+        self.drop = nn.Dropout(0.5)
+        self.head, self.head_dist = nn.Linear(9, classes), nn.Linear(9, classes)
+        self.distilled_training = False
+
+    def get_classifier(self):
+        return self.head, self.head_dist
+
+    def forward(self, images):
+        tokens = self.stem(images.flatten(1).unflatten(1, (2, 6))).tanh()
+        logits = self.head(self.drop(tokens[:, 0])), self.head_dist(self.drop(tokens[:, 1]))
+        if self.training and self.distilled_training:
+            return logits
+        return (logits[0] + logits[1]) / 2
+
+
+def tokens_by_hand(model, images):
+    """Without the dropout: features, and the logits of each head."""
+    tokens = (images.reshape(len(images), 2, 6) @ model.stem.weight.T + model.stem.bias).tanh()
+    logits = [
+        tokens[:, i] @ head.weight.T + head.bias
+        for i, head in enumerate((model.head, model.head_dist))
+    ]
+    return tokens.mean(1), *logits
+
+
+class Around(nn.Module):
+    """A wrapper that has more to train than the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+        self.before = nn.Identity()
+
+    def forward(self, images):
+        return self.module(self.before(images))
+
+
+MODES = [(False, False), (False, True), (True, False), (True, True)]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Around, lambda m: Around(Around(m))])
+@pytest.mark.parametrize(("training", "distilled"), MODES)
+def test_two_heads(wrap, training, distilled, device, images):
+    """Whatever the mode, and whether the model returns both logits or their mean."""
+    inner, images = Tokens().to(device), images.to(device)
+    inner.drop.p = 0.0
+    inner.distilled_training = distilled
+    model = wrap(inner).train(training)
+    own, first, second = tokens_by_hand(inner, images)
+    found = distilled_features(model, images)
+    assert type(found) is dnkd_ext.DistilledFeatures
+    torch.testing.assert_close(tuple(found), (own, first, second))
+    torch.testing.assert_close(features(model, images), (own, (first + second) / 2))
+    if not (training and distilled):
+        assert torch.equal(features(model, images)[1], model(images))
+    assert hooks(model) == []
+    assert inner.distilled_training is distilled
+
+
+def test_features_of_tokens_are_what_the_heads_read(images):
+    """After the dropout, of one pass: each head's logits are those of its token."""
+    model = Tokens()
+    seen = []
+    for head in model.get_classifier():
+        head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    own, first, second = distilled_features(model, images)
+    assert (seen[0] == 0).any()
+    assert len(seen) == 2
+    assert torch.equal(own, (seen[0] + seen[1]) / 2)
+    assert torch.equal(first, model.head(seen[0]))
+    assert torch.equal(second, model.head_dist(seen[1]))
+
+
+def test_two_heads_of_one_feature(images):
+    """As EfficientFormer's: what both read is the feature, not a mean of equal ones."""
+
+    class Shared(Named):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(9, 5)
+
+        def get_classifier(self):
+            return self.head["fc"], self.other
+
+        def forward(self, images):
+            x = self.stem(images.flatten(1)).tanh()
+            return (self.head["fc"](x) + self.other(x)) / 2
+
+    model = Shared()
+    x = model.stem(images.flatten(1)).tanh()
+    own, first, second = distilled_features(model, images)
+    assert torch.equal(own, x)
+    assert torch.equal(first, model.head["fc"](x))
+    assert torch.equal(second, model.other(x))
+
+
+@pytest.mark.parametrize("make", [plain, Named, Split])
+def test_a_model_without_a_distillation_head(make, images):
+    """Any student serves: both logits are one tensor."""
+    model = make().eval()
+    found = distilled_features(model, images)
+    assert found.distillation_logits is found.logits
+    torch.testing.assert_close(tuple(found[:2]), features(model, images))
+
+
+def test_a_distillation_head_left_out(images):
+    """As EfficientFormerV2's without one."""
+    model = Named()
+    model.get_classifier = lambda: (model.head["fc"], None)
+    assert find_classifier(model) is model.head["fc"]
+    found = distilled_features(model, images)
+    assert found.distillation_logits is found.logits
+    assert torch.equal(found.logits, model(images))
+
+
+def test_what_follows_two_heads_is_the_classifier(images):
+    model = nn.Sequential(Tokens(), nn.Linear(5, 2)).eval()
+    own, logits = features(model, images)
+    assert torch.equal(own, model[0](images))
+    assert torch.equal(logits, model(images))
+    assert _find_heads(model) is None
+    assert _find_heads(nn.Sequential(model[0], nn.Identity())) == model[0].get_classifier()
+
+
+def test_gradients_of_two_heads(images, generator):
+    """The terms of HardKDPlusPlus reach both heads, and what they share."""
+    class_means = torch.randn(5, 9, generator=generator)
+    teacher, target = torch.randn(4, 5, generator=generator), torch.tensor([0, 1, 4, 2])
+    criterion = dnkd_ext.HardKDPlusPlus(class_means, ce_weight=0.5, kd_weight=0.5)
+
+    def gradients(run):
+        model = Tokens()
+        model.drop.p = 0.0
+        own, logits, other = run(model)
+        criterion(logits, teacher, own, target, distillation_logits=other).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    found = gradients(lambda model: distilled_features(model, images))
+    torch.testing.assert_close(found, gradients(lambda model: tokens_by_hand(model, images)))
+    assert all(g.abs().max() > 0 for g in found)
+
+
+def test_the_classifier_of_two_heads_is_not_guessed(images):
+    message = r"Tokens.get_classifier\(\) gives two heads, .*dnkd_ext.distilled_features"
+    with pytest.raises(ValueError, match=message):
+        find_classifier(Tokens())
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_two_heads_that_do_not_give_the_output(distilled, images):
+    class Softened(Tokens):
+        def forward(self, images):
+            output = super().forward(images)
+            return (output[1], output[0]) if self.distilled_training else output.softmax(-1)
+
+    model = Softened()
+    model.distilled_training = distilled
+    for run in (features, distilled_features):
+        with pytest.raises(ValueError, match=r"the heads of Softened .* ran 1 and 1 times and"):
+            run(model, images)
+    assert hooks(model) == []
+
+
+def test_heads_that_do_not_run(images):
+    model = Tokens()
+    strangers = nn.Linear(9, 5), nn.Linear(9, 5)
+    model.get_classifier = lambda: strangers
+    with pytest.raises(ValueError, match="ran 0 and 0 times"):
+        distilled_features(model, images)
+    assert hooks(model) == hooks(nn.ModuleList(strangers)) == []
+
+
+def _in_ddp(rank, world_size, images):
+    """Gradients of a step with both heads, averaged over the processes."""
+    model = Tokens()
+    model.drop.p = 0.0
+    model.distilled_training = rank == 0  # as if only one process had been told
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    own, first, second = distilled_features(wrapped, images.chunk(world_size)[rank])
+    (own.square().mean() + first.square().mean() - second.cos().mean()).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.slow
+def test_two_heads_in_distributed_data_parallel(tmp_path, images):
+    first, second = in_processes(_in_ddp, tmp_path, images)
+    model = Tokens()
+    own, own_logits, other = tokens_by_hand(model, images)
+    (own.square().mean() + own_logits.square().mean() - other.cos().mean()).backward()
+    wanted = [p.grad for p in model.parameters()]
+    for found in (first, second):
+        torch.testing.assert_close(found, wanted)
+
+
+def deit(timm, **options):
+    torch.manual_seed(0)
+    name = "deit_tiny_distilled_patch16_224"
+    model = timm.create_model(name, num_classes=7, img_size=32, depth=2, **options)
+    nn.init.normal_(model.dist_token)  # so that the tokens differ by more than rounding
+    return model
+
+
+def draws(*runs):
+    """What each gives when it draws the same dropout."""
+    results = []
+    for run in runs:
+        torch.manual_seed(5)
+        results.append(run())
+    return results
+
+
+@pytest.mark.parametrize(("training", "distilled"), MODES)
+def test_deit(training, distilled, generator):
+    """By parts and by hooks, against timm's own forward pass and the heads by hand."""
+    timm = pytest.importorskip("timm")
+    model = deit(timm, drop_rate=0.3).train(training)
+    model.set_distilled_training(distilled)
+    images = torch.randn(3, 3, 32, 32, generator=generator)
+    assert _is_distilled_vit(model)
+    with torch.no_grad():
+        found, (own, logits), output = draws(
+            lambda: distilled_features(model, images),
+            lambda: features(model, images),
+            lambda: model(images),
+        )
+        bare, pooled = draws(
+            lambda: model.forward_features(images),
+            lambda: model.forward_head(model.forward_features(images), pre_logits=True),
+        )
+        by_hook, around = draws(
+            lambda: distilled_features(Around(model), images),
+            lambda: features(Around(model), images),
+        )
+    if training and distilled:
+        torch.testing.assert_close(tuple(found[1:]), output)
+        output = (output[0] + output[1]) / 2
+    torch.testing.assert_close(logits, output)
+    torch.testing.assert_close(found.features, pooled)
+    torch.testing.assert_close(own, pooled)
+    torch.testing.assert_close(by_hook, found)
+    torch.testing.assert_close(around, (own, logits))
+    assert (found.logits - found.distillation_logits).abs().max() > 1e-3
+    if not training:
+        torch.testing.assert_close(found.features, bare[:, :2].mean(1))
+        torch.testing.assert_close(found.logits, model.head(bare[:, 0]))
+        torch.testing.assert_close(found.distillation_logits, model.head_dist(bare[:, 1]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_deit_compiles_without_a_break(training, generator):
+    """And trains with the criterion: one graph from the image to the loss."""
+    timm = pytest.importorskip("timm")
+    torch._dynamo.reset()
+    model = deit(timm).train(training)
+    model.set_distilled_training(True)
+    images = torch.randn(3, 3, 32, 32, generator=generator)
+    criterion = dnkd_ext.HardKDPlusPlus(torch.randn(7, 192, generator=generator))
+    teacher, target = torch.randn(3, 7, generator=generator), torch.tensor([0, 6, 3])
+
+    def step(images):
+        own, logits, other = distilled_features(model, images)
+        terms = criterion(logits, teacher, own, target, distillation_logits=other)
+        return terms.loss, *features(model, images)
+
+    run = torch.compile(step, fullgraph=True, backend="aot_eager")
+    fast, slow = run(images), step(images)
+    torch.testing.assert_close(fast, slow)
+    for a, b in zip(
+        torch.autograd.grad(fast[0], list(model.parameters())),
+        torch.autograd.grad(slow[0], list(model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_what_surrounds_a_deit_is_run(generator):
+    timm = pytest.importorskip("timm")
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        wanted = distilled_features(deit(timm).eval(), 2 * images)
+        for change in (scaled, patched):
+            model = change(deit(timm).eval())
+            assert not _is_distilled_vit(model)
+            torch.testing.assert_close(distilled_features(model, images), wanted)
+
+
+def test_heads_that_do_not_count_equally_are_refused(generator):
+    """A subclass may give another output than the mean."""
+    timm = pytest.importorskip("timm")
+    from timm.models.deit import VisionTransformerDistilled
+
+    class Weighted(VisionTransformerDistilled):
+        def forward_head(self, x, pre_logits=False):
+            return 0.8 * self.head(x[:, 0]) + 0.2 * self.head_dist(x[:, 1])
+
+    model = deit(timm).eval()
+    model.__class__ = Weighted
+    assert not _is_distilled_vit(model)
+    with pytest.raises(ValueError, match="the heads of Weighted"):
+        distilled_features(model, torch.randn(2, 3, 32, 32, generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("levit_128s", 224, {}),
+        ("efficientformer_l1", 224, {}),
+        ("efficientformerv2_s0", 224, {}),
+        ("pit_ti_distilled_224", 224, {}),
+        ("repvit_m0_9", 64, {"distillation": True}),
+    ],
+)
+@pytest.mark.parametrize(("training", "distilled"), [(False, False), (True, True)])
+def test_timm_with_two_heads(name, size, options, training, distilled, generator):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, **options).train(training)
+    model.set_distilled_training(distilled)
+    images = torch.randn(2, 3, size, size, generator=generator)
+    with torch.no_grad():
+        (own, logits), (_, first, second), output = draws(
+            lambda: features(model, images),
+            lambda: distilled_features(model, images),
+            lambda: model(images),
+        )
+    if training:
+        torch.testing.assert_close((first, second), output)
+        output = (output[0] + output[1]) / 2
+    torch.testing.assert_close(logits, output)
+    torch.testing.assert_close((first + second) / 2, output)
+    assert not torch.allclose(first, second)
+    assert own.shape == (2, model.num_features)
+    assert hooks(model) == []
+    if not training:
+        heads = _find_heads(model)
+        pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(own, pooled)
+        if not name.startswith("pit"):  # whose heads read a token each
+            torch.testing.assert_close((heads[0](own), heads[1](own)), (first, second))
+
+
+@pytest.mark.parametrize(("name", "size"), [("repvit_m0_9", 64), ("efficientformerv2_s0", 224)])
+def test_timm_with_one_of_two_heads(name, size, generator):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=7, distillation=False).eval()
+    images = torch.randn(1, 3, size, size, generator=generator)
+    with torch.no_grad():
+        found = distilled_features(model, images)
+        assert found.distillation_logits is found.logits
+        torch.testing.assert_close(found.logits, model(images))
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -376,7 +747,7 @@ def test_hooks_are_removed_when_the_model_raises(images):
     assert hooks(model) == []
 
 
-@pytest.mark.parametrize("found", [None, nn.Identity(), (nn.Linear(9, 5), nn.Linear(9, 5))])
+@pytest.mark.parametrize("found", [None, nn.Identity(), (nn.Identity(), nn.Identity())])
 def test_get_classifier_of_no_use(found, images):
     model = Named()
     model.get_classifier = lambda: found

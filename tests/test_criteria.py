@@ -1,4 +1,4 @@
-"""KD++, DKD++ and DIST++ against the sum of their terms, and the projector of features."""
+"""KD++, DKD++, DIST++ and hard KD++ as the sum of their terms, and the projector of features."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from torch import nn
 
 import dnkd_ext
 
-KINDS = ("kd", "dkd", "dist")
+KINDS = ("kd", "dkd", "dist", "hard")
+RAMPS = ("kd_ramp", "nd_ramp")
 CLASSES, WIDTH = 10, 24
 CRITERIA = {
     "kd": dnkd_ext.KDPlusPlus,
     "dkd": dnkd_ext.DKDPlusPlus,
     "dist": dnkd_ext.DISTPlusPlus,
+    "hard": dnkd_ext.HardKDPlusPlus,
 }
 OPTIONS = {
     "kd": {"temperature": 3.0},
     "dkd": {"temperature": 3.0, "alpha": 0.5, "beta": 4.0},
     "dist": {"tau": 2.0, "beta": 0.5, "gamma": 1.5},
+    "hard": {},
 }
 WEIGHTS = {"ce_weight": 0.75, "kd_weight": 2.5, "nd_weight": 1.5}
 
@@ -40,6 +43,8 @@ def pearson(a, b, dim):
 
 def distillation(kind, student, teacher, target, options, ignore_index=-100):
     """The term on logits, written down once more."""
+    if kind == "hard":
+        return F.cross_entropy(student, teacher.argmax(-1))
     if kind == "kd":
         t = options["temperature"]
         return t**2 * F.kl_div(
@@ -108,7 +113,16 @@ def bring(inputs, dtype, device="cpu"):
     return result
 
 
-def expected(kind, inputs, *, ramp=1.0, weights=WEIGHTS, label_smoothing=0.0, ignore_index=-100):
+def expected(
+    kind,
+    inputs,
+    *,
+    kd_ramp=1.0,
+    nd_ramp=1.0,
+    weights=WEIGHTS,
+    label_smoothing=0.0,
+    ignore_index=-100,
+):
     """``(loss, ce, kd, nd)`` and the gradients of logits and features, in float64."""
     x = bring(inputs, torch.float64)
     target = x["target"]
@@ -129,8 +143,10 @@ def expected(kind, inputs, *, ramp=1.0, weights=WEIGHTS, label_smoothing=0.0, ig
         teacher_features=x["teacher_features"],
         ignore_index=ignore_index,
     )
-    loss = weights["ce_weight"] * ce + weights["kd_weight"] * ramp * kd + weights["nd_weight"] * nd
+    kd_weight, nd_weight = weights["kd_weight"] * kd_ramp, weights["nd_weight"] * nd_ramp
+    loss = weights["ce_weight"] * ce + kd_weight * kd + nd_weight * nd
     loss.backward()
+    nd = nd if nd_weight else torch.zeros_like(nd)  # whose value is not known any more
     return (loss, ce, kd, nd), (x["student_logits"].grad, x["student_features"].grad)
 
 
@@ -146,8 +162,8 @@ def check(terms, inputs, truth, dtype=torch.float64):
     for key, wanted in zip(("student_logits", "student_features"), gradients, strict=True):
         got = inputs[key].grad
         assert got.dtype == dtype
-        error = (got.double().cpu() - wanted).abs().max() / wanted.abs().max()
-        assert error <= tolerance + unit, key
+        error = (got.double().cpu() - wanted).abs().max()
+        assert error <= (tolerance + unit) * wanted.abs().max(), key
 
 
 @pytest.mark.parametrize("target", ["indices", "int32", "ignored", "mixup"])
@@ -168,14 +184,42 @@ def test_is_the_sum_of_its_terms(kind, target, dtype, device, generator):
 
 @pytest.mark.parametrize("ramp", [0.0, 0.5, 1])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_ramp(kind, ramp, as_tensor, generator):
-    """Multiplies the weight of the distillation, and what is logged stays unweighted."""
+@pytest.mark.parametrize("name", RAMPS)
+def test_ramp(kind, name, ramp, as_tensor, generator):
+    """Multiplies the weight of its term, and what is logged stays unweighted."""
     inputs = bring(draw(generator), torch.float64)
     criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
     given = torch.tensor(float(ramp)) if as_tensor else ramp
-    terms = call(criterion, inputs, kd_ramp=given)
+    terms = call(criterion, inputs, **{name: given})
     terms.loss.backward()
-    check(terms, inputs, expected(kind, inputs, ramp=ramp))
+    check(terms, inputs, expected(kind, inputs, **{name: ramp}))
+
+
+@pytest.mark.parametrize("weight", [1.5, torch.tensor(1.5)], ids=["float", "tensor"])
+@pytest.mark.parametrize("ramp", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_an_nd_ramp_of_zero(kind, weight, ramp, generator):
+    """The features get a gradient of zeros, as parameters in DistributedDataParallel must."""
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs["means"], nd_weight=weight, **OPTIONS[kind])
+    terms = call(criterion, inputs, nd_ramp=ramp)
+    terms.loss.backward()
+    assert terms.nd == 0
+    assert not terms.nd.requires_grad
+    assert torch.equal(inputs["student_features"].grad, torch.zeros(12, WIDTH))
+    inputs["student_features"].data[0] = math.nan
+    terms = call(criterion, inputs, nd_ramp=ramp)
+    assert terms.nd.isnan()
+    assert terms.loss.isnan()
+
+
+def test_an_nd_ramp_without_the_nd_loss(kind, generator):
+    """Nothing to multiply, but no less wrong if it is no number."""
+    inputs = bring(draw(generator), torch.float64)
+    criterion = CRITERIA[kind](None, nd_weight=0, **OPTIONS[kind])
+    ramped = call(criterion, inputs, nd_ramp=torch.tensor(0.5))
+    assert tuple(ramped) == tuple(call(criterion, inputs))
+    with pytest.raises(ValueError, match="nd_ramp must be finite, got inf"):
+        call(criterion, inputs, nd_ramp=math.inf)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -236,20 +280,24 @@ def test_without_the_nd_loss(kind, generator):
 
 
 @pytest.mark.usefixtures("needs_extension")
-@pytest.mark.parametrize("name", ["kd", "dkd"])
-def test_upstream_gradients_stay_one(name, generator):
+@pytest.mark.parametrize(("name", "kernels"), [("kd", 2), ("dkd", 2), ("hard", 3)])
+@pytest.mark.parametrize("ramp", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_upstream_gradients_stay_one(name, kernels, ramp, generator):
     """Weights enter the kernels: behind them nothing is multiplied, and backward costs no pass."""
     inputs = bring(draw(generator), torch.float32)
     criterion = CRITERIA[name](inputs["means"], **WEIGHTS)
-    loss = call(criterion, inputs, kd_ramp=torch.tensor(0.5)).loss
-    nodes = [node for node, _ in loss.grad_fn.next_functions]
-    assert len(nodes) == 2
+    loss = call(criterion, inputs, kd_ramp=ramp, nd_ramp=ramp).loss
+    nodes = [loss.grad_fn]
+    while sums := [node for node in nodes if node.name() == "AddBackward0"]:
+        nodes.remove(sums[0])
+        nodes += [node for node, _ in sums[0].next_functions]
+    assert len(nodes) == kernels
     assert all("dnkd" in node.name() for node in nodes), nodes
     seen = []
     for node in nodes:
         node.register_prehook(lambda gradients: seen.append(gradients[0]))
     loss.backward()
-    assert [gradient.item() for gradient in seen] == [1.0, 1.0]
+    assert [gradient.item() for gradient in seen] == [1.0] * kernels
 
 
 def test_logit_standardization(generator):
@@ -266,7 +314,7 @@ def test_logit_standardization(generator):
         assert call(criterion, inputs).kd.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd"])  # DIST correlates the columns of one matrix
+@pytest.mark.parametrize("name", ["kd", "dkd", "hard"])  # DIST correlates one matrix's columns
 def test_more_dimensions(name, generator):
     """(..., C) logits are rows."""
     inputs = bring(draw(generator, rows=12), torch.float64)
@@ -291,12 +339,53 @@ def test_ignoring_every_row(kind, generator):
 
 
 @pytest.mark.parametrize("target", ["indices", "mixup"])
-@pytest.mark.parametrize("name", ["kd", "dkd"])
+@pytest.mark.parametrize("name", ["kd", "dkd", "hard"])
 def test_an_empty_batch(name, target, generator):
     inputs = bring(draw(generator, target), torch.float64)
     inputs = {key: value if key == "means" else value[:0] for key, value in inputs.items()}
     terms = call(CRITERIA[name](inputs["means"]), inputs)
     assert tuple(terms) == (0, 0, 0, 0)
+    gradients = torch.autograd.grad(
+        terms.loss, [inputs["student_logits"], inputs["student_features"]]
+    )
+    assert [tuple(gradient.shape) for gradient in gradients] == [(0, CLASSES), (0, WIDTH)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_strided_rows(kind, dtype, device, generator):
+    """Every other row of a tensor, and rows whose numbers lie apart."""
+    inputs = bring(draw(generator, "mixup", rows=24), dtype, device)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+    rows = {key: value if key == "means" else value[1::2] for key, value in inputs.items()}
+    columns = {
+        key: value if key == "means" else value.mT.contiguous().mT for key, value in rows.items()
+    }
+    packed = bring({key: value.contiguous() for key, value in rows.items()}, dtype, device)
+    wanted = call(criterion, packed)
+    wanted.loss.backward()
+    for strided in (rows, columns):
+        terms = call(criterion, strided)
+        torch.testing.assert_close(tuple(terms), tuple(wanted))
+        for key in ("student_logits", "student_features"):
+            (gradient,) = torch.autograd.grad(terms.loss, inputs[key], retain_graph=True)
+            torch.testing.assert_close(gradient[1::2], packed[key].grad)
+            assert gradient[::2].abs().max() == 0
+
+
+@pytest.mark.parametrize("target", ["indices", "mixup"])
+def test_second_derivatives(kind, target, generator):
+    """Against finite differences of the first."""
+    inputs = bring(draw(generator, target, rows=4), torch.float64)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind], label_smoothing=0.1)
+    ramps = {name: torch.tensor(0.5, dtype=torch.float64) for name in RAMPS}
+
+    def loss(logits, features):
+        changed = {**inputs, "student_logits": logits, "student_features": features}
+        return call(criterion, changed, **ramps).loss
+
+    leaves = [inputs["student_logits"], inputs["student_features"]]
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -404,7 +493,8 @@ def test_weights_and_ramp_do_not_recompile(kind, device, generator):
     inputs = bring(draw(generator), torch.float32, device)
     tensors = {name: torch.tensor(weight) for name, weight in WEIGHTS.items()}
     criterion = CRITERIA[kind](inputs["means"], **tensors, **OPTIONS[kind]).to(device)
-    compiled = torch.compile(lambda ramp: call(criterion, inputs, kd_ramp=ramp), fullgraph=True)
+    ramped = lambda ramp: call(criterion, inputs, kd_ramp=ramp, nd_ramp=1 - ramp)  # noqa: E731
+    compiled = torch.compile(ramped, fullgraph=True)
     leaves = [inputs["student_logits"], inputs["student_features"]]
     losses = set()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -412,7 +502,7 @@ def test_weights_and_ramp_do_not_recompile(kind, device, generator):
             criterion.nd_weight.fill_(value + 1)
             criterion.kd_weight.fill_(3 * value)
             ramp = torch.tensor(value, device=device)
-            fast, slow = compiled(ramp), call(criterion, inputs, kd_ramp=ramp)
+            fast, slow = compiled(ramp), ramped(ramp)
             torch.testing.assert_close(tuple(fast), tuple(slow))
             for a, b in zip(
                 torch.autograd.grad(fast.loss, leaves),
@@ -429,11 +519,10 @@ def test_a_float_ramp_compiles(kind, generator):
     torch._dynamo.reset()
     inputs = bring(draw(generator), torch.float32)
     criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
-    compiled = torch.compile(lambda ramp: call(criterion, inputs, kd_ramp=ramp), fullgraph=True)
+    ramped = lambda ramp: call(criterion, inputs, kd_ramp=ramp, nd_ramp=1 - ramp)  # noqa: E731
+    compiled = torch.compile(ramped, fullgraph=True)
     for ramp in (0.0, 0.25, 0.5, 1.0):
-        torch.testing.assert_close(
-            tuple(compiled(ramp)), tuple(call(criterion, inputs, kd_ramp=ramp))
-        )
+        torch.testing.assert_close(tuple(compiled(ramp)), tuple(ramped(ramp)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -459,6 +548,7 @@ def test_a_compiled_training_step(kind, backend, device, generator):
                 inputs["target"],
                 teacher_features=inputs["teacher_features"],
                 kd_ramp=ramp,
+                nd_ramp=ramp,
             ).loss
 
         run = torch.compile(loss_of, backend=backend, fullgraph=True) if compile_it else loss_of
@@ -488,7 +578,7 @@ def test_cuda_graph(kind, generator):
     leaves = [inputs["student_logits"], inputs["student_features"]]
 
     def step():
-        terms = call(criterion, inputs, kd_ramp=ramp)
+        terms = call(criterion, inputs, kd_ramp=ramp, nd_ramp=ramp)
         return (*terms, *torch.autograd.grad(terms.loss, leaves))
 
     side = torch.cuda.Stream()
@@ -517,7 +607,7 @@ def test_does_not_synchronise(kind, generator):
     ramp = torch.ones((), device="cuda")
     torch.cuda.set_sync_debug_mode("error")  # a synchronisation raises
     try:
-        terms = call(criterion, inputs, kd_ramp=ramp)
+        terms = call(criterion, inputs, kd_ramp=ramp, nd_ramp=ramp)
         terms.loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -561,6 +651,7 @@ def test_bad_construction(kind, options, error, match):
         CRITERIA[kind](options.pop("class_means"), **options)
 
 
+@pytest.mark.parametrize("kind", ["kd", "dkd", "dist"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_bad_temperature(kind, value):
     name = "tau" if kind == "dist" else "temperature"
@@ -604,13 +695,15 @@ def test_bad_temperature(kind, value):
         ({"target": None}, TypeError, "target must be a torch.Tensor"),
         ({"teacher_features": torch.ones(11, 24)}, ValueError, "teacher_features must have the"),
         ({"teacher_norms": torch.ones(12)}, ValueError, "were both given"),
-        ({"kd_ramp": math.nan}, ValueError, "kd_ramp must be finite, got nan"),
-        ({"kd_ramp": "1"}, TypeError, "kd_ramp must be a float or a 0-dim tensor, got str"),
-        ({"kd_ramp": torch.ones(2)}, ValueError, "kd_ramp must be a float or a 0-dim tensor, got"),
         (
-            {"kd_ramp": torch.ones((), device="meta")},
+            {"teacher_logits": torch.ones(12, 10).long()},
+            TypeError,
+            "teacher_logits must be float16",
+        ),
+        (
+            {"teacher_logits": torch.ones(12, 10, device="meta")},
             RuntimeError,
-            "kd_ramp is on meta but student_logits is on cpu",
+            "teacher_logits is on meta but student_logits is on cpu",
         ),
     ],
     ids=str,
@@ -621,6 +714,178 @@ def test_bad_input(kind, changes, error, match, generator):
     criterion(**inputs)  # good before it is spoilt
     with pytest.raises(error, match=match):
         criterion(**{**inputs, **changes})
+
+
+@pytest.mark.parametrize("name", RAMPS)
+@pytest.mark.parametrize(
+    ("ramp", "error", "match"),
+    [
+        (math.nan, ValueError, "must be finite, got nan"),
+        ("1", TypeError, "must be a float or a 0-dim tensor, got str"),
+        (True, TypeError, "must be a float or a 0-dim tensor, got bool"),
+        (torch.ones(2), ValueError, "must be a float or a 0-dim tensor, got shape"),
+        (torch.ones((), requires_grad=True), ValueError, "must not require a gradient"),
+        (torch.ones((), device="meta"), RuntimeError, "is on meta but student_logits is on cpu"),
+    ],
+    ids=str,
+)
+def test_bad_ramp(kind, name, ramp, error, match, generator):
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs["means"], **OPTIONS[kind])
+    with pytest.raises(error, match=f"^{name} {match}"):
+        call(criterion, inputs, **{name: ramp})
+
+
+# -- hard distillation ----------------------------------------------------------------------------
+
+
+class TestTwoHeads:
+    """HardKDPlusPlus with the logits of a distillation token beside those of the class token."""
+
+    def draw(self, generator, target="indices", dtype=torch.float64, device="cpu"):
+        inputs = draw(generator, target)
+        inputs["distillation_logits"] = 2 * torch.randn(
+            12, CLASSES, generator=generator, dtype=torch.float64
+        )
+        inputs = bring(inputs, dtype, device)
+        inputs["distillation_logits"].requires_grad_()
+        return inputs, dnkd_ext.HardKDPlusPlus(
+            inputs.pop("means"), **WEIGHTS, label_smoothing=0.1, ignore_index=255
+        )
+
+    @pytest.mark.parametrize("target", ["indices", "ignored", "mixup"])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+    )
+    def test_each_learns_from_its_own(self, target, dtype, device, generator):
+        """Smoothing and ignored rows are the target's; the teacher's decision is in all rows."""
+        inputs, criterion = self.draw(generator, target, dtype, device)
+        terms = criterion(**inputs, kd_ramp=0.5)
+        terms.loss.backward()
+        x = {key: value.detach().cpu() for key, value in inputs.items()}
+        x = {key: v.double() if v.is_floating_point() else v for key, v in x.items()}
+        own, other = (x[key].requires_grad_() for key in ("student_logits", "distillation_logits"))
+        soft = x["target"].is_floating_point()
+        ignored = {} if soft else {"ignore_index": 255}
+        ce = F.cross_entropy(own, x["target"], label_smoothing=0.1, **ignored)
+        kd = F.cross_entropy(other, x["teacher_logits"].argmax(1))
+        (WEIGHTS["ce_weight"] * ce + 0.5 * WEIGHTS["kd_weight"] * kd).backward()
+        exact = dtype == torch.float64
+        tolerance = 1e-9 if exact else 2e-5
+        for result, value in ((terms.ce, ce), (terms.kd, kd)):
+            assert result.dtype == (torch.float64 if exact else torch.float32)
+            assert not result.requires_grad
+            assert result.item() == pytest.approx(value.item(), rel=tolerance)
+        sum_of_terms = terms.loss.item() - WEIGHTS["nd_weight"] * terms.nd.item()
+        wanted = WEIGHTS["ce_weight"] * ce + 0.5 * WEIGHTS["kd_weight"] * kd
+        assert sum_of_terms == pytest.approx(wanted.item(), rel=10 * tolerance)
+        for key, leaf in (("student_logits", own), ("distillation_logits", other)):
+            error = (inputs[key].grad.double().cpu() - leaf.grad).abs().max()
+            bound = tolerance + torch.finfo(dtype).eps
+            assert error <= bound * leaf.grad.abs().max(), key
+
+    def test_without_them_the_logits_serve_both(self, generator):
+        inputs, criterion = self.draw(generator)
+        inputs["distillation_logits"] = inputs["student_logits"]
+        both = criterion(**inputs)
+        inputs["distillation_logits"] = None
+        torch.testing.assert_close(tuple(criterion(**inputs)), tuple(both), rtol=0, atol=0)
+
+    def test_an_ignored_class_may_be_the_teachers_decision(self, generator):
+        """ignore_index is about targets, even where it is a class."""
+        inputs, _ = self.draw(generator)
+        inputs["teacher_logits"][:6, 3] = 20.0
+        criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0, ignore_index=3)
+        wanted = F.cross_entropy(inputs["distillation_logits"], inputs["teacher_logits"].argmax(1))
+        assert criterion(**inputs).kd.item() == pytest.approx(wanted.item(), rel=1e-9)
+
+    def test_other_dtypes(self, generator):
+        """Heads and teacher need not agree; the loss is that of the student's logits."""
+        inputs, criterion = self.draw(generator, dtype=torch.float32)
+        inputs["teacher_logits"] = inputs["teacher_logits"].bfloat16()
+        inputs["distillation_logits"] = inputs["distillation_logits"].detach().double()
+        terms = criterion(**inputs)
+        wanted = F.cross_entropy(inputs["distillation_logits"], inputs["teacher_logits"].argmax(1))
+        assert all(term.dtype == torch.float32 for term in terms)
+        assert terms.kd.item() == pytest.approx(wanted.item(), rel=1e-6)
+
+    def test_the_teacher_gets_no_gradient(self, generator):
+        inputs, criterion = self.draw(generator)
+        inputs["teacher_logits"].requires_grad_()
+        criterion(**inputs).loss.backward()
+        assert inputs["teacher_logits"].grad is None
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_a_teacher_without_a_decision_is_not_hidden(self, value, generator):
+        inputs, criterion = self.draw(generator)
+        inputs["teacher_logits"][2, 4] = value
+        terms = criterion(**inputs)
+        assert terms.loss.isnan()
+        assert terms.kd.isnan()
+        assert terms.ce.isfinite()
+        terms.loss.backward()
+        assert inputs["distillation_logits"].grad.isnan().any()
+
+    def test_impossible_classes_of_the_teacher_count(self, generator):
+        """-infinity is a logit as any other, unless all are."""
+        inputs, criterion = self.draw(generator)
+        inputs["teacher_logits"][2, 4:] = -math.inf
+        assert criterion(**inputs).loss.isfinite()
+
+    def test_retained_graphs(self, generator):
+        inputs, criterion = self.draw(generator)
+        loss = criterion(**inputs).loss
+        loss.backward(retain_graph=True)
+        once = inputs["distillation_logits"].grad.clone()
+        (3 * loss).backward()
+        torch.testing.assert_close(inputs["distillation_logits"].grad, 4 * once)
+
+    def test_second_derivatives(self, generator):
+        inputs, criterion = self.draw(generator)
+        keys = ("student_logits", "distillation_logits")
+        leaves = [inputs[key].detach()[:3].clone().requires_grad_() for key in keys]
+        rows = {key: value[:3] for key, value in inputs.items()}
+
+        def loss(own, other):
+            changed = {"student_logits": own, "distillation_logits": other}
+            return criterion(**{**rows, **changed}).loss
+
+        assert torch.autograd.gradcheck(loss, leaves)
+        assert torch.autograd.gradgradcheck(loss, leaves)
+
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_compile(self, backend, device, generator):
+        """One graph, whatever the ramps are."""
+        torch._dynamo.reset()
+        inputs, criterion = self.draw(generator, "mixup", torch.float32, device)
+        run = lambda ramp: criterion(**inputs, kd_ramp=ramp, nd_ramp=ramp)  # noqa: E731
+        compiled = torch.compile(run, fullgraph=True, backend=backend)
+        leaves = [value for value in inputs.values() if value.requires_grad]
+        assert len(leaves) == 3
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for value in (0.0, 0.5):
+                ramp = torch.tensor(value, device=device)
+                fast, slow = compiled(ramp), run(ramp)
+                torch.testing.assert_close(tuple(fast), tuple(slow))
+                torch.testing.assert_close(
+                    torch.autograd.grad(fast.loss, leaves), torch.autograd.grad(slow.loss, leaves)
+                )
+
+    @pytest.mark.parametrize(
+        ("logits", "error", "match"),
+        [
+            ([1.0], TypeError, "must be a torch.Tensor, got list"),
+            (torch.ones(12, CLASSES).long(), TypeError, "must be float16"),
+            (torch.ones(12, 9), ValueError, r"must have the shape of student_logits \[12, 10\]"),
+            (torch.ones(12, 10, device="meta"), RuntimeError, "is on meta but student_logits is"),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", ["teacher_logits", "distillation_logits"])
+    def test_bad_input(self, name, logits, error, match, generator):
+        inputs, criterion = self.draw(generator)
+        with pytest.raises(error, match=f"^{name} {match}"):
+            criterion(**{**inputs, name: logits})
 
 
 # -- projector ------------------------------------------------------------------------------------

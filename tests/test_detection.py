@@ -164,7 +164,7 @@ def nd_loop(own, wanted, labels, means):
         if label < 0:
             continue
         e = means[label] / means[label].norm()
-        losses.append(1 - (f * e).sum() / max(f.norm().item(), t.norm().item()))
+        losses.append(1 - (f * e).sum() / max(f.norm(), t.norm()))
     return torch.stack(losses).mean()
 
 
@@ -671,8 +671,10 @@ def test_figures_of_known_detections(shapes):
         for place in range(len(split))
         for box, label in zip(*split.target(place), strict=True)
     ]
-    figures = coco_figures(truth, perfect, ids)
-    assert figures["ap"] == pytest.approx(100)
+    assert coco_figures(truth, perfect, ids)["ap"] < 100  # the box without area is not found
+    for boxes in truth.imgToAnns.values():
+        boxes[:] = [box for box in boxes if box["area"]]
+    assert coco_figures(truth, perfect, ids)["ap"] == pytest.approx(100)
     assert coco_figures(truth, [], ids)["ap"] == 0
     shifted = [dict(one, bbox=[v + 1000 for v in one["bbox"]]) for one in perfect]
     assert coco_figures(truth, shifted, ids)["ap"] == 0
@@ -769,7 +771,7 @@ def test_goes_on_exactly_within_an_epoch(shapes, teacher, whole, tmp_path, monke
 
 def test_parts_of_a_batch(shapes, source):
     """Their gradients add up where nothing is random, and no image is lost."""
-    task = DetectionTask(config(shapes), source, None, ALONE)
+    task = DetectionTask(config(shapes, student=R18), source, None, ALONE)
     images, targets = next(task.batches(0, 0))
     parts = task.split((images, targets), 2)
     assert [len(part[0]) for part in parts] == [2, 2]
@@ -856,6 +858,10 @@ def test_wrong_inputs_are_told_before_anything_is_written(shapes, teacher, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("DNKD_LONG_TESTS"),
+    reason="takes some seven minutes on two cores; DNKD_LONG_TESTS=1 runs it",
+)
 def test_a_detector_learns_and_so_does_its_student(tmp_path):
     """Average precision far above chance, which is near 0, from random weights."""
     data = draw(tmp_path / "coco", 160, 40, side=96)

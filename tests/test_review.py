@@ -156,7 +156,16 @@ def hierarchical(student, teacher):
     return total
 
 
-def expected(criterion, inputs, *, ramp=1.0, weights=WEIGHTS, smoothing=0.0, ignore_index=-100):
+def expected(
+    criterion,
+    inputs,
+    *,
+    kd_ramp=1.0,
+    nd_ramp=1.0,
+    weights=WEIGHTS,
+    smoothing=0.0,
+    ignore_index=-100,
+):
     """``(loss, ce, kd, nd)`` and gradients of leaves and parameters, in float64."""
     x, twin = bring(inputs, torch.float64), copy.deepcopy(criterion).cpu().double()
     soft = x["target"].is_floating_point()
@@ -175,7 +184,9 @@ def expected(criterion, inputs, *, ramp=1.0, weights=WEIGHTS, smoothing=0.0, ign
         teacher_features=x["teacher_features"],
         ignore_index=ignore_index,
     )
-    loss = weights["ce_weight"] * ce + weights["kd_weight"] * ramp * kd + weights["nd_weight"] * nd
+    kd_weight, nd_weight = weights["kd_weight"] * kd_ramp, weights["nd_weight"] * nd_ramp
+    loss = weights["ce_weight"] * ce + kd_weight * kd + nd_weight * nd
+    nd = nd if nd_ramp else torch.zeros_like(nd)  # whose value is not known any more
     return (loss, ce, kd, nd), torch.autograd.grad(loss, [*leaves(x), *twin.parameters()])
 
 
@@ -223,14 +234,15 @@ def test_targets_and_options(target, device, generator):
 
 @pytest.mark.parametrize("ramp", [0.0, 0.5, 1])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_ramp(ramp, as_tensor, generator):
-    """Multiplies the distillation's weight; at 0 every parameter still gets a gradient, of 0."""
+@pytest.mark.parametrize("name", ["kd_ramp", "nd_ramp"])
+def test_ramp(name, ramp, as_tensor, generator):
+    """Multiplies its term's weight; at 0 every parameter still gets a gradient, of 0."""
     inputs = bring(draw(generator), torch.float64)
     criterion = make(inputs["means"])
-    terms = call(criterion, inputs, kd_ramp=torch.tensor(float(ramp)) if as_tensor else ramp)
+    terms = call(criterion, inputs, **{name: torch.tensor(float(ramp)) if as_tensor else ramp})
     gradients = gradients_of(terms, criterion, inputs)
-    check(terms, gradients, expected(criterion, inputs, ramp=ramp))
-    if ramp == 0:
+    check(terms, gradients, expected(criterion, inputs, **{name: ramp}))
+    if ramp == 0 and name == "kd_ramp":
         assert all(g.abs().max() == 0 for g in gradients[len(leaves(inputs)) :])
 
 
@@ -501,15 +513,14 @@ def test_compile(backend, device, generator):
     inputs = bring(draw(generator, "teacher larger"), torch.float32, device)
     tensors = {name: torch.tensor(weight) for name, weight in WEIGHTS.items()}
     criterion = make(inputs["means"], torch.float32, device, **tensors)
-    compiled = torch.compile(
-        lambda ramp: call(criterion, inputs, kd_ramp=ramp), fullgraph=True, backend=backend
-    )
+    ramped = lambda ramp: call(criterion, inputs, kd_ramp=ramp, nd_ramp=1 - ramp)  # noqa: E731
+    compiled = torch.compile(ramped, fullgraph=True, backend=backend)
     losses = set()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for value in (0.0, 0.5):
             criterion.nd_weight.fill_(value + 1)
             ramp = torch.tensor(value, device=device)
-            fast, slow = compiled(ramp), call(criterion, inputs, kd_ramp=ramp)
+            fast, slow = compiled(ramp), ramped(ramp)
             torch.testing.assert_close(tuple(fast), tuple(slow))
             torch.testing.assert_close(
                 gradients_of(fast, criterion, inputs),
@@ -813,6 +824,8 @@ def _stages(channels, index, replacement, rows=ROWS):
         ({"target": torch.ones(5).long()}, ValueError, "target of class indices must have the"),
         ({"kd_ramp": math.nan}, ValueError, "kd_ramp must be finite, got nan"),
         ({"kd_ramp": torch.ones(2)}, ValueError, "kd_ramp must be a float or a 0-dim tensor, got"),
+        ({"nd_ramp": math.nan}, ValueError, "nd_ramp must be finite, got nan"),
+        ({"nd_ramp": "1"}, TypeError, "nd_ramp must be a float or a 0-dim tensor, got str"),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ from dnkd_ext.cli import main
 from dnkd_ext.train import sources
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification
-from dnkd_ext.train.config import TrainConfig, flatten, replace
+from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, learning_rate, ramp
 from dnkd_ext.train.models import create_model, load_weights
@@ -217,7 +217,8 @@ def test_the_log_and_the_result_say_the_same(images, tmp_path, capsys):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     # The accuracy, independently, of both weights.
     data = load_image_folder(images, progress=False)
-    mean, std = (torch.tensor(result["config"][n])[:, None, None] for n in ("mean", "std"))
+    values = NORMALISATION["cifar"]
+    mean, std = (torch.tensor(value)[:, None, None] for value in values)
     for name, wanted in (("best", max(accuracies)), ("last", accuracies[-1])):
         model = create_model("cifar_resnet20", CLASSES).eval()
         load_weights(model, tmp_path / "run" / f"{name}.safetensors")
@@ -234,7 +235,7 @@ def test_diagnostics_are_those_of_the_features(images, teacher, tmp_path):
     rows = run(images, tmp_path / "run", *of(teacher, "kd", 1.0, "--epochs", "1"))
     data = load_image_folder(images, progress=False)
     config = TrainConfig()
-    mean, std = (torch.tensor(v)[:, None, None] for v in (config.data.mean, config.data.std))
+    mean, std = (torch.tensor(v)[:, None, None] for v in config.data.normalisation.values())
     x = (data.test.pixels / 255 - mean) / std
     taken = {}
     for name, file in (
@@ -285,7 +286,7 @@ def test_adamw_warm_up_clipping_and_average_equal_a_plain_loop(images, tmp_path,
         betas=(0.9, 0.95),
     )
     config = TrainConfig().data
-    batches = sources.TrainBatches(data.train, 12, mean=config.mean, std=config.std, seed=0, pad=2)
+    batches = sources.TrainBatches(data.train, 12, **config.normalisation, seed=0, pad=2)
     for epoch in range(2):
         losses = []
         for step, (x, target) in enumerate(batches.epoch(epoch)):
@@ -335,7 +336,8 @@ def test_accumulated_parts_are_one_batch(images, tmp_path):
 
 @pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
 def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
-    from dnkd_ext.train.classification import gather_class_means, load_teacher
+    from dnkd_ext.train.classification import load_teacher
+    from dnkd_ext.train.gather import gather_class_means
 
     config = replace(
         TrainConfig(),

@@ -98,6 +98,8 @@ class ClassMeansArguments:
     """File to write (safetensors)."""
     overwrite: bool = False
     """Replace the file."""
+    resume: bool = False
+    """Go on with a pass that was interrupted; begin where there is none."""
     data: DataOptions = field(default_factory=DataOptions)
     run: RunOptions = field(default_factory=RunOptions)
     reader: ReaderOptions = field(default_factory=ReaderOptions)
@@ -213,9 +215,10 @@ def train(argv: Sequence[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
     out = Path(arguments.out)
-    # torchrun starts the same command again when a process died.
-    resume = arguments.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = arguments.resume or restarted()
     with join_world(arguments.run.device) as world:
+        # Where a node was replaced, its torchrun has restarted nothing yet.
+        resume = world.any(resume)
         try:
             run_jobs(
                 plan_jobs(configs, seeds, out),
@@ -229,6 +232,11 @@ def train(argv: Sequence[str]) -> int:
                 print(f"dnkd train: {stopped}", flush=True)
             return 128 + (stopped.signal or signal.SIGTERM)
     return 0
+
+
+def restarted() -> bool:
+    """Whether torchrun started the same command again, because a process died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _seeds(text: str) -> list[int]:
@@ -269,6 +277,7 @@ def class_means(argv: Sequence[str]) -> int:
             out,
             world,
             overwrite=arguments.overwrite,
+            resume=arguments.resume or restarted(),
         )
         if world.is_first:
             counts = means.counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dnkd_ext.train.data import Images, crop_and_flip
 
-__all__ = ["EvalBatches", "Plan", "TrainBatches"]
+__all__ = ["BatchShare", "EvalBatches", "Plan", "TrainBatches"]
 
 
 class Plan(NamedTuple):
@@ -27,23 +27,37 @@ class Plan(NamedTuple):
     mirrored: Tensor
 
 
-class _Batches:
-    """What training and evaluation share: a process's part of a batch, and normalisation."""
+class BatchShare:
+    """What all that makes batches has: a process's part of a batch, and normalisation.
+
+    Args:
+        batch_size: of all processes together.
+        channels: of every image.
+        mean: of every channel, of pixels in [0, 1].
+        std: likewise.
+        rank: number of this process.
+        world_size: how many there are.
+        device: where batches are wanted.
+        channels_last: memory format of the images.
+        dtype: of the images.
+
+    Raises:
+        ValueError: a value out of range.
+    """
 
     def __init__(
         self,
-        split: Images,
         batch_size: int,
+        channels: int,
         *,
         mean: Sequence[float],
         std: Sequence[float],
         rank: int,
         world_size: int,
+        device: torch.device,
         channels_last: bool,
         dtype: torch.dtype,
     ) -> None:
-        if len(split) == 0:
-            raise ValueError("split holds no images")
         if batch_size < 1 or world_size < 1 or batch_size % world_size:
             raise ValueError(
                 f"batch_size must be a positive multiple of world_size, got {batch_size} "
@@ -51,7 +65,6 @@ class _Batches:
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
-        channels = split.pixels.shape[1]
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
                 raise ValueError(
@@ -59,19 +72,36 @@ class _Batches:
                 )
         if min(std) <= 0:
             raise ValueError(f"std must be positive, got {tuple(std)}")
-        self.split = split
         self.batch_size = batch_size
         self.local_size = batch_size // world_size
         self.rank = rank
         self.world_size = world_size
+        self.device = device
         self.channels_last = channels_last
         self.dtype = dtype
-        device = split.pixels.device
         # (x / 255 - mean) / std as one product and one sum.
         deviation = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
         centre = torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1)
         self._scale = (1 / (255 * deviation)).float().to(device)
         self._shift = (-centre / deviation).float().to(device)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """Bytes to float32 in the wanted memory format; what is no bytes was normalised before."""
+        if self.channels_last:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if pixels.dtype == torch.uint8:
+            pixels = torch.addcmul(self._shift, pixels.float(), self._scale)
+        return pixels
+
+
+class _Batches(BatchShare):
+    """What training and evaluation share: the images and a process's part of them."""
+
+    def __init__(self, split: Images, batch_size: int, **shared: Any) -> None:
+        if len(split) == 0:
+            raise ValueError("split holds no images")
+        super().__init__(batch_size, split.pixels.shape[1], device=split.pixels.device, **shared)
+        self.split = split
 
     def _own(self, values: Tensor) -> Tensor:
         """This process's part of whole batches that stand one after another: (..., M / W)."""
@@ -82,11 +112,6 @@ class _Batches:
         size = values.shape[-1] // (max(1, batches) * self.world_size)
         parts = values.unflatten(-1, (batches, self.world_size, size))
         return parts[..., self.rank, :].flatten(-2)
-
-    def _images(self, pixels: Tensor) -> Tensor:
-        if self.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        return torch.addcmul(self._shift, pixels.float(), self._scale).to(self.dtype)
 
 
 class TrainBatches(_Batches):
@@ -182,16 +207,15 @@ class TrainBatches(_Batches):
         whole = self._whole * self.batch_size
         rest = draws[:, whole : whole + self._rest]
         own = torch.cat([self._own(draws[:, :whole]), self._share(rest, 1)], 1)
-        device = self.split.pixels.device
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             own = own.pin_memory()
-        return Plan(*own.to(device, non_blocking=True))
+        return Plan(*own.to(self.device, non_blocking=True))
 
     def make(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) and target (N,) of one batch's plan; may be captured in a graph."""
         pixels = self.split.pixels[plan.index]
         pixels = crop_and_flip(pixels, plan.dy, plan.dx, plan.mirrored.bool(), self.pad)
-        return self._images(pixels), self.split.target[plan.index]
+        return self._normalised(pixels).to(self.dtype), self.split.target[plan.index]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(images, target) of this process, from batch number ``start`` of the epoch on.
@@ -256,10 +280,24 @@ class EvalBatches(_Batches):
         return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches from number ``start`` on.
+
+        Raises:
+            ValueError: a start that is no batch.
+        """
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start must be between 0 and {len(self)} batches, got {start}")
+        return self._from(start)
+
+    def _from(self, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         count = len(self.split)
-        device = self.split.pixels.device
-        places = self._own(torch.arange(len(self) * self.batch_size, device=device))
-        for chosen in places.split(self.local_size):
+        places = self._own(torch.arange(len(self) * self.batch_size, device=self.device))
+        for chosen in places[start * self.local_size :].split(self.local_size):
+            if not len(chosen):  # what split gives of nothing
+                return
             index = chosen.clamp(max=count - 1)
-            images = self._images(self.split.pixels[index])
+            images = self._normalised(self.split.pixels[index]).to(self.dtype)
             yield images, self.split.target[index], chosen < count

@@ -1,9 +1,17 @@
-"""Checkpoints: written whole or not at all, the one before kept, nothing in them executed."""
+"""Checkpoints: written whole or not at all, the one before kept, nothing in them executed.
+
+Of a run that is not sharded a checkpoint is one file. Of a sharded one it is a folder
+``checkpoint-EPOCH-STEP-*``, to which every process writes its shards as safetensors, and the file,
+written last, which names the folder and holds what is not sharded.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +19,17 @@ from typing import Any
 import torch
 
 from dnkd_ext.train.files import TEMPORARY, replacing, sync
+from dnkd_ext.train.sharding import check_shards
+from dnkd_ext.train.world import World
 
-__all__ = ["NAME", "PREVIOUS", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "NAME",
+    "PREVIOUS",
+    "load_checkpoint",
+    "remove_unnamed",
+    "save_checkpoint",
+    "shard_folders",
+]
 
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -23,6 +40,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values; what was the newest checkpoint becomes the previous one.
 
     At every moment there is a whole checkpoint by one of the two names.
+
+    Args:
+        folder: of the run.
+        state: ``shards``, where there are, is what write_shards returned.
     """
     with replacing(folder / NAME) as temporary:
         torch.save({"format": FORMAT, **state}, temporary)
@@ -34,12 +55,18 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             except OSError:  # a file system without links
                 os.replace(folder / NAME, kept)
             os.replace(kept, folder / PREVIOUS)
+    remove_unnamed(folder)
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+def load_checkpoint(folder: Path, world: World | None = None) -> dict[str, Any] | None:
     """The newest whole checkpoint, on the CPU; None where there is none.
 
-    A damaged one is left aside with a warning if the previous one is whole.
+    A damaged one is left aside with a warning if the previous one is whole. Shards are looked for,
+    and stay in their folder.
+
+    Args:
+        folder: of the run.
+        world: all processes, who agree on what is whole, and of shards read a part each.
 
     Raises:
         ValueError: there are checkpoints, and none can be read.
@@ -47,19 +74,65 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     damaged: list[str] = []
     for name in (NAME, PREVIOUS):
         path = folder / name
-        if not path.exists():
-            continue
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or state.get("format") != FORMAT:
-                raise ValueError(f"it is no {FORMAT!r}")
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
-            damaged.append(f"{path} cannot be read: {first}")
-            continue
-        for problem in damaged:
-            warnings.warn(f"{problem}; going on from {path}", UserWarning, stacklevel=2)
-        return state
+        state, problem = None, ""
+        if path.exists():
+            try:
+                state = _read(path, world)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+                first = str(error).splitlines()[0] if str(error) else type(error).__name__
+                problem = f"{path} cannot be read: {first}"
+        problems = [problem] if world is None else world.gather(problem)
+        found = [state is not None] if world is None else world.gather(state is not None)
+        if any(problems):
+            damaged.append(next(filter(None, problems)))
+        elif any(found):
+            for told in damaged:
+                warnings.warn(f"{told}; going on from {path}", UserWarning, stacklevel=2)
+            return state
     if damaged:
         raise ValueError("; ".join(damaged))
     return None
+
+
+def _read(path: Path, world: World | None) -> dict[str, Any]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"it is no {FORMAT!r}")
+    shards = state.get("shards")
+    if shards is not None:
+        names = sorted(shards["files"])
+        check_shards(path.parent, shards, names[world.rank :: world.size] if world else ())
+    return state
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The folders of shards that a run has, named by a checkpoint or not."""
+    pattern = re.compile(r"checkpoint-\d+-\d+-[0-9a-f]{8}")
+    return sorted(
+        path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and pattern.fullmatch(path.name)
+    )
+
+
+def remove_unnamed(folder: Path) -> None:
+    """Remove folders of shards that no checkpoint names.
+
+    None while there is a checkpoint that cannot be read: it may name any.
+    """
+    found = shard_folders(folder)
+    if not found:
+        return
+    named = set()
+    for path in (folder / NAME, folder / PREVIOUS):
+        if path.exists():
+            try:
+                # Mapped: of its tensors nothing is read.
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                named.add((state.get("shards") or {}).get("folder"))
+            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError):
+                return
+    for place in found:
+        if place.name not in named:
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                shutil.rmtree(place)

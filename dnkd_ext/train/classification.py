@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnkd_ext.adapters import features
+from dnkd_ext.adapters import distilled_features, features
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.criteria import DISTPlusPlus, DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
+from dnkd_ext.criteria import (
+    DISTPlusPlus,
+    DKDPlusPlus,
+    HardKDPlusPlus,
+    KDPlusPlus,
+    ReviewKDPlusPlus,
+)
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
 from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
 from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
 
@@ -31,12 +38,13 @@ __all__ = [
     "Teacher",
     "build_model",
     "evaluate",
-    "gather_class_means",
     "identity",
     "load_teacher",
 ]
 
 TERMS = ("loss", "ce", "kd", "nd", "top1")
+# By which stage_maps runs a model, in place of its call.
+STAGE_METHODS = ("forward_stages", "forward_intermediates")
 
 
 # -- the step -------------------------------------------------------------------------------------
@@ -52,6 +60,7 @@ class Distillation(nn.Module):
         projector: of the student's features, where the class means are of another width.
         method: as the configuration names it.
         label_smoothing: of the cross entropy alone; a criterion has its own.
+        nd_ramp: let the ramp be that of the ND loss, too.
 
     Shape:
         images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
@@ -66,6 +75,7 @@ class Distillation(nn.Module):
         projector: nn.Module | None,
         method: str,
         label_smoothing: float = 0.0,
+        nd_ramp: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
@@ -73,6 +83,7 @@ class Distillation(nn.Module):
         self.projector = projector
         self.method = method
         self.label_smoothing = label_smoothing
+        self.nd_ramp = nd_ramp
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
         self._teacher = (teacher,)
 
@@ -84,6 +95,7 @@ class Distillation(nn.Module):
             loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
             none = torch.zeros_like(loss)
             return loss, loss.detach(), none, none, _top1(logits, target)
+        more: dict[str, Any] = {"nd_ramp": ramp} if self.nd_ramp else {}
         if self.method == "reviewkd":
             with torch.no_grad():
                 # timm's models give their maps after the activation only.
@@ -95,12 +107,21 @@ class Distillation(nn.Module):
         else:
             with torch.no_grad():
                 teacher_features, teacher_logits = features(teacher, images)
-            student_features, logits = features(self.student, images)
+            if self.method == "hard_kd":
+                student_features, logits, distilled = distilled_features(self.student, images)
+                more["distillation_logits"] = distilled
+            else:
+                student_features, logits = features(self.student, images)
             compared = (logits, teacher_logits)
         if self.projector is not None:
             student_features = self.projector(student_features)
         terms = self.criterion(
-            *compared, student_features, target, teacher_features=teacher_features, kd_ramp=ramp
+            *compared,
+            student_features,
+            target,
+            teacher_features=teacher_features,
+            kd_ramp=ramp,
+            **more,
         )
         return *terms, _top1(logits, target)
 
@@ -131,17 +152,24 @@ PRETRAINED = "pretrained"
 
 
 def build_model(
-    name: str, num_classes: int, channels: int, *, pretrained: bool = False
+    name: str,
+    num_classes: int,
+    channels: int,
+    *,
+    pretrained: bool = False,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """A model with fresh weights: one of ours by its name ``cifar_*``, or one of timm's.
 
     Raises:
-        ValueError: no such model, or no published weights of it.
+        ValueError: no such model, no published weights of it, or no stochastic depth in it.
         ModuleNotFoundError: the name is timm's, and timm is not installed.
     """
     if name in model_names() or name.startswith("cifar_"):
         if pretrained:
             raise ValueError(f"{name} has no weights to download; name a file of its weights")
+        if drop_path:
+            raise ValueError(f"--drop-path is for models that have it, {name} has not")
         return create_model(name, num_classes, channels)
     try:
         import timm
@@ -152,8 +180,15 @@ def build_model(
     if not timm.is_model(name):
         raise ValueError(f"no model {name!r}, neither timm's nor one of {', '.join(model_names())}")
     options = {"num_classes": num_classes, "in_chans": channels}
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     if not pretrained:
-        return timm.create_model(name, **options)
+        try:
+            return timm.create_model(name, **options)
+        except TypeError as error:
+            if "drop_path_rate" not in str(error):
+                raise
+            raise ValueError(f"--drop-path is for models that have it, {name} has not") from error
     try:
         model = timm.create_model(name, pretrained=True)
         own = getattr(model, "num_classes", None)
@@ -165,6 +200,21 @@ def build_model(
             f"the pretrained weights of {name} cannot be had ({str(error).splitlines()[0]}); "
             "without a network, name a file of them"
         ) from error
+
+
+def build_student(config: TrainConfig, source: Source) -> nn.Module:
+    """The model to train, with fresh weights.
+
+    Raises:
+        ValueError: no such model, or one that does not fit the images or options.
+        ModuleNotFoundError: the name is timm's, and timm is not installed.
+    """
+    options = config.model
+    student = build_model(
+        options.student, len(source.classes), source.channels, drop_path=options.drop_path
+    )
+    fit_image_size(student, source.image_size)
+    return student
 
 
 def weights_file(path: str) -> Path:
@@ -183,6 +233,36 @@ def weights_file(path: str) -> Path:
     return place
 
 
+def fit_image_size(model: nn.Module, size: int) -> None:
+    """Prepare a transformer of timm's, made for images of one size, for those of another."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = config.get("input_size", (0, size, size))[1:]
+    if config.get("fixed_input_size") and tuple(own) != (size, size):
+        if not hasattr(model, "set_input_size"):
+            raise ValueError(
+                f"{type(model).__name__} is for images of {own[0]} x {own[1]} pixels, got {size}"
+            )
+        model.set_input_size(img_size=(size, size))
+
+
+def load_weights_for(model: nn.Module, path: Path, size: int) -> None:
+    """Weights of the model as it is published, or as it was trained on images of this size.
+
+    Raises:
+        FileNotFoundError, ValueError: as of load_weights.
+    """
+    try:
+        load_weights(model, path)
+    except ValueError:
+        before = {name: value.shape for name, value in model.state_dict().items()}
+        fit_image_size(model, size)
+        if {name: value.shape for name, value in model.state_dict().items()} == before:
+            raise
+        load_weights(model, path)
+    else:
+        fit_image_size(model, size)
+
+
 def load_teacher(
     name: str, weights: str, source: Source, device: torch.device, *, channels_last: bool = False
 ) -> Teacher:
@@ -194,52 +274,17 @@ def load_teacher(
     """
     if weights == PRETRAINED:
         model = build_model(name, len(source.classes), source.channels, pretrained=True)
+        fit_image_size(model, source.image_size)
         digest = PRETRAINED
     else:
         path = weights_file(weights)
         model = build_model(name, len(source.classes), source.channels)
-        load_weights(model, path)
+        load_weights_for(model, path, source.image_size)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     model = model.eval().requires_grad_(False).to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Teacher(model, digest, None)
-
-
-def gather_class_means(
-    model: nn.Module,
-    source: Source,
-    config: TrainConfig,
-    world: World,
-    *,
-    metadata: dict[str, str] | None = None,
-) -> ClassMeans:
-    """Mean features of the training images as they are, every process seeing its part."""
-    batches = source.clean(config, world)
-    # What fills up a batch counts nowhere.
-    loader = ((images, target.where(mask, -100)) for images, target, mask in batches)
-    means = ClassMeans.from_model(
-        model,
-        _Sized(loader, len(batches)),
-        num_classes=len(source.classes),
-        progress=config.run.progress and world.is_first,
-        metadata=metadata,
-    )
-    return means.all_reduce()
-
-
-@dataclass
-class _Sized:
-    """An iterator that tells its length to a progress bar."""
-
-    items: Iterator[Any]
-    length: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.items
-
-    def __len__(self) -> int:
-        return self.length
 
 
 def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:
@@ -354,12 +399,13 @@ def _criterion(
     student: nn.Module,
     teacher: nn.Module,
     world: World,
+    label_smoothing: float,
 ) -> nn.Module:
     shared = {
         "ce_weight": options.ce_weight,
         "kd_weight": options.kd_weight,
         "nd_weight": options.nd_weight,
-        "label_smoothing": options.label_smoothing,
+        "label_smoothing": label_smoothing,
     }
     makers: dict[str, Callable[[], nn.Module]] = {
         # Cross entropy and the ND loss without a distillation of logits.
@@ -386,15 +432,31 @@ def _criterion(
             tau=options.temperature,
             process_group=torch.distributed.group.WORLD if world.size > 1 else None,
         ),
-        "reviewkd": lambda: ReviewKDPlusPlus.from_models(student, teacher, class_means, **shared),
+        "hard_kd": lambda: HardKDPlusPlus(class_means, **shared),
+        "reviewkd": lambda: ReviewKDPlusPlus.from_models(
+            student, teacher, class_means, **shared, mid_channels=options.mid_channels
+        ),
     }
     return makers[options.method]()
+
+
+def _cast_once(teacher: nn.Module) -> nn.Module:
+    """A copy whose weights are what autocast would make of them in every step again.
+
+    Normalisations keep theirs in float32, in which autocast uses them.
+    """
+    teacher = copy.deepcopy(teacher)
+    for module in teacher.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            module.to(torch.bfloat16)
+    return teacher
 
 
 class Classification(Task):
     """A student, its data and its teacher, as the engine trains them."""
 
     terms = TERMS
+    methods = STAGE_METHODS
     metric = "test_top1"
 
     def __init__(
@@ -404,8 +466,13 @@ class Classification(Task):
         self.source = source
         run, device = config.run, world.device
         torch.manual_seed(run.seed)  # the same weights for every method, on every process
-        student = build_model(config.model.student, len(source.classes), source.channels)
-        criterion = projector = None
+        student = build_student(config, source)
+        if run.activation_checkpointing:
+            checkpoint_activations(student, config.model.student)
+        criterion = projector = guide = None
+        mixes = config.data.task == "imagenet" and config.reader.mixes
+        # Where images are mixed their targets are smoothed, which all terms of the loss read.
+        smoothing = 0.0 if mixes else config.method.label_smoothing
         if config.needs_teacher:
             assert teacher is not None
             means = None if teacher.class_means is None else teacher.class_means.compute()
@@ -414,14 +481,13 @@ class Classification(Task):
                 width = getattr(student, "head_hidden_size", None) or student.num_features
                 if width != means.shape[1]:
                     projector = FeatureProjector(width, means.shape[1], config.model.dropout)
-            criterion = _criterion(config.method, means, student, teacher.model, world)
+            criterion = _criterion(config.method, means, student, teacher.model, world, smoothing)
+            guide = teacher.model
+            if run.precision == "bfloat16" and not run.fsdp_teacher:
+                guide = _cast_once(guide)
+        method = config.method
         self.step = Distillation(
-            student,
-            criterion,
-            teacher.model if teacher else None,
-            projector,
-            config.method.method,
-            config.method.label_smoothing,
+            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)
@@ -450,7 +516,9 @@ class Classification(Task):
                 f"--batch-size must be at most the {source.train_images} training images, got "
                 f"{config.optim.batch_size}"
             )
-        student = build_model(config.model.student, len(source.classes), source.channels)
+        student = build_student(config, source)
+        if config.run.activation_checkpointing:
+            checkpoint_activations(student, config.model.student)
         if config.method.method == "reviewkd":
             assert teacher is not None
             ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
@@ -481,7 +549,8 @@ class Classification(Task):
             return student
         projector.eval()
         try:
-            return projector(student)
+            dtype = next(projector.parameters()).dtype  # the evaluation gives float32
+            return projector(student.to(dtype)).float()
         finally:
             projector.train()
 

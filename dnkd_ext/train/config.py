@@ -28,6 +28,15 @@ __all__ = [
 ]
 
 
+# Mean and standard deviation of every channel, by task: of CIFAR-100 and of ImageNet.
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALISATION = {
+    "cifar": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "imagenet": _IMAGENET,
+    "detection": _IMAGENET,
+}
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Images and what is done to them."""
@@ -49,10 +58,20 @@ class DataOptions:
     """Black border, in pixels, from which training images are cut at random."""
     flip: bool = True
     """Mirror every second training image."""
-    mean: tuple[float, ...] = (0.5071, 0.4867, 0.4408)
-    """Mean of every channel, of pixels in [0, 1]."""
-    std: tuple[float, ...] = (0.2675, 0.2565, 0.2761)
-    """Standard deviation of every channel."""
+    mean: tuple[float, ...] | None = None
+    """Mean of every channel, of pixels in [0, 1]; by default that of ImageNet, or with cifar that
+    of CIFAR-100."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of every channel; likewise."""
+
+    @property
+    def normalisation(self) -> dict[str, tuple[float, ...]]:
+        """Mean and std as they are used."""
+        mean, std = NORMALISATION[self.task]
+        return {
+            "mean": mean if self.mean is None else self.mean,
+            "std": std if self.std is None else self.std,
+        }
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,14 @@ class RunOptions:
     """torch.compile of teacher, student and loss."""
     cuda_graph: bool = False
     """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
+    fsdp: bool = False
+    """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
+    instead of having copies; torch.compile is then that of the student's blocks."""
+    fsdp_teacher: bool = False
+    """With fsdp: the teacher's parameters are shared, too."""
+    activation_checkpointing: bool = False
+    """Compute the student's activations again in the backward pass instead of keeping them, for
+    models of timm that know how to."""
     deterministic: bool = False
     """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
     eval_batch_size: int = 500
@@ -186,6 +213,9 @@ class RunOptions:
     """Steps between looks at the loss, which wait for the device."""
     tensorboard: bool = True
     """Write TensorBoard's files, too."""
+    wandb: bool = False
+    """Log every epoch to Weights & Biases, too; WANDB_PROJECT and its other environment variables
+    say where."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -290,6 +320,14 @@ class TrainConfig:
                 f"--batch-size must be a multiple of {world_size} processes times --accumulate "
                 f"{self.optim.accumulate}, got {self.optim.batch_size}"
             )
+        if self.run.fsdp and world_size == 1:
+            raise ValueError("--fsdp is for several processes, started by torchrun; got one")
+        if self.run.fsdp and self.run.cuda_graph:
+            raise ValueError("--cuda-graph cannot record the messages of --fsdp; pass one of them")
+        if self.run.fsdp_teacher and not self.run.fsdp:
+            raise ValueError("--fsdp-teacher goes with --fsdp only")
+        if self.run.fsdp_teacher and not self.needs_teacher:
+            raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
         self.check_data()
         if self.data.task == "detection":
             self._check_detection()
@@ -316,6 +354,9 @@ class TrainConfig:
             raise ValueError(f"--method {self.method.method} has no part in --task detection")
         if self.method.label_smoothing:
             raise ValueError("--label-smoothing has no part in --task detection")
+        for name in ("fsdp", "activation_checkpointing"):
+            if getattr(self.run, name):
+                raise ValueError(f"--{_option(name)} is not there for --task detection")
         for name in ("compile", "cuda_graph"):
             if getattr(self.run, name):
                 raise ValueError(
@@ -325,18 +366,20 @@ class TrainConfig:
 
     def check_data(self) -> None:
         """What is wrong with the data's options alone."""
-        flat = flatten(self)
-        if self.data.task == "detection":
+        task = self.data.task
+        if task == "detection":
             self.detection.check()
             if self.reader.workers < 0:
                 raise ValueError(f"--workers must be at least 0, got {self.reader.workers}")
-            if self.data.cache is not None:
-                raise ValueError(f"--cache is for --task cifar, got {self.data.cache}")
-        if self.data.task == "imagenet":
+        elif task == "imagenet":
             self.reader.check()
-            for name in ("limit", "cache"):
-                if flat[name] is not None:
-                    raise ValueError(f"--{name} is for --task cifar, got {flat[name]}")
+        for group in (self.data, self.reader, self.detection):
+            for name, value in vars(group).items():
+                tasks = OF_TASKS.get(name, OF_GROUPS.get(type(group), (task,)))
+                if task not in tasks and value != getattr(type(group)(), name):
+                    raise ValueError(
+                        f"--{_option(name)} is for --task {' and '.join(tasks)}, got {value}"
+                    )
         if not self.data.data:
             raise ValueError("--data must name the folder of the data set, got nothing")
 
@@ -345,6 +388,19 @@ class TrainConfig:
         """Whether the loss looks at a teacher."""
         return self.method.method != "ce" or self.method.nd_weight != 0
 
+
+# Which tasks have an option, where not all do: by its name, or else by its group.
+OF_TASKS = {
+    "limit": ("cifar", "detection"),
+    "cache": ("cifar",),
+    "pad": ("cifar",),
+    "flip": ("cifar", "detection"),
+    "workers": ("imagenet", "detection"),
+}
+OF_GROUPS: dict[type, tuple[str, ...]] = {
+    ReaderOptions: ("imagenet",),
+    DetectionOptions: ("detection",),
+}
 
 # The smallest value of an option.
 LEAST = {
@@ -386,12 +442,16 @@ FREE = {
     "channels_last",
     "compile",
     "cuda_graph",
+    "fsdp",
+    "fsdp_teacher",
+    "activation_checkpointing",
     "deterministic",
     "eval_batch_size",
     "detect_batch_size",
     "checkpoint_every",
     "log_every",
     "tensorboard",
+    "wandb",
     "progress",
     "workers",
     "on_error",

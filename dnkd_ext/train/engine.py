@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,17 @@ from dnkd_ext.progress import Progress
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.config import OptimOptions, RunOptions
 from dnkd_ext.train.files import write_csv, write_tensors
+from dnkd_ext.train.sharding import (
+    as_sharded,
+    copy_whole,
+    gather_whole,
+    local,
+    read_shards,
+    shapes_of_shards,
+    shard_model,
+    shard_step,
+    write_shards,
+)
 from dnkd_ext.train.world import World
 
 __all__ = ["Interrupted", "Task", "check_identity", "learning_rate", "ramp", "train"]
@@ -50,6 +62,8 @@ class Task(ABC):
             device); returns a 0-dim tensor for each of ``terms``, the loss to minimise first. All
             its parameters are trained, all its state is in the checkpoints.
         model: the part of ``step`` that is wanted in the end.
+        methods: of ``model``, by which it is run in place of its call. Where it is sharded, it and
+            every child of ``step`` are run by their call or these methods alone.
         terms: what ``step`` returns, by name; means over the batch.
         metric: which of the figures of :meth:`evaluate` is to become large.
         steps_per_epoch: batches of an epoch.
@@ -59,6 +73,7 @@ class Task(ABC):
 
     step: nn.Module
     model: nn.Module
+    methods: tuple[str, ...] = ()
     terms: tuple[str, ...]
     metric: str
     steps_per_epoch: int
@@ -197,13 +212,26 @@ def train(
     kd_warm_up: int = 0,
     resume: bool = False,
     metadata: dict[str, str] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a task and keep its log, checkpoints and weights in ``out``.
 
     Every epoch is evaluated and adds a row to ``log.csv``; ``best.safetensors`` and
-    ``last.safetensors`` hold the model's weights, ``checkpoint.pt`` all that is needed to go on.
+    ``last.safetensors`` hold the model's weights, ``checkpoint.pt`` all that is needed to go on,
+    where the step is sharded together with the folder that it names.
     With ``resume`` the run continues from there as if it had never stopped: after a signal at the
     very step, otherwise at the last epoch that was kept.
+
+    Args:
+        task: what is trained; a sharded run leaves its modules sharded.
+        optim: optimiser and schedule.
+        run: how it is run.
+        out: folder of the run, which all processes share.
+        world: all processes.
+        kd_warm_up: epochs over which the distillation's share grows.
+        resume: go on with what ``out`` holds.
+        metadata: of the files of weights.
+        settings: what a dashboard shows as the run's configuration.
 
     Returns:
         ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
@@ -217,7 +245,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint of this very step is written.
         ValueError: the checkpoint is damaged, or of another training.
     """
-    training = _Training(task, optim, run, out, world, kd_warm_up, metadata or {})
+    training = _Training(task, optim, run, out, world, kd_warm_up, metadata or {}, settings)
     try:
         return training.run_all(resume)
     finally:
@@ -233,6 +261,16 @@ def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -
     ]
     if differs:
         raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
+
+
+def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
+    """The moving average of lists of tensors, sharded ones among them."""
+    average = get_ema_multi_avg_fn(decay)
+
+    def of_parts(averages: list[Tensor], current: list[Tensor], number: Any) -> None:
+        average([local(one) for one in averages], [local(one) for one in current], number)
+
+    return of_parts
 
 
 def _distributed(step: nn.Module, device: torch.device) -> nn.Module:
@@ -254,6 +292,7 @@ class _Training:
         world: World,
         kd_warm_up: int,
         metadata: dict[str, str],
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.task = task
         self.optim = optim
@@ -262,24 +301,37 @@ class _Training:
         self.world = world
         self.kd_warm_up = kd_warm_up
         self.metadata = metadata
+        self.settings = settings or {}
         device = world.device
         self.lr = torch.tensor(optim.lr, device=device)
         self.ramp = torch.tensor(1.0, device=device)
-        self.parameters = [p for p in task.step.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer()
         self.average: AveragedModel | None = None
         self.metric = task.metric
         if optim.ema_decay is not None:
             self.average = AveragedModel(
-                task.model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema_decay), use_buffers=True
+                task.model, multi_avg_fn=_averaging(optim.ema_decay), use_buffers=True
             )
             self.metric = f"ema_{task.metric}"
         self.meter = _Meter(len(task.terms), device)
         self.module = task.step
-        if run.compile:
+        if run.fsdp:
+            # The average is a copy from before, as what is sharded cannot be copied; it is sharded
+            # alike, so that a process averages the shards it has.
+            if self.average is not None:
+                shard_model(self.average.module, world.mesh, keep=False)
+            shard_step(task.step, task.model, world.mesh, methods=task.methods, compile=run.compile)
+        elif run.compile:
             task.step.compile()
-        if world.size > 1:
+        if world.size > 1 and not run.fsdp:
             self.module = _distributed(task.step, device)
+        self.names = [n for n, p in task.step.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in task.step.parameters() if p.requires_grad]
+        # What the optimiser sees: of sharded parameters this process's part, in the same memory,
+        # as a plain tensor. Steps are elementwise, and fused ones want that.
+        self.trained = self.parameters
+        if run.fsdp:
+            self.trained = [nn.Parameter(local(p.detach())) for p in self.parameters]
+        self.optimizer = self._optimizer()
         self.autocast = torch.autocast(
             device.type,
             torch.bfloat16,
@@ -296,11 +348,13 @@ class _Training:
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
         self.seconds = 0.0
+        # Of the run at Weights & Biases, which goes on when this one does.
+        self.wandb_id = ""
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optim = self.optim
-        decayed = [p for p in self.parameters if optim.decay_vectors or p.dim() > 1]
-        kept = [p for p in self.parameters if not (optim.decay_vectors or p.dim() > 1)]
+        decayed = [p for p in self.trained if optim.decay_vectors or p.dim() > 1]
+        kept = [p for p in self.trained if not (optim.decay_vectors or p.dim() > 1)]
         groups: list[dict[str, Any]] = [
             {"params": parameters, "weight_decay": decay}
             for parameters, decay in ((decayed, optim.weight_decay), (kept, 0.0))
@@ -324,16 +378,19 @@ class _Training:
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         """Gradients of a batch, the step of the optimiser, and the terms counted."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.run.fsdp:
+            for parameter in self.parameters:
+                parameter.grad = None
         parts = self.task.split(batch, self.optim.accumulate)
         terms: Tensor | None = None
         for number, part in enumerate(parts):
             is_last = number == len(parts) - 1
             # Only the last part's backward exchanges gradients.
-            waits = (
-                self.module.no_sync()
-                if self.world.size > 1 and not is_last
-                else contextlib.nullcontext()
-            )
+            waits: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if self.run.fsdp:
+                self.module.set_requires_gradient_sync(is_last)
+            elif self.world.size > 1 and not is_last:
+                waits = self.module.no_sync()
             with waits:
                 with self.autocast:
                     values = self.module(*part, self.ramp)
@@ -344,6 +401,9 @@ class _Training:
         assert terms is not None
         if self.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.optim.clip_grad, foreach=True)
+        if self.run.fsdp:
+            for part, parameter in zip(self.trained, self.parameters, strict=True):
+                part.grad = None if parameter.grad is None else local(parameter.grad)
         self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.task.model)
@@ -366,13 +426,14 @@ class _Training:
 
     def _check_weights(self, epoch: int) -> None:
         """FloatingPointError for weights that are not finite, before they are kept."""
-        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters]))
-        if bool(norms.isfinite().all()):
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.trained]))
+        # The others' parts, too, where each has a part.
+        bad = self.world.sum((~norms.isfinite()).int())
+        if not bool(bad.any()):
             return
-        at = int((~norms.isfinite()).nonzero()[0])
-        names = [n for n, p in self.task.step.named_parameters() if p.requires_grad]
+        at = int(bad.nonzero()[0])
         raise FloatingPointError(
-            f"epoch {epoch + 1}: the weights {names[at]} are not finite, though the loss was; "
+            f"epoch {epoch + 1}: the weights {self.names[at]} are not finite, though the loss was; "
             f"{self._advice()}"
         )
 
@@ -397,6 +458,23 @@ class _Training:
             for name, value in module.named_buffers()
         }
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that is trained or kept along, by name, sharded as it is."""
+        modules = {"step": self.task.step, "average": self.average}
+        tensors = {
+            f"{place}.{name}": value
+            for place, module in modules.items()
+            if module is not None
+            for name, value in module.state_dict().items()
+        }
+        for name, parameter, part in zip(self.names, self.parameters, self.trained, strict=True):
+            for kind, value in self.optimizer.state[part].items():
+                if isinstance(value, Tensor):
+                    # Steps are counted by a scalar, which is nobody's part.
+                    like = parameter if value.shape == part.shape else value
+                    tensors[f"optimizer.{name}.{kind}"] = as_sharded(value, like)
+        return tensors
+
     def _save(self, epoch: int, start: int) -> None:
         """A checkpoint from which training goes on in ``epoch`` before step ``start``."""
         random = {"cpu": torch.get_rng_state()}
@@ -407,6 +485,17 @@ class _Training:
         if start and self.world.size > 1:
             own["buffers"] = {name: value.cpu() for name, value in self._buffers().items()}
         of_ranks = self.world.gather(own)
+        kept: dict[str, Any]
+        if self.run.fsdp:
+            kept = {
+                "shards": write_shards(self.out, f"{epoch}-{start}", self._tensors(), self.world)
+            }
+        else:
+            kept = {
+                "step": self.task.step.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+            }
         with self.world.first_alone():
             if self.world.is_first:
                 save_checkpoint(
@@ -415,14 +504,13 @@ class _Training:
                         "identity": self.task.identity,
                         "epoch": epoch,
                         "start": start,
-                        "step": self.task.step.state_dict(),
-                        "optimizer": self.optimizer.state_dict(),
-                        "average": None if self.average is None else self.average.state_dict(),
+                        **kept,
                         "rows": self.rows,
                         "best": self.best,
                         "best_epoch": self.best_epoch,
                         "best_weights": self.best_weights,
                         "seconds": self.seconds,
+                        "wandb": self.wandb_id,
                         "ranks": of_ranks,
                     },
                 )
@@ -430,7 +518,7 @@ class _Training:
 
     def _load(self) -> bool:
         """Go on from a checkpoint, if there is one."""
-        state = load_checkpoint(self.out)
+        state = load_checkpoint(self.out, self.world)
         found = None if state is None else (state["epoch"], state["start"])
         if len(set(self.world.gather(found))) > 1:
             raise ValueError(
@@ -441,23 +529,17 @@ class _Training:
             return False
         check_identity(self.out, state, self.task.identity)
         try:
-            self.task.step.load_state_dict(state["step"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            if "shards" in state:
+                self._load_shards(self.out / state["shards"]["folder"])
+            else:
+                self._load_whole(state)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.out} holds another training: {error}") from error
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        # As the parameters lie in memory now, which the fused optimisers go by.
-        for parameter, kept in self.optimizer.state.items():
-            for name, value in kept.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    kept[name] = torch.empty_like(parameter).copy_(value)
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
         self.epoch, self.start = state["epoch"], state["start"]
         self.rows, self.seconds = state["rows"], state["seconds"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.best_weights = state["best_weights"]
+        self.wandb_id = state.get("wandb", "")
         if self.start:
             if len(state["ranks"]) != self.world.size:
                 raise ValueError(
@@ -476,6 +558,69 @@ class _Training:
                 torch.cuda.set_rng_state(own["random"]["cuda"])
         return True
 
+    def _load_whole(self, state: dict[str, Any]) -> None:
+        """Tensors that one process kept for all."""
+        average = state["average"]
+        if self.run.fsdp:
+            for module, kept in ((self.task.step, state["step"]), (self.average, average)):
+                if module is not None:
+                    tensors = module.state_dict()
+                    if tensors.keys() != kept.keys():
+                        raise ValueError("it has other weights")
+                    for name, tensor in tensors.items():
+                        copy_whole(tensor, kept[name])
+        else:
+            self.task.step.load_state_dict(state["step"])
+            if self.average is not None:
+                self.average.load_state_dict(average)
+        order = [part for group in self.optimizer.param_groups for part in group["params"]]
+        of_part = dict(zip(self.trained, self.parameters, strict=True))
+        for number, kinds in state["optimizer"]["state"].items():
+            part = order[number]
+            for kind, value in kinds.items():
+                if isinstance(value, Tensor):
+                    self._allocate(part, of_part[part], kind, value.shape, value.dtype, value)
+
+    def _load_shards(self, folder: Path) -> None:
+        """Tensors of which every process kept a part, of as many processes or others."""
+        shapes = shapes_of_shards(folder)
+        parts = {
+            n: (s, p) for n, s, p in zip(self.names, self.trained, self.parameters, strict=True)
+        }
+        for key, (shape, dtype) in shapes.items():
+            place, _, rest = key.partition(".")
+            name, _, kind = rest.rpartition(".")
+            if place == "optimizer" and name in parts:
+                self._allocate(*parts[name], kind, shape, dtype)
+        tensors = self._tensors()
+        if {name: tensor.shape for name, tensor in tensors.items()} != {
+            name: shape for name, (shape, _) in shapes.items()
+        }:
+            raise ValueError("it has other weights")
+        read_shards(folder, tensors)
+
+    def _allocate(
+        self,
+        part: Tensor,
+        parameter: Tensor,
+        kind: str,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        value: Tensor | None = None,
+    ) -> None:
+        """The optimiser's state of a parameter, of which it has seen ``part``, for a whole value.
+
+        It lies in memory as the parameter does now, which the fused optimisers go by.
+        """
+        if shape == parameter.shape:
+            kept = torch.empty_like(part, requires_grad=False)
+            to = as_sharded(kept, parameter)
+        else:
+            kept = to = torch.empty(shape, dtype=dtype, device=part.device)
+        self.optimizer.state[part][kind] = kept
+        if value is not None:
+            copy_whole(to, value)
+
     def _seed(self, epoch: int) -> None:
         """Everything random of an epoch depends on seed, epoch and process alone."""
         state = np.random.SeedSequence([self.run.seed, epoch, self.world.rank, 1])
@@ -492,10 +637,12 @@ class _Training:
         done = self.epoch * self.task.steps_per_epoch + self.start
         shown = self.run.progress and self.world.is_first
         writer = self._tensorboard()
+        dashboard = self._wandb()
         with (
             _Signals() as signals,
             Progress(total, "train", unit="step", initial=done, enabled=shown) as bar,
             contextlib.closing(writer) if writer else contextlib.nullcontext(),
+            dashboard or contextlib.nullcontext(),
         ):
             for epoch in range(self.epoch, self.optim.epochs):
                 self._epoch(epoch, bar, signals)
@@ -504,6 +651,8 @@ class _Training:
                         row = self.rows[-1]
                         for name in row.keys() - {"epoch"}:
                             writer.add_scalar(name, row[name], row["epoch"])
+                    if dashboard:
+                        dashboard.log(self.rows[-1])
         self._write_weights(LAST)
         return {
             "rows": self.rows,
@@ -598,12 +747,9 @@ class _Training:
                 write_csv(self.out / LOG, self.rows)
 
     def _weights(self) -> dict[str, Tensor]:
-        """A copy of the model's state, or of its average's, on the CPU."""
+        """The model's state, or its average's, on the CPU; empty but on the first process."""
         model = self.task.model if self.average is None else self.average.module
-        return {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in model.state_dict().items()
-        }
+        return gather_whole(model.state_dict(), self.world)
 
     def _write_weights(self, name: str) -> None:
         weights, epoch = self.best_weights, self.best_epoch
@@ -624,3 +770,22 @@ class _Training:
 
         # What an interrupted run wrote behind its checkpoint does not count.
         return SummaryWriter(os.fspath(self.out / "tensorboard"), purge_step=self.epoch + 1)
+
+    def _wandb(self) -> Any:
+        """A run at Weights & Biases, on the first process; its errors reach all."""
+        run = None
+        with self.world.first_alone():
+            if self.run.wandb and self.world.is_first:
+                import wandb
+
+                self.wandb_id = self.wandb_id or uuid.uuid4().hex[:12]
+                run = wandb.init(
+                    dir=os.fspath(self.out),
+                    id=self.wandb_id,
+                    name=self.out.name,
+                    config={**self.metadata, **self.settings},
+                    resume="allow",
+                )
+                # Epochs that are done once more after a crash are logged once more.
+                run.define_metric("*", step_metric="epoch")
+        return run

@@ -20,16 +20,17 @@ import torch
 import dnkd_ext
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
-from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint
+from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.classification import (
     PRETRAINED,
+    STAGE_METHODS,
     Classification,
     Teacher,
     build_model,
     evaluate,
-    gather_class_means,
     identity,
     load_teacher,
+    load_weights_for,
     means_digest,
     means_notes,
     read_class_means,
@@ -38,8 +39,9 @@ from dnkd_ext.train.classification import (
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
 from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
-from dnkd_ext.train.models import load_weights
+from dnkd_ext.train.gather import find_parts, gather_class_means, remove_parts
 from dnkd_ext.train.plots import plot_curves, plot_features
+from dnkd_ext.train.sharding import shard_model
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 
@@ -59,7 +61,7 @@ CLASS_MEANS = "class_means.safetensors"
 DETECTIONS = "detections.json"
 CURVES = "curves.png"
 FEATURES = "features.png"
-# What a run writes, apart from the folder tensorboard/.
+# What a run writes, apart from folders: tensorboard/, wandb/ and those of sharded checkpoints.
 OWN_FILES = (
     CONFIG,
     RESULT,
@@ -125,10 +127,20 @@ def _load_teacher(
 
 
 def _gather(
-    model: torch.nn.Module, source: Any, config: TrainConfig, world: World, notes: dict[str, str]
+    model: torch.nn.Module,
+    source: Any,
+    config: TrainConfig,
+    world: World,
+    notes: dict[str, str],
+    *,
+    path: Path,
+    resume: bool,
 ) -> ClassMeans:
-    gather = _detection().gather_class_means if _is_detection(config) else gather_class_means
-    return gather(model, source, config, world, metadata=notes)
+    if _is_detection(config):  # a pass over proposals keeps no parts, and begins anew
+        return _detection().gather_class_means(model, source, config, world, metadata=notes)
+    return gather_class_means(
+        model, source, config, world, metadata=notes, path=path, resume=resume
+    )
 
 
 def resolve(options: RunOptions, world: World) -> RunOptions:
@@ -194,6 +206,10 @@ def run_jobs(
         job.config.check(world.size)
         if job.config.run.tensorboard:
             _require_tensorboard()
+        if job.config.run.wandb and importlib.util.find_spec("wandb") is None:
+            raise ModuleNotFoundError(
+                "--wandb needs Weights & Biases; install it with pip install wandb"
+            )
         config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
         ready.append(dataclasses.replace(job, config=config))
     states: list[_State] = []
@@ -246,7 +262,9 @@ def _remove(out: Path) -> None:
     """A run's files, and no others."""
     for name in (RESULT, CONFIG, *OWN_FILES):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    remove_parts(out / CLASS_MEANS)
+    for folder in (out / "tensorboard", out / "wandb", *shard_folders(out)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _all_results(out: Path) -> list[dict[str, Any]]:
@@ -260,6 +278,7 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file")
     present = [name for name in OWN_FILES if (out / name).exists()]
+    present += [path.name for path in shard_folders(out)]
     weights = job.config.model.teacher_weights
     has_file = weights is not None and weights != PRETRAINED
     if overwrite and has_file and out.resolve() in weights_file(weights).resolve().parents:
@@ -321,7 +340,8 @@ class _Shared:
         model = config.model
         return (
             (model.teacher, model.teacher_weights, model.class_means),
-            (config.data, config.reader, config.detection, config.run.channels_last),
+            (config.data, config.reader, config.detection),
+            (config.run.channels_last, config.run.fsdp_teacher),
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
@@ -336,6 +356,13 @@ class _Shared:
             teacher = _load_teacher(
                 config.model.teacher, config.model.teacher_weights, source, config, self.world
             )
+            if config.run.fsdp_teacher:
+                shard_model(
+                    teacher.model,
+                    self.world.mesh,
+                    methods=STAGE_METHODS,
+                    compile=config.run.compile,
+                )
             if config.model.class_means is not None:
                 path, name = config.model.class_means, config.model.teacher
                 read = _detection().read_means if _is_detection(config) else read_class_means
@@ -345,7 +372,9 @@ class _Shared:
             self._teachers[key] = teacher
         return self._teachers[key]
 
-    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
+    def teacher_with_means(
+        self, config: TrainConfig, out: Path, *, resume: bool = False
+    ) -> Teacher | None:
         """The teacher with its class means, gathered now unless ``out`` or a file has them.
 
         Without the ND loss they only serve diagnostics, and are left out where gathering them is a
@@ -365,13 +394,22 @@ class _Shared:
                     means = _kept_means(out / CLASS_MEANS, notes)
             means = self.world.from_first(means)
             if means is None:
-                means = _gather(teacher.model, source, config, self.world, notes)
+                means = _gather(
+                    teacher.model,
+                    source,
+                    config,
+                    self.world,
+                    notes,
+                    path=out / CLASS_MEANS,
+                    resume=resume,
+                )
             teacher = teacher._replace(class_means=means)
             self._teachers[self._key(config)] = teacher
         with self.world.first_alone():
             if self.world.is_first:
                 assert teacher.class_means is not None
                 teacher.class_means.save(out / CLASS_MEANS)
+                remove_parts(out / CLASS_MEANS)
         return teacher
 
 
@@ -402,9 +440,10 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         if world.is_first:
             out.mkdir(parents=True, exist_ok=True)
             remove_temporaries(out)
+            remove_unnamed(out)
             write_json(out / CONFIG, flatten(config))
     prepare_device(config.run, world)
-    teacher = shared.teacher_with_means(config, out)
+    teacher = shared.teacher_with_means(config, out, resume=resume)
     source = shared.source(config)
     task = _task_class(config)(config, source, teacher, world)
     if world.is_first:
@@ -418,6 +457,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         kd_warm_up=config.method.kd_warm_up,
         resume=resume,
         metadata={"model": config.model.student, "dataset": source.name},
+        settings=flatten(config),
     )
     last = log["rows"][-1]
     figure = task.metric.removeprefix("test_")
@@ -465,6 +505,8 @@ def _heading(job: Job, source: Any, world: World) -> str:
         words.append(f"from {config.model.teacher} by {method.method}, nd {method.nd_weight:g},")
     words.append(f"on {source.train_images} images of {source.name}, {config.optim.epochs} epochs;")
     words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
+    if config.run.fsdp:
+        words.append("share the student" + " and the teacher" * config.run.fsdp_teacher)
     optim = config.optim
     late = [step for step in optim.milestones if step >= optim.epochs]
     if optim.schedule == "multistep" and late:
@@ -551,29 +593,59 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
 
 
 def run_class_means(
-    model: str, weights: str, config: TrainConfig, out: Path, world: World, *, overwrite: bool
+    model: str,
+    weights: str,
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
 ) -> ClassMeans:
     """Gather a teacher's class means and write their file.
 
     Raises:
-        FileExistsError: ``out`` exists, and ``overwrite`` is not given.
+        FileExistsError: ``out`` exists, or a part of it, and neither ``overwrite`` nor, for parts,
+            ``resume`` is given.
         ValueError, FileNotFoundError: a wrong option or input.
     """
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder; name a file")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
     config = dataclasses.replace(config, run=resolve(config.run, world))
+    with world.first_alone():
+        if world.is_first:
+            _look_at_means(out, overwrite, resume)
     prepare_device(config.run, world)
     source = _open(config, world)
     teacher = _load_teacher(model, weights, source, config, world)
-    notes = means_notes(model, teacher.digest, source)
-    means = _gather(teacher.model, source, config, world, notes)
+    notes, done = means_notes(model, teacher.digest, source), None
+    with world.first_alone():
+        if world.is_first and resume and not overwrite:
+            done = _kept_means(out, notes)
+            if done is None and out.exists():
+                raise FileExistsError(f"--out {out} exists, and is of other data or another model")
+    done = world.from_first(done)
+    if done is not None:
+        return done
+    means = _gather(teacher.model, source, config, world, notes, path=out, resume=resume)
     with world.first_alone():
         if world.is_first:
             means.save(out)
+            remove_parts(out)
     return means
+
+
+def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; name a file")
+    if out.exists() and not (overwrite or resume):
+        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
+    if find_parts(out) and not (overwrite or resume):
+        raise FileExistsError(
+            f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
+            "--overwrite"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        remove_parts(out)
 
 
 def run_eval(
@@ -596,7 +668,7 @@ def run_eval(
     source = open_source(config, world, progress=config.run.progress)
     path = weights_file(weights)
     network = build_model(model, len(source.classes), source.channels)
-    load_weights(network, path)
+    load_weights_for(network, path, source.image_size)
     network.to(world.device)
     if config.run.channels_last:
         network.to(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dnkd_ext.train.batches import BatchShare
 from dnkd_ext.train.readers import DataError, FileSplit, ReaderOptions, ShardSplit
 from dnkd_ext.train.samples import (
     MIX,
@@ -65,7 +66,7 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Loader:
+class _Loader(BatchShare):
     """What training and evaluation share: workers, their errors, and the way to the device."""
 
     def __init__(
@@ -85,31 +86,26 @@ class _Loader:
         is_training: bool,
     ) -> None:
         options.check()
-        if batch_size < 1 or world_size < 1 or batch_size % world_size:
-            raise ValueError(
-                f"batch_size must be a positive multiple of world_size, got {batch_size} "
-                f"over {world_size}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
         if len(mean) not in (1, 3) or len(std) != len(mean):
             raise ValueError(
                 "mean and std must have a value for each of 3 colours, or 1 for grey images, got "
                 f"{len(mean)} and {len(std)}"
             )
-        if min(std) <= 0:
-            raise ValueError(f"std must be positive, got {tuple(std)}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
+        super().__init__(
+            batch_size,
+            len(mean),
+            mean=mean,
+            std=std,
+            rank=rank,
+            world_size=world_size,
+            device=torch.device(device),
+            channels_last=channels_last,
+            dtype=dtype,
+        )
         self.split = split
-        self.batch_size = batch_size
-        self.local_size = batch_size // world_size
-        self.rank = rank
-        self.world_size = world_size
         self.options = options
-        self.device = torch.device(device)
-        self.channels_last = channels_last
-        self.dtype = dtype
         self.unreadable = 0
         erases = is_training and options.random_erasing > 0
         self._blank = torch.zeros(
@@ -126,11 +122,6 @@ class _Loader:
             options.on_error,
             is_training,
         )
-        # (x / 255 - mean) / std as one product and one sum.
-        deviation = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
-        centre = torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1)
-        self._scale = (1 / (255 * deviation)).float().to(self.device)
-        self._shift = (-centre / deviation).float().to(self.device)
         self._loader: DataLoader | None = None
         self._stream: torch.cuda.Stream | None = None
         self._rows = _Rows()
@@ -244,14 +235,9 @@ class _Loader:
                 stacklevel=3,
             )
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        """Images as they come from the workers, on the device, float32."""
-        images = images.to(self.device, non_blocking=True)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        if images.dtype == torch.uint8:
-            images = torch.addcmul(self._shift, images.float(), self._scale)
-        return images
+    def _sent(self, images: Tensor) -> Tensor:
+        """Images as they come from the workers, on the device and normalised, float32."""
+        return self._normalised(images.to(self.device, non_blocking=True))
 
     def _on_device(
         self, batches: Iterator[Batch], finish: Callable[[int, Batch], tuple[Tensor, ...]]
@@ -442,7 +428,7 @@ class TrainLoader(_Loader):
                 self._rows.order = Order(*(values[start:] for values in self.order(epoch)))
 
         def finish(number: int, batch: Batch) -> tuple[Tensor, ...]:
-            images = self._normalised(batch.images)
+            images = self._sent(batch.images)
             target = batch.target.to(self.device, non_blocking=True)
             if self._mixup is not None:
                 with seeded(MIX, self.seed, epoch, start + number):
@@ -555,7 +541,7 @@ class EvalLoader(_Loader):
             rest = (
                 value.to(self.device, non_blocking=True) for value in (batch.target, batch.mask)
             )
-            return self._normalised(batch.images).to(self.dtype), *rest
+            return self._sent(batch.images).to(self.dtype), *rest
 
         return self._on_device(batches, finish)
 

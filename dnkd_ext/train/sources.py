@@ -43,6 +43,10 @@ class Clean(Protocol):
         """Batches of this process."""
         ...
 
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Those from number ``start`` on."""
+        ...
+
 
 class Source(ABC):
     """Training and test images of the same classes.
@@ -51,6 +55,7 @@ class Source(ABC):
         name: of the data set.
         classes: their names, in the order of the labels.
         channels: of every image.
+        image_size: height of every image, in pixels, as the models see it.
         train_images: how many.
         test_images: how many.
     """
@@ -58,6 +63,7 @@ class Source(ABC):
     name: str
     classes: list[str]
     channels: int
+    image_size: int
     train_images: int
     test_images: int
 
@@ -80,8 +86,7 @@ class Source(ABC):
 
 def _shared(config: TrainConfig, world: World) -> dict[str, Any]:
     return {
-        "mean": config.data.mean,
-        "std": config.data.std,
+        **config.data.normalisation,
         "rank": world.rank,
         "world_size": world.size,
         "channels_last": config.run.channels_last,
@@ -94,6 +99,7 @@ class MemorySource(Source):
     def __init__(self, images: ImageSet) -> None:
         self.images = images
         self.name, self.classes, self.channels = images.name, images.classes, images.channels
+        self.image_size = images.train.pixels.shape[2]
         self.train_images, self.test_images = len(images.train), len(images.test)
         digest = hashlib.sha256(json.dumps(images.classes).encode())
         for split in (images.train, images.test):
@@ -128,9 +134,10 @@ class MemorySource(Source):
 class DiskSource(Source):
     """Images that workers read, by timm's readers and transforms."""
 
-    def __init__(self, name: str, splits: Splits, channels: int) -> None:
+    def __init__(self, name: str, splits: Splits, channels: int, image_size: int) -> None:
         self.splits = splits
         self.name, self.classes, self.channels = name, splits.classes, channels
+        self.image_size = image_size
         self.train_images, self.test_images = len(splits.train), len(splits.val)
 
     def fingerprint(self) -> str:
@@ -186,7 +193,8 @@ def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> 
         from pathlib import Path
 
         splits = open_splits(options.data, config.reader)
-        return DiskSource(Path(options.data).name, splits, len(options.mean))
+        channels = len(options.normalisation["mean"])
+        return DiskSource(Path(options.data).name, splits, channels, config.reader.image_size)
     # The choice of a limited set does not depend on the seed: all seeds see the same.
     images = load_images(
         options.data,
@@ -195,7 +203,7 @@ def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> 
         cache=options.cache,
         progress=progress and world.is_first,
     )
-    for name, values in (("mean", options.mean), ("std", options.std)):
+    for name, values in options.normalisation.items():
         if len(values) != images.channels:
             raise ValueError(
                 f"--{name} must have a value for each of {images.channels} channels, got "

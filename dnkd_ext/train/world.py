@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 __all__ = ["OtherProcessFailed", "World", "join_world"]
 
@@ -35,6 +37,11 @@ class World:
     def is_first(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """All processes, as what is sharded over them wants it."""
+        return init_device_mesh(self.device.type, (self.size,))
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over processes, in place."""

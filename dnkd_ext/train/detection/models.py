@@ -91,8 +91,8 @@ def create_detector(
         num_classes,
         min_size=list(options.min_size),
         max_size=options.max_size,
-        image_mean=list(config.data.mean),
-        image_std=list(config.data.std),
+        image_mean=list(config.data.normalisation["mean"]),
+        image_std=list(config.data.normalisation["std"]),
         rpn_anchor_generator=AnchorGenerator(
             tuple((size,) for size in options.anchor_sizes),
             ((0.5, 1.0, 2.0),) * len(options.anchor_sizes),

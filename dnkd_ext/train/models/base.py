@@ -132,16 +132,17 @@ class CifarModel(nn.Module):
 def through_stage(
     stage: nn.Sequential, maps: Tensor, stages: list[tuple[Tensor, Tensor]] | None
 ) -> Tensor:
-    """Maps through a stage whose blocks have ``both``: its output before and after activation.
+    """Maps through a stage, whose last block gives its output before and after activation.
 
-    Where nothing is to be kept the stage is called as a whole, so that hooks on it run.
+    Where nothing is to be kept the stage is called as a whole, so that hooks on it run; those on
+    the blocks run in any case.
     """
     if stages is None:
         return stage(maps)
     *first, last = stage
     for block in first:
         maps = block(maps)
-    stages.append(last.both(maps))
+    stages.append(last(maps, both=True))
     return stages[-1][1]
 
 

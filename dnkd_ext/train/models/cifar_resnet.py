@@ -5,6 +5,8 @@ Parameters have the names and shapes that mdistiller's checkpoints have, so that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,16 +51,17 @@ class _Block(nn.Module):
         if stride > 1 or channels != width:
             self.downsample = _projection(channels, width, stride)
 
-    def both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """The output before and after its activation."""
         shortcut = maps if self.downsample is None else self.downsample(maps)
         inner = torch.relu(self.bn1(self.conv1(maps)))
         before = self.bn2(self.conv2(inner)) + shortcut
         return before, torch.relu(before)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps to maps."""
-        return self.both(maps)[1]
+    def forward(self, maps: Tensor, both: bool = False) -> Any:
+        """Maps to maps; with ``both`` those before and after the activation."""
+        pair = self._both(maps)
+        return pair if both else pair[1]
 
 
 class _Bottleneck(nn.Module):
@@ -77,16 +80,17 @@ class _Bottleneck(nn.Module):
         if stride > 1 or channels != wide:
             self.shortcut = _projection(channels, wide, stride)
 
-    def both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """The output before and after its activation."""
         inner = torch.relu(self.bn1(self.conv1(maps)))
         inner = torch.relu(self.bn2(self.conv2(inner)))
         before = self.bn3(self.conv3(inner)) + self.shortcut(maps)
         return before, torch.relu(before)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps to maps."""
-        return self.both(maps)[1]
+    def forward(self, maps: Tensor, both: bool = False) -> Any:
+        """Maps to maps; with ``both`` those before and after the activation."""
+        pair = self._both(maps)
+        return pair if both else pair[1]
 
 
 class CifarResNet(CifarModel):

@@ -5,6 +5,8 @@ Parameters have the names and shapes that mdistiller's checkpoints have, so that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,7 @@ class _BlockV1(nn.Module):
         self.bn3 = nn.BatchNorm2d(made)
         self.shortcut = nn.AvgPool2d(3, 2, padding=1) if stride == 2 else None
 
-    def both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+    def _both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
         """The output before and after its activation."""
         inner = _shuffle(torch.relu(self.bn1(self.conv1(maps))), self.groups)
         made = self.bn3(self.conv3(torch.relu(self.bn2(self.conv2(inner)))))
@@ -49,9 +51,10 @@ class _BlockV1(nn.Module):
         before = made + maps if beside is None else torch.cat([made, beside(maps)], 1)
         return before, torch.relu(before)
 
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps to maps."""
-        return self.both(maps)[1]
+    def forward(self, maps: Tensor, both: bool = False) -> Any:
+        """Maps to maps; with ``both`` those before and after the activation."""
+        pair = self._both(maps)
+        return pair if both else pair[1]
 
 
 class _DownV2(nn.Module):
@@ -97,19 +100,14 @@ class _BlockV2(nn.Module):
         inner = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(half)))))
         return kept, self.bn3(self.conv3(inner))
 
-    def both(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """The output before and after its activation.
+    def forward(self, maps: Tensor, both: bool = False) -> Any:
+        """Maps to maps; with ``both`` those before and after the activation.
 
         Before it the channels are not yet shuffled, which is how published ReviewKD reads them.
         """
         kept, before = self._halves(maps)
         after = _shuffle(torch.cat([kept, torch.relu(before)], 1), 2)
-        return torch.cat([kept, before], 1), after
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps to maps."""
-        kept, before = self._halves(maps)
-        return _shuffle(torch.cat([kept, torch.relu(before)], 1), 2)
+        return (torch.cat([kept, before], 1), after) if both else after
 
 
 class ShuffleNetV1(CifarModel):

@@ -5,6 +5,8 @@ Parameters have the names and shapes that mdistiller's checkpoints have, so that
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,15 +31,13 @@ class _Block(nn.Module):
         if channels != width:
             self.convShortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
 
-    def after_norm(self, maps: Tensor, normalised: Tensor) -> Tensor:
-        """The rest of the block, given its input and what ``bn1`` made of it."""
+    def forward(self, maps: Tensor, both: bool = False) -> Any:
+        """Maps to maps; with ``both`` also, first, what ``bn1`` made of the input."""
+        normalised = self.bn1(maps)
         active = torch.relu(normalised)
         shortcut = maps if self.convShortcut is None else self.convShortcut(active)
-        return shortcut + self.conv2(torch.relu(self.bn2(self.conv1(active))))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps to maps."""
-        return self.after_norm(maps, self.bn1(maps))
+        made = shortcut + self.conv2(torch.relu(self.bn2(self.conv1(active))))
+        return (normalised, made) if both else made
 
 
 class _Stage(nn.Module):
@@ -106,9 +106,9 @@ class WideResNet(CifarModel):
                 continue
             # The normalisation is part of the next stage: it runs once, not again for the map.
             first, *others = stage.layer
-            normalised = first.bn1(maps)
+            normalised, made = first(maps, both=True)
             stages.append((normalised, maps))
-            maps = first.after_norm(maps, normalised)
+            maps = made
             for block in others:
                 maps = block(maps)
         normalised = self.bn1(maps)

@@ -1,0 +1,144 @@
+"""Class means of a teacher over a data set: by all processes, and gone on with after a stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnkd_ext.adapters import features
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.progress import Progress
+from dnkd_ext.train.config import FREE, TrainConfig
+from dnkd_ext.train.files import replacing
+from dnkd_ext.train.sources import Source
+from dnkd_ext.train.world import World
+
+__all__ = ["find_parts", "gather_class_means", "remove_parts"]
+
+# Seconds between two looks at what would be lost.
+KEEP_EVERY = 60.0
+
+
+def _part(path: Path, world: World) -> Path:
+    return path.with_name(f"{path.name}.part-{world.rank}-of-{world.size}")
+
+
+def find_parts(path: Path) -> list[Path]:
+    """What an interrupted pass for this file left, of any number of processes."""
+    return sorted(path.parent.glob(f"{path.name}.part-*-of-*"))
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what an interrupted pass left; for when the file itself is there."""
+    for part in find_parts(path):
+        part.unlink(missing_ok=True)
+
+
+def _origin(source: Source, config: TrainConfig, metadata: dict[str, str]) -> str:
+    """What must be the same for a pass to be gone on with: it decides which batch has what."""
+    options = {**dataclasses.asdict(config.data), **dataclasses.asdict(config.reader)}
+    # Shards are divided between workers, too.
+    kept = {n: v for n, v in options.items() if n not in FREE or n == "workers"}
+    told = [source.fingerprint(), config.run.eval_batch_size, kept, metadata]
+    return json.dumps(told, sort_keys=True)
+
+
+def _load(path: Path, origin: str) -> tuple[int, dict[str, Any]] | None:
+    """The number of the next batch, and the state of the means before it."""
+    if not path.exists():
+        return None
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+        if held["origin"] == origin:
+            return int(held["next"]), held["means"]
+        reason = "it is of another teacher, other data or other options"
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    warnings.warn(f"{path} is no use, class means begin anew: {reason}", stacklevel=3)
+    return None
+
+
+def gather_class_means(
+    model: nn.Module,
+    source: Source,
+    config: TrainConfig,
+    world: World,
+    *,
+    metadata: dict[str, str] | None = None,
+    path: Path | None = None,
+    resume: bool = False,
+) -> ClassMeans:
+    """Mean features of the training images as they are, every process seeing its part. Collective.
+
+    Args:
+        model: in evaluation mode, on the device of ``world``.
+        source: of the images.
+        config: how they are read.
+        world: the processes.
+        metadata: goes into the result.
+        path: file that the result is for. Beside it each process keeps what it has gathered, every
+            minute and when it is interrupted; see :func:`remove_parts`.
+        resume: go on with what is kept there, where it is of the same teacher, data, batch size and
+            number of processes; the result is the same as without a stop.
+
+    Returns:
+        The means over all processes, the same on each.
+    """
+    batches, metadata = source.clean(config, world), metadata or {}
+    origin = _origin(source, config, metadata)
+    held = _load(_part(path, world), origin) if path is not None and resume else None
+    if config.run.fsdp_teacher and len(set(world.gather(held and held[0]))) > 1:
+        # A sharded model runs on all processes at once or not at all.
+        held = None
+    start, state = held or (0, None)
+    means: ClassMeans | None = None
+
+    def keep(done: int) -> None:
+        if path is None or means is None:
+            return
+        with replacing(_part(path, world)) as temporary:
+            torch.save({"origin": origin, "next": done, "means": means.state_dict()}, temporary)
+
+    shown = config.run.progress and world.is_first
+    number, kept = start, time.monotonic()
+    with (
+        torch.no_grad(),  # a sharded model cannot run in inference mode
+        Progress(len(batches), "class means", initial=start, enabled=shown) as bar,
+    ):
+        try:
+            for images, target, mask in batches.batches(start):
+                found, _ = features(model, images)
+                if means is None:
+                    means = _begin(len(source.classes), found.shape[-1], world, state)
+                # What fills up a batch counts nowhere.
+                means.update(found, target.where(mask, -100))
+                number += 1
+                bar.advance()
+                if time.monotonic() - kept > KEEP_EVERY:
+                    keep(number)
+                    kept = time.monotonic()
+        except KeyboardInterrupt:
+            keep(number)
+            raise
+    if means is None:  # all of it was done before
+        assert state is not None
+        means = _begin(state["num_classes"], state["num_features"], world, state)
+    keep(number)
+    result = means.all_reduce()
+    result.metadata = dict(metadata)
+    return result
+
+
+def _begin(classes: int, width: int, world: World, state: dict[str, Any] | None) -> ClassMeans:
+    means = ClassMeans(classes, width, device=world.device)
+    if state is not None:
+        means.load_state_dict(state)
+    return means

@@ -1,0 +1,604 @@
+"""Training from images on disk: every layout, every preset, resumption, soft targets, refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnkd_ext import ClassMeans, features
+from dnkd_ext.cli import main
+from dnkd_ext.train import gather
+from dnkd_ext.train.classification import (
+    Classification,
+    Teacher,
+    _cast_once,
+    build_model,
+    fit_image_size,
+    load_weights_for,
+)
+from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.gather import gather_class_means
+from dnkd_ext.train.presets import load_preset, preset_names
+from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.world import World
+from tests.float64 import in_float64
+from tests.pictures import CLASSES, TRAIN, VAL, cut_tiles, write, write_shards
+
+MISSING = [
+    name
+    for name in ("timm", "sklearn", "tyro", "yaml", "webdataset")
+    if importlib.util.find_spec(name) is None
+]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"not installed, needed here: {', '.join(MISSING)}"
+)
+
+ALONE = World(0, 1, torch.device("cpu"))
+SIZE = 32
+LAYOUTS = ("folders", "tar", "shards")
+# Columns of the log that say how long something took.
+TIMES = ("images_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The same pictures in every layout, by its name."""
+    root, tiles = tmp_path_factory.mktemp("data"), cut_tiles()
+    for layout in ("folders", "tar"):
+        write(root / layout, tiles, layout)
+    write_shards(root / "shards", tiles)
+    return {layout: root / layout for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A file of weights of a small network of timm's for these classes."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("teacher") / "resnet10t.safetensors"
+    model = build_model("resnet10t", len(CLASSES), 3)
+    model.fc.weight.data.mul_(20)
+    save_file(model.state_dict(), path)
+    return path
+
+
+def options(folder: Path, out: Path, *more: str) -> list[str]:
+    reader = ("--reader", "wds/pictures", "--workers", "1") if folder.name == "shards" else ()
+    return [
+        *("train", "--task", "imagenet", "--data", str(folder), "--out", str(out)),
+        *("--device", "cpu", "--no-progress", "--no-tensorboard", "--student", "cifar_resnet20"),
+        *("--image-size", str(SIZE), "--epochs", "2", "--batch-size", "8", "--lr", "0.02"),
+        *("--milestones", "1", "--eval-batch-size", "6", "--workers", "0", *reader, *more),
+    ]
+
+
+def of(teacher: Path, *more: str) -> tuple[str, ...]:
+    return (
+        *("--teacher", "resnet10t", "--teacher-weights", str(teacher)),
+        *("--method", "kd", "--nd-weight", "1.5", "--kd-warm-up", "1", *more),
+    )
+
+
+def log(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open(newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name not in TIMES}
+            for row in csv.DictReader(file)
+        ]
+
+
+def run(arguments: list[str]) -> list[dict[str, str]]:
+    assert main(arguments) == 0
+    return log(Path(arguments[arguments.index("--out") + 1]))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(out / "last.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# -- every layout ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(data, teacher, tmp_path_factory):
+    """A run of every layout that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    for layout in LAYOUTS:
+        run(options(data[layout], root / layout, *of(teacher)))
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_and_goes_on(data, teacher, whole, tmp_path, monkeypatch, layout):
+    arguments = options(data[layout], tmp_path, *of(teacher))
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    assert main(arguments) == 128 + signal.SIGTERM
+    assert len(log(tmp_path)) == 1
+    monkeypatch.setattr(Classification, "batches", batches)
+    rows = run([*arguments, "--resume"])
+    assert rows == log(whole / layout)
+    assert same(tmp_path, whole / layout)
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    assert [float(row["kd_ramp"]) for row in rows] == [0.0, 1.0]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["train_images"], result["test_images"]) == (4 * TRAIN, 4 * VAL)
+
+
+def test_folders_and_archives_are_the_same_images(whole):
+    assert log(whole / "folders") == log(whole / "tar")
+    assert same(whole / "folders", whole / "tar")
+
+
+def test_evaluation_counts_every_image_once(data, whole, capsys):
+    """With a last batch that is not full, against a plain loop over the files."""
+    from dnkd_ext.train.loaders import EvalLoader
+    from dnkd_ext.train.readers import ReaderOptions, open_splits
+
+    model = build_model("cifar_resnet20", len(CLASSES), 3)
+    load_weights_for(model, whole / "folders" / "last.safetensors", SIZE)
+    reader = ReaderOptions(image_size=SIZE, workers=0)
+    options = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    hits = []
+    splits = open_splits(str(data["folders"]), reader)
+    with torch.no_grad():
+        for images, target, mask in EvalLoader(splits.val, 1, reader, **options):
+            assert mask.all()
+            hits.append((model.eval()(images).argmax(1) == target).item())
+    wanted = 100 * sum(hits) / len(hits)
+    assert len(hits) == 4 * VAL
+    assert float(log(whole / "folders")[-1]["test_top1"]) == pytest.approx(wanted, abs=1e-3)
+    command = ["eval", "--task", "imagenet", "--data", str(data["folders"]), "--device", "cpu"]
+    command += ["--model", "cifar_resnet20", "--weights", str(whole / "folders/last.safetensors")]
+    command += ["--image-size", str(SIZE), "--workers", "0", "--eval-batch-size", "6"]
+    assert main([*command, "--no-progress"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_two_processes_train_as_one(data, teacher, tmp_path):
+    """With mixed images and soft targets, in float64."""
+    mixed = ("--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1")
+    # Without dropout in the projector, which every process draws for itself.
+    more = of(teacher, *mixed, "--epochs", "1", "--milestones", "5", "--dropout", "0")
+    script = (
+        "import sys\nfrom dnkd_ext.cli import main\nfrom tests.float64 import in_float64\n"
+        "with in_float64():\n    status = main(sys.argv[1:])\nsys.exit(status)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(tmp_path / "script.py"), *options(data["folders"], tmp_path / "both", *more)),
+    ]
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both, source = log(tmp_path / "both"), None
+    # One process that sees the halves one after another, as BatchNorm does there: of each batch
+    # the two halves of the first half, and of the second, are what the processes have.
+    with in_float64():
+        config = settings(data["folders"], "kd", method="kd", batch_size=8)
+        mixed = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "dropout": 0.0}
+        config = replace(config, mixed)
+        source = open_source(config, ALONE)
+        means = ClassMeans.load(tmp_path / "both" / "class_means.safetensors")
+        model = build_model("resnet10t", len(CLASSES), 3).eval().requires_grad_(False)
+        load_weights_for(model, teacher, SIZE)
+        model.double()
+        task = Classification(config, source, Teacher(model, "", means), ALONE)
+        parts = [source.train(config, World(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+        optimizer = torch.optim.SGD(
+            task.step.parameters(), 0.02, 0.9, nesterov=True, weight_decay=5e-4
+        )
+        losses = []
+        for batches in zip(*(part.epoch(0) for part in parts), strict=True):
+            optimizer.zero_grad()
+            for images, target in batches:
+                loss = task.step(images, target, torch.tensor(0.0))[0]
+                (loss / 2).backward()
+                losses.append(loss.item())
+            optimizer.step()
+    assert float(both[0]["train_loss"]) == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    trained = task.model.state_dict()
+    for name, value in weights(tmp_path / "both").items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(value, trained[name], rtol=1e-6, atol=1e-9)
+
+
+# -- every preset ---------------------------------------------------------------------------------
+
+
+def settings(folder: Path, preset: str = "", **more) -> TrainConfig:
+    """A run of few small images."""
+    config = TrainConfig()
+    if "/" in preset:
+        config = replace(config, {"preset": preset, **load_preset(preset).settings})
+    few = {
+        "task": "imagenet",
+        "data": str(folder),
+        "device": "cpu",
+        "progress": False,
+        "tensorboard": False,
+        "image_size": SIZE,
+        "workers": 0,
+        "batch_size": 4,
+        "eval_batch_size": 4,
+        "precision": "float32",
+        **({} if "/" in preset else {"student": "cifar_resnet20", "teacher": "resnet10t"}),
+        **({} if "/" in preset else {"nd_weight": 1.5}),
+    }
+    return replace(config, {**few, **more})
+
+
+def untrained(config: TrainConfig, source) -> Teacher | None:
+    """The teacher with fresh weights and class means of a few of its features."""
+    if not config.needs_teacher:
+        return None
+    torch.manual_seed(2)
+    model = build_model(config.model.teacher, len(source.classes), 3)
+    fit_image_size(model, source.image_size)
+    model.eval().requires_grad_(False)
+    images, _ = next(source.train(config, ALONE).epoch(0))
+    with torch.no_grad():
+        found, _ = features(model, images)
+    means = ClassMeans(len(source.classes), found.shape[1])
+    means.update(torch.randn(len(CLASSES), found.shape[1]), torch.arange(len(CLASSES)))
+    return Teacher(model, "", means)
+
+
+@pytest.mark.parametrize("preset", [name for name in preset_names() if name.startswith("imagenet")]
+                         if not MISSING else [])  # fmt: skip
+def test_every_preset_trains_a_step(data, preset, tmp_path):
+    """All parameters of the student get a finite gradient, and a step changes them."""
+    config = settings(data["folders"], preset)
+    assert config.model.student == load_preset(preset).settings["student"]
+    dataclasses.replace(
+        config, model=dataclasses.replace(config.model, teacher_weights="x")
+    ).check()
+    source = open_source(config, ALONE)
+    given = untrained(config, source)
+    Classification.check(config, source, given)
+    task = Classification(config, source, given, ALONE)
+    engine = _Training(task, config.optim, config.run, tmp_path, ALONE, 0, {})
+    before = {name: p.detach().clone() for name, p in task.step.named_parameters()}
+    engine._step(next(iter(task.batches(0, 0))))
+    terms = dict(zip(task.terms, engine.meter.read(ALONE)[0], strict=True))
+    assert all(math.isfinite(value) for value in terms.values())
+    method = config.method
+    wanted = method.ce_weight * terms["ce"] + method.nd_weight * terms["nd"]
+    wanted += (method.method != "ce") * method.kd_weight * terms["kd"]
+    assert terms["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert (terms["nd"] > 0) == (method.nd_weight > 0)
+    for name, parameter in task.step.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    moved = [not torch.equal(before[name], p) for name, p in task.step.named_parameters()]
+    # timm's residual branches end in weights of 0, before which nothing gets a gradient at first.
+    assert sum(moved) > 0.8 * len(moved)
+    projects = getattr(task.model, "num_features", 0) != getattr(given.model, "num_features", 0) \
+        if given else False  # fmt: skip
+    assert (task.step.projector is not None) == (projects and method.nd_weight > 0)
+
+
+# -- targets, teachers, sizes ---------------------------------------------------------------------
+
+
+def test_mixed_images_have_soft_targets_in_every_term(data):
+    """Smoothed once, where they are mixed; the ND loss reads the mixture of class means."""
+    more = {"mixup": 1.0, "label_smoothing": 0.2, "method": "kd", "temperature": 2.0}
+    more["dropout"] = 0.0  # of the projector, which is run a second time below
+    config = settings(data["folders"], **more)
+    source = open_source(config, ALONE)
+    given = untrained(config, source)
+    task = Classification(config, source, given, ALONE)
+    images, target = next(iter(task.batches(0, 0)))
+    assert target.shape == (4, len(CLASSES))
+    torch.testing.assert_close(target.sum(1), torch.ones(4))
+    assert target.min().item() == pytest.approx(0.2 / len(CLASSES))
+    loss, ce, kd, nd, top1 = task.step(images, target, torch.tensor(0.5))
+    own, logits = features(task.model, images)
+    wanted, soft = features(given.model, images)
+    means = given.class_means.compute()
+    own = task.step.projector(own)
+    assert ce.item() == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-5)
+    divergence = F.kl_div(
+        F.log_softmax(logits / 2, 1), F.log_softmax(soft / 2, 1), log_target=True,
+        reduction="batchmean",
+    )  # fmt: skip
+    assert kd.item() == pytest.approx(4 * divergence.item(), rel=1e-4)
+    assert top1.item() == pytest.approx(
+        100 * (logits.argmax(1) == target.argmax(1)).double().mean().item()
+    )
+    assert loss.item() == pytest.approx((ce + 0.5 * kd + 1.5 * nd).item(), rel=1e-5)
+    unit = F.normalize(target @ means, dim=1)
+    longest = torch.maximum(own.norm(dim=1), wanted.norm(dim=1))
+    direction = (own * unit).sum(1) / longest
+    assert nd.item() == pytest.approx((1 - direction).mean().item(), rel=1e-5)
+
+
+def test_hard_labels_go_to_the_distillation_token(data):
+    """There the teacher's class, ND on both tokens' mean; ND with the ramp on demand."""
+    more = {"method": "hard_kd", "student": "deit_tiny_distilled_patch16_224", "nd_ramp": True}
+    config = settings(data["folders"], **more)
+    source = open_source(config, ALONE)
+    given = untrained(config, source)
+    task = Classification(config, source, given, ALONE)
+    task.step.eval()
+    images, target = next(iter(task.batches(0, 0)))
+    loss, ce, kd, nd, _ = task.step(images, target, torch.tensor(0.25))
+    tokens = task.model.forward_features(images)
+    of_class, of_teacher = tokens[:, 0], tokens[:, 1]
+    found = given.model(images).argmax(1)
+    hard = F.cross_entropy(task.model.head_dist(of_teacher), found)
+    assert ce.item() == pytest.approx(F.cross_entropy(task.model.head(of_class), target).item())
+    assert kd.item() == pytest.approx(hard.item(), rel=1e-5)
+    own = task.step.projector((of_class + of_teacher) / 2)
+    means = given.class_means.compute()
+    longest = torch.maximum(own.norm(dim=1), features(given.model, images)[0].norm(dim=1))
+    direction = (own * F.normalize(means[target], dim=1)).sum(1) / longest
+    assert nd.item() == pytest.approx((1 - direction).mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((ce + 0.25 * (kd + 1.5 * nd)).item(), rel=1e-5)
+    first = task.step(images, target, torch.tensor(0.0))[0]
+    assert first.item() == pytest.approx(ce.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "test_convnext"])
+def test_weights_cast_once_are_those_that_autocast_makes(name):
+    """The same features to the bit, without a cast in every step."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5).eval()
+    fit_image_size(model, SIZE)
+    cast, images = _cast_once(model), torch.randn(2, 3, SIZE, SIZE)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for one, two in zip(features(model, images), features(cast, images), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_a_transformer_fits_other_sizes(tmp_path):
+    """Weights of its own size, and of the size it was trained at here."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = build_model("vit_tiny_patch16_224", 5, 3).eval()
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    fitted = build_model("vit_tiny_patch16_224", 5, 3).eval()
+    load_weights_for(fitted, tmp_path / "own.safetensors", 224)
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(fitted(images), model(images))
+    load_weights_for(fitted, tmp_path / "own.safetensors", 64)
+    small = torch.randn(1, 3, 64, 64)
+    save_file(fitted.state_dict(), tmp_path / "small.safetensors")
+    again = build_model("vit_tiny_patch16_224", 5, 3).eval()
+    load_weights_for(again, tmp_path / "small.safetensors", 64)
+    assert torch.equal(again(small), fitted(small))
+    with pytest.raises(ValueError, match="another network"):
+        load_weights_for(build_model("resnet10t", 5, 3), tmp_path / "own.safetensors", 64)
+
+
+# -- class means ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_class_means_are_the_mean_of_the_features(data, layout):
+    more = {"reader": "wds/pictures", "workers": 1} if layout == "shards" else {}
+    config = settings(data[layout], **more)
+    source = open_source(config, ALONE)
+    model = untrained(config, source).model
+    means = gather_class_means(model, source, config, ALONE)
+    found, targets = [], []
+    with torch.no_grad():
+        for images, target, mask in source.clean(config, ALONE):
+            found.append(features(model, images[mask])[0].double())
+            targets.append(target[mask])
+    found, target = torch.cat(found), torch.cat(targets)
+    assert means.counts.tolist() == [TRAIN] * len(CLASSES)
+    wanted = torch.stack([found[target == c].mean(0) for c in range(len(CLASSES))])
+    torch.testing.assert_close(means.compute().double(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_class_means_go_on_where_they_stopped(data, teacher, tmp_path, monkeypatch, layout, capsys):
+    out = tmp_path / "means.safetensors"
+    command = ["class-means", "--task", "imagenet", "--data", str(data[layout]), "--device", "cpu"]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--image-size", str(SIZE)]
+    command += ["--eval-batch-size", "4", "--workers", "0", "--no-progress"]
+    if layout == "shards":
+        command += ["--reader", "wds/pictures", "--workers", "1"]
+    assert main([*command, "--out", str(tmp_path / "whole.safetensors")]) == 0
+    seen = []
+
+    def stopping(model, images):
+        seen.append(len(images))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return features(model, images)
+
+    monkeypatch.setattr(gather, "features", stopping)
+    command += ["--out", str(out)]
+    assert main(command) == 130
+    assert not out.exists()
+    part = tmp_path / "means.safetensors.part-0-of-1"
+    assert part.exists()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "--resume" in capsys.readouterr().err
+    seen[:] = [0] * 10
+    assert main([*command, "--resume"]) == 0
+    assert len(seen) - 10 == 7 - 3  # three of the seven batches were kept
+    assert not part.exists()
+    wanted = ClassMeans.load(tmp_path / "whole.safetensors")
+    assert torch.equal(ClassMeans.load(out).compute(), wanted.compute())
+    assert ClassMeans.load(out).counts.tolist() == [TRAIN] * len(CLASSES)
+    before = out.read_bytes()
+    assert main([*command, "--resume"]) == 0  # there is nothing left to do
+    assert out.read_bytes() == before
+
+
+def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):
+    config = settings(data["folders"])
+    source = open_source(config, ALONE)
+    model, path = untrained(config, source).model, tmp_path / "means.safetensors"
+    one = gather_class_means(model, source, config, ALONE, path=path, metadata={"teacher": "a"})
+    part = tmp_path / "means.safetensors.part-0-of-1"
+    with pytest.warns(UserWarning, match="of another teacher"):
+        gather_class_means(
+            model, source, config, ALONE, path=path, resume=True, metadata={"teacher": "b"}
+        )
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.warns(UserWarning, match="is no use"):
+        two = gather_class_means(
+            model, source, config, ALONE, path=path, resume=True, metadata={"teacher": "b"}
+        )
+    assert torch.equal(one.compute(), two.compute())
+
+
+# -- the host -------------------------------------------------------------------------------------
+
+
+class _Reads(TorchDispatchMode):
+    """Values that are read back from tensors, by who reads them.
+
+    Not those that the losses look at for class indices out of range, as they do on a CPU alone.
+    """
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "item", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    @staticmethod
+    def _of_the_losses() -> bool:
+        places = [frame.filename for frame in traceback.extract_stack()]
+        own = [Path(place) for place in places if "dnkd_ext" in Path(place).parts]
+        return own[-1].parent.name == "losses" or own[-1].name == "_checks.py"
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), named=None):
+        name = function.name().split("::")[1].split(".")[0]
+        if name in self.NAMES and not self._of_the_losses():
+            self.found.append(name)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_a_step_reads_nothing_back(data, method, mixup, tmp_path):
+    """What would make the host wait for a GPU in every step. One value that is read is found."""
+    student = "cifar_resnet20" if method != "reviewkd" else "resnet18"
+    more = {"method": method, "mixup": mixup, "clip_grad": 5.0, "student": student}
+    if method == "reviewkd":
+        more["teacher"] = "resnet34"
+    config = settings(data["folders"], **more)
+    source = open_source(config, ALONE)
+    task = Classification(config, source, untrained(config, source), ALONE)
+    engine = _Training(task, config.optim, config.run, tmp_path, ALONE, 0, {})
+    batch = next(iter(task.batches(0, 0)))
+    engine._step(batch)
+    with _Reads() as reads:
+        engine._step(batch)
+    assert reads.found == []
+    engine.meter.add, add = lambda terms: add(terms * terms[0].item()), engine.meter.add
+    with _Reads() as reads:
+        engine._step(batch)
+    assert reads.found == ["_local_scalar_dense"]
+
+
+# -- refused --------------------------------------------------------------------------------------
+
+
+def refused(arguments: list[str], capsys) -> str:
+    capsys.readouterr()
+    assert main(arguments) != 0
+    return capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    other = ClassMeans(7, 512)
+    other.update(torch.randn(7, 512), torch.arange(7))
+    other.save(tmp_path / "other.safetensors")
+    fewer = tmp_path / "fewer"
+    shutil.copytree(data["folders"], fewer)
+    for split in ("train", "val"):
+        shutil.rmtree(fewer / split / "sky")
+    missing = tmp_path / "missing"
+    shutil.copytree(data["folders"], missing)
+    shutil.rmtree(missing / "val" / "sky")
+    folder = data["folders"]
+    cases = [
+        (fewer, of(teacher), "fc.weight has shape [4, 512], wanted [3, 512]"),
+        (folder, of(teacher, "--class-means", str(tmp_path / "other.safetensors")), "7 classes"),
+        (missing, of(teacher), "sky"),
+        (folder, of(tmp_path / "nowhere.safetensors"), "no weights at"),
+        (folder, of(teacher, "--drop-path", "0.1"), "--drop-path is for models that have it"),
+        (folder, of(teacher, "--limit", "3"), "--limit is for --task cifar"),
+        (folder, of(teacher, "--pad", "2"), "--pad is for --task cifar"),
+        (folder, of(teacher, "--student", "resnet99"), "no model 'resnet99'"),
+    ]
+    for place, more, message in cases:
+        assert message in refused(options(place, out, *more), capsys), message
+        assert not out.exists()
+    told = refused(["train", "--data", str(folder), "--out", str(out), "--mixup", "0.5"], capsys)
+    assert "--mixup is for --task imagenet" in told
+
+
+def test_weights_that_cannot_be_downloaded(data, tmp_path, capsys, monkeypatch):
+    import timm
+
+    def offline(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    more = ("--teacher", "resnet18", "--teacher-weights", "pretrained", "--method", "kd")
+    told = refused(options(data["folders"], tmp_path / "run", *more), capsys)
+    assert "Network is unreachable" in told
+    assert "without a network, name a file of them" in told
+
+
+def test_an_unreadable_image_stops_or_is_skipped(data, teacher, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    shutil.copytree(data["folders"], folder)
+    (folder / "train" / "roof" / "3.png").write_bytes(b"nothing")
+    arguments = options(folder, tmp_path / "run", *of(teacher, "--epochs", "1"))
+    assert "roof/3.png cannot be read" in refused(arguments, capsys)
+    with contextlib.ExitStack() as stack:
+        told = stack.enter_context(pytest.warns(UserWarning, match=r"roof/3\.png"))
+        run([*arguments, "--on-error", "skip", "--resume"])
+    assert told
