@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import math
@@ -47,10 +46,10 @@ from dnkd_ext.train.detection.task import (
 )
 from dnkd_ext.train.world import World
 from tests.drawn_boxes import CATEGORIES, draw
+from tests.runs import by_two, log, same, weights
 
 ALONE = World(0, 1, torch.device("cpu"))
 TRAIN, VAL, CLASSES = 18, 9, 4
-TIMES = ("images_per_second", "seconds")
 SMALL = {
     "min_size": [64],
     "max_size": 96,
@@ -102,24 +101,6 @@ SAMPLED = ("--rpn-proposals", "60", "--proposals", "32")
 def run(shapes: Path, out: Path, *more: str) -> list[dict[str, str]]:
     assert main(options(shapes, out, *SAMPLED, *more)) == 0
     return log(out)
-
-
-def log(out: Path) -> list[dict[str, str]]:
-    with (out / "log.csv").open(newline="") as file:
-        return [
-            {name: value for name, value in row.items() if name not in TIMES}
-            for row in csv.DictReader(file)
-        ]
-
-
-def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(out / f"{name}.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 @pytest.fixture(scope="module")
@@ -789,14 +770,7 @@ def test_accumulates_in_bfloat16(shapes, teacher, tmp_path):
 def test_two_processes(shapes, teacher, tmp_path, capsys):
     out = tmp_path / "run"
     more = of(teacher, "reviewkd", 1.0, "--epochs", "1", "--epoch-steps", "3")
-    command = [
-        *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "2", "-m", "dnkd_ext", *options(shapes, out, *SAMPLED, *more)),
-    ]
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = by_two("-m", "dnkd_ext", *options(shapes, out, *SAMPLED, *more))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((out / "result.json").read_text())
     assert result["processes"] == 2

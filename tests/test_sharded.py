@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint, shard_fo
 from dnkd_ext.train.models import create_model, model_names
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sharding import blocks, read_shards, shapes_of_shards, write_shards
+from tests.runs import environment, log, same, weights
 from tests.test_train import (  # noqa: F401
     ALONE,
     LOSS,
@@ -32,14 +32,11 @@ from tests.test_train import (  # noqa: F401
     WEIGHTS,
     double,
     images,
-    log,
     of,
     options,
     refused,
     run,
-    same,
     teacher,
-    weights,
 )
 
 pytestmark = [
@@ -66,17 +63,13 @@ def together(
         *(() if "--nnodes" in more else ("--standalone",)),
         *(*more, "-m", "tests.sharded_worker", str(path)),
     ]
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": paths,
+    settings = {
+        **environment(),
         # Otherwise processes that are started again may find addresses of those that died.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     return subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=560
+        command, capture_output=True, text=True, env=settings, check=False, timeout=560
     )
 
 

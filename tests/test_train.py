@@ -33,6 +33,7 @@ from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
+from tests.runs import by_two, by_two_in_float64, log, same, weights
 
 MISSING = [
     name for name in ("tyro", "yaml", "tensorboard") if importlib.util.find_spec(name) is None
@@ -42,8 +43,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 CLASSES, SIZE, TRAIN, TEST = 3, 16, 24, 6
-# Columns of the log that say how long something took.
-TIMES = ("images_per_second", "seconds")
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -77,24 +76,6 @@ def options(images: Path, out: Path, *more: str) -> list[str]:
 def run(images: Path, out: Path, *more: str) -> list[dict[str, str]]:
     assert main(options(images, out, *more)) == 0
     return log(out)
-
-
-def log(out: Path) -> list[dict[str, str]]:
-    with (out / "log.csv").open(newline="") as file:
-        return [
-            {name: value for name, value in row.items() if name not in TIMES}
-            for row in csv.DictReader(file)
-        ]
-
-
-def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(out / f"{name}.safetensors")
-
-
-def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 @pytest.fixture(scope="module")
@@ -482,18 +463,7 @@ def test_two_processes_train_as_one(images, teacher, tmp_path, double):
     """Two processes with half of each batch against one that takes it in two parts."""
     more = of(teacher, "kd", 1.0, "--epochs", "2")
     alone = run(images, tmp_path / "alone", *more, "--accumulate", "2")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(tmp_path / "script.py"), *options(images, tmp_path / "both", *more)),
-    ]
-    (tmp_path / "script.py").write_text(
-        "import sys\nfrom dnkd_ext.cli import main\nfrom tests.float64 import in_float64\n"
-        "with in_float64():\n    status = main(sys.argv[1:])\nsys.exit(status)\n"
-    )
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = by_two_in_float64(tmp_path, options(images, tmp_path / "both", *more))
     assert done.returncode == 0, done.stderr[-3000:]
     both = log(tmp_path / "both")
     for one, two in zip(alone, both, strict=True):
@@ -703,14 +673,8 @@ if os.environ["RANK"] == "{rank}":
 sys.exit(main(sys.argv[1:]))
 """
     (tmp_path / "script.py").write_text(script)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(tmp_path / "script.py"), *options(images, tmp_path / "run", "--epochs", "2")),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
+    own = options(images, tmp_path / "run", "--epochs", "2")
+    done = by_two(str(tmp_path / "script.py"), *own, timeout=120)
     assert done.returncode != 0
     assert "no space left" in done.stderr
 

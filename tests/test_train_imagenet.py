@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -11,8 +10,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -40,6 +37,7 @@ from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
 from tests.pictures import CLASSES, TRAIN, VAL, cut_tiles, write, write_shards
+from tests.runs import by_two_in_float64, log, same, weights
 
 MISSING = [
     name
@@ -53,8 +51,6 @@ pytestmark = pytest.mark.skipif(
 ALONE = World(0, 1, torch.device("cpu"))
 SIZE = 32
 LAYOUTS = ("folders", "tar", "shards")
-# Columns of the log that say how long something took.
-TIMES = ("images_per_second", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -97,28 +93,9 @@ def of(teacher: Path, *more: str) -> tuple[str, ...]:
     )
 
 
-def log(out: Path) -> list[dict[str, str]]:
-    with (out / "log.csv").open(newline="") as file:
-        return [
-            {name: value for name, value in row.items() if name not in TIMES}
-            for row in csv.DictReader(file)
-        ]
-
-
 def run(arguments: list[str]) -> list[dict[str, str]]:
     assert main(arguments) == 0
     return log(Path(arguments[arguments.index("--out") + 1]))
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(out / "last.safetensors")
-
-
-def same(first: Path, second: Path) -> bool:
-    one, two = weights(first), weights(second)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # -- every layout ---------------------------------------------------------------------------------
@@ -150,7 +127,7 @@ def test_every_layout_trains_and_goes_on(data, teacher, whole, tmp_path, monkeyp
     monkeypatch.setattr(Classification, "batches", batches)
     rows = run([*arguments, "--resume"])
     assert rows == log(whole / layout)
-    assert same(tmp_path, whole / layout)
+    assert same(weights(tmp_path), weights(whole / layout))
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert [float(row["kd_ramp"]) for row in rows] == [0.0, 1.0]
     result = json.loads((tmp_path / "result.json").read_text())
@@ -159,7 +136,7 @@ def test_every_layout_trains_and_goes_on(data, teacher, whole, tmp_path, monkeyp
 
 def test_folders_and_archives_are_the_same_images(whole):
     assert log(whole / "folders") == log(whole / "tar")
-    assert same(whole / "folders", whole / "tar")
+    assert same(weights(whole / "folders"), weights(whole / "tar"))
 
 
 def test_evaluation_counts_every_image_once(data, whole, capsys):
@@ -192,19 +169,7 @@ def test_two_processes_train_as_one(data, teacher, tmp_path):
     mixed = ("--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1")
     # Without dropout in the projector, which every process draws for itself.
     more = of(teacher, *mixed, "--epochs", "1", "--milestones", "5", "--dropout", "0")
-    script = (
-        "import sys\nfrom dnkd_ext.cli import main\nfrom tests.float64 import in_float64\n"
-        "with in_float64():\n    status = main(sys.argv[1:])\nsys.exit(status)\n"
-    )
-    (tmp_path / "script.py").write_text(script)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(tmp_path / "script.py"), *options(data["folders"], tmp_path / "both", *more)),
-    ]
-    root = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = by_two_in_float64(tmp_path, options(data["folders"], tmp_path / "both", *more))
     assert done.returncode == 0, done.stderr[-3000:]
     both, source = log(tmp_path / "both"), None
     # One process that sees the halves one after another, as BatchNorm does there: of each batch
