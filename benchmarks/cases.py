@@ -81,7 +81,10 @@ class Case:
         raise NotImplementedError
 
     def inputs(self, generator: torch.Generator) -> list[Tensor]:
-        """Arguments of the functions in float32 on the CPU, the differentiated ones first."""
+        """Arguments of the functions in float32, the differentiated ones first.
+
+        Drawn where the generator is.
+        """
         raise NotImplementedError
 
     def peers(self, *, only: Iterable[str] | None = None) -> Peers:
@@ -118,7 +121,7 @@ class Case:
         return Peers(checked, refused, inputs, self.leaves)
 
     def _inputs(self) -> list[list[Tensor]]:
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(self.device).manual_seed(0)
         result = [self._prepared(self.inputs(g))]
         # Small inputs stay in the cache, as what was just computed does; large ones rotate.
         size = sum(x.nbytes for x in result[0])
@@ -279,12 +282,13 @@ class NdCase(Case):
         }
 
     def inputs(self, generator):
-        student = torch.randn(self.rows, self.width, generator=generator)
-        teacher = torch.randn(self.rows, self.width, generator=generator)
+        drawn = {"generator": generator, "device": generator.device}
+        student = torch.randn(self.rows, self.width, **drawn)
+        teacher = torch.randn(self.rows, self.width, **drawn)
         # On both sides of the student's length.
-        teacher *= 0.5 + torch.rand(self.rows, 1, generator=generator)
-        means = torch.randn(self.classes, self.width, generator=generator)
-        target = torch.randint(self.classes, (self.rows,), generator=generator)
+        teacher *= 0.5 + torch.rand(self.rows, 1, **drawn)
+        means = torch.randn(self.classes, self.width, **drawn)
+        target = torch.randint(self.classes, (self.rows,), **drawn)
         return [student, means, teacher, target]
 
 
@@ -335,10 +339,9 @@ class LogitCase(Case):
         return functions
 
     def inputs(self, generator):
-        student, teacher = (
-            2 * torch.randn(self.rows, self.classes, generator=generator) for _ in range(2)
-        )
-        return [student, teacher, torch.randint(self.classes, (self.rows,), generator=generator)]
+        drawn = {"generator": generator, "device": generator.device}
+        student, teacher = (2 * torch.randn(self.rows, self.classes, **drawn) for _ in range(2))
+        return [student, teacher, torch.randint(self.classes, (self.rows,), **drawn)]
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Everything that needs a GPU, in stages that can be interrupted, with its results in one folder.
 
-build and kernels compile for the GPU that is there, tests runs all tests, sanitize runs
-compute-sanitizer over every kernel variant, bench measures the ladder of peers, e2e whole training
-steps and the parts of training. Every stage consists of items and keeps which of them passed:
-started again it goes on where it stopped, unless the sources or the GPU changed. A stage stops at
-its limit in time; what it did by then is kept. Needs no network; uses the Python it runs in.
+build compiles for the GPU that is there, tests runs what needs one, bench measures the ladder of
+peers, e2e whole training steps and the parts of training, sanitize runs compute-sanitizer over
+every kernel variant, kernels reads what the compiler made of them, and host-tests runs the other
+tests: what a GPU alone can tell comes first, should the time not suffice for all. Every stage
+consists of items and keeps which of them passed: started again it goes on where it stopped, unless
+the sources or the GPU changed. A stage stops at its limit in time; what it did by then is kept.
+Needs no network; uses the Python it runs in.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,12 +33,12 @@ from typing import IO, Any
 from benchmarks.peers import unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "kernels", "tests", "sanitize", "bench", "e2e")
+STAGES = ("build", "tests", "bench", "e2e", "sanitize", "kernels", "host-tests")
 # Seconds; below the ten minutes after which many machines end a job.
 LIMIT = 540
 # At most this many files: state, summary, and these logs and results.
 LOGS = {
-    "build": "build.log", "kernels": "build.log", "tests": "tests.log",
+    "build": "build.log", "kernels": "build.log", "tests": "tests.log", "host-tests": "tests.log",
     "sanitize": "tests.log", "bench": "bench.log", "e2e": "bench.log",
 }  # fmt: skip
 STATE, SUMMARY = "state.json", "summary.txt"
@@ -46,6 +49,8 @@ SANITIZED = (("nd_loss", "diagnostics", "scale"), ("ce_kd_loss", "ce_dkd_loss", 
 # compile-max and ours in a compiled step take minutes to compile and answer no target:
 # `python -m benchmarks run --device cuda` has them.
 BENCHED = ("ours", "noise", "module", "loop", "eager", "compile", "liger", "copy")
+# What pytest exits with where none of a file's tests was asked for.
+NO_TESTS = 5
 # How long an interrupted command has to write what it measured.
 GRACE = 10.0
 
@@ -61,12 +66,14 @@ class Item:
         command: what runs.
         environment: beside that of all commands.
         resumes: whether the command keeps its own results and goes on from them.
+        good: the exit statuses of one that passed.
     """
 
     name: str
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
     resumes: bool = False
+    good: tuple[int, ...] = (0,)
 
 
 def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
@@ -76,17 +83,18 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
         return [Item("build", (python, "setup.py", "build_ext", "--inplace"))]
     if stage == "kernels":
         return [Item("kernels", (python, "-m", "benchmarks.kernels_report"))]
-    if stage == "tests":
-        pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    if stage in ("tests", "host-tests"):
+        which = "cuda" if stage == "tests" else "not cuda"
+        pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which)
+        files = sorted((ROOT / "tests").glob("test_*.py"))
+        if stage == "tests":  # the others need not be imported to know
+            files = [path for path in files if re.search("cuda|device", path.read_text())]
+        check = Item("self-check", (python, "-m", "dnkd_ext", "info", "--check"))
         return [
-            Item("self-check", (python, "-m", "dnkd_ext", "info", "--check")),
+            *([check] if stage == "tests" else []),
             *(
-                Item(path.name, (*pytest, f"tests/{path.name}"))
-                # First those that run on every device.
-                for path in sorted(
-                    (ROOT / "tests").glob("test_*.py"),
-                    key=lambda path: ("device" not in path.read_text(), path.name),
-                )
+                Item(path.name, (*pytest, f"tests/{path.name}"), good=(0, NO_TESTS))
+                for path in files
             ),
         ]
     if stage == "sanitize":
@@ -193,7 +201,7 @@ def run_stage(
                 shutil.copyfileobj(own, log)
             record["seconds"] += time.monotonic() - begin
             if code is not None:
-                record["items"][item.name] = PASSED if code == 0 else FAILED
+                record["items"][item.name] = PASSED if code in item.good else FAILED
             elif item is left[0] and jobs == 1 and not item.resumes and not cancelled.is_set():
                 # It had all the time there is: it would never finish.
                 record["items"][item.name] = FAILED
@@ -382,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{stage} passed before with these sources on this GPU (--force does it again)")
             continue
         # Tests are bound by the host; what is measured or watched has the machine to itself.
-        jobs = max(1, min(8, (os.cpu_count() or 1) // 2)) if stage == "tests" else 1
+        jobs = max(1, min(8, (os.cpu_count() or 1) // 2)) if stage.endswith("tests") else 1
         limit = min(arguments.limit, begin + arguments.total - time.monotonic())
         if limit <= 0:
             break

@@ -119,8 +119,9 @@ def _of_float32(found: Latest, one: Measurement) -> float | None:
 
 
 def _forward_launches(_: Latest, one: Measurement) -> float | None:
-    count = one.value("launches", which=FORWARD)
-    return None if count is None else count / all_cases()[one.case].losses
+    count, losses = one.value("launches", which=FORWARD), all_cases()[one.case].losses
+    # What adds the losses of a criterion is no part of any.
+    return None if count is None else (count - (losses - 1)) / losses
 
 
 def _backward_launches(_: Latest, one: Measurement) -> float | None:

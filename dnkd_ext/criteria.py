@@ -171,7 +171,7 @@ class _PlusPlus(nn.Module):
         if isinstance(nd_weight, Tensor):
             # On the device, where alone the weight is known; NaN / 0 must not hide behind the 0.
             nd = torch.where((nd_weight == 0) & (nd == 0), 0, nd / nd_weight).to(weighted.dtype)
-        elif nd_weight != 0:  # a ramp may be; the graph stays, so that gradients are 0, not None
+        elif nd_weight not in (0, 1):  # 0: a ramp; the graph stays: gradients are 0, not None
             nd = nd / nd_weight
         return CriterionTerms(terms.loss + weighted, terms.ce, terms.kd, nd)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -55,9 +56,32 @@ def test_plans_every_stage_and_refuses_without_a_gpu():
         assert not (ROOT / "unused").exists()
 
 
+def _needs_a_gpu(module: ast.Module) -> bool:
+    """Whether a test has the parameter or fixture ``device``, or the mark ``cuda``."""
+    return any(
+        (isinstance(node, ast.arg) and node.arg == "device")
+        or (isinstance(node, ast.Attribute) and node.attr == "cuda" and "mark" in ast.dump(node))
+        for function in module.body
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
+        for node in ast.walk(function)
+    )
+
+
+def test_a_file_without_tests_for_a_gpu_passes(tmp_path):
+    [item] = [i for i in gpu_check.items("tests", tmp_path) if i.name == "test_gpu_check.py"]
+    assert item.good == (0, 5)  # pytest's status where no test was selected
+    assert item.command[item.command.index("-m", 3) + 1] == "cuda"
+
+
 def test_every_test_file_and_every_loss_under_every_tool(tmp_path):
+    files = {*(ROOT / "tests").glob("test_*.py")}
+    assert {item.name for item in gpu_check.items("host-tests", tmp_path)} == {
+        path.name for path in files
+    }
     tests = {item.name for item in gpu_check.items("tests", tmp_path)}
-    assert {path.name for path in (ROOT / "tests").glob("test_*.py")} | {"self-check"} == tests
+    assert tests <= {path.name for path in files} | {"self-check"}
+    on_a_gpu = {path.name for path in files if _needs_a_gpu(ast.parse(path.read_text()))}
+    assert {"test_parity.py", "test_operators.py"} <= on_a_gpu <= tests
     names = [item.name for item in gpu_check.items("sanitize", tmp_path)]
     assert len(names) == len({*names})
     for tool in ("memcheck", "racecheck", "initcheck"):

@@ -33,10 +33,20 @@ struct Accumulate<double> {
 
 DNKD_INLINE float square_root(float value) { return sqrtf(value); }
 DNKD_INLINE double square_root(double value) { return sqrt(value); }
-// Not __expf() nor exp2f() of a product: rounding x log2(e) alone costs 2.6e-6 at x = -87, expf()
-// stays within 1.2e-7.
 DNKD_INLINE float exponential(float value) { return expf(value); }
 DNKD_INLINE double exponential(double value) { return exp(value); }
+// The exponential of y, which comes in the units of Exponent: 2^y for a float, in one instruction
+// where expf() takes eight. It is within 2^-22 of 2^y, and 0 below 2^-126.
+DNKD_INLINE float exp_of_units(float y) {
+#ifdef __CUDA_ARCH__
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y));
+  return power;
+#else
+  return exp2f(y);
+#endif
+}
+DNKD_INLINE double exp_of_units(double y) { return exp(y); }
 DNKD_INLINE float logarithm(float value) { return logf(value); }
 DNKD_INLINE double logarithm(double value) { return log(value); }
 DNKD_INLINE float log_one_plus(float value) { return log1pf(value); }
@@ -67,13 +77,117 @@ DNKD_INLINE BFloat16 narrow<BFloat16>(float value) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
 }
 
+// Two 16-bit elements in a 32-bit word, the first in its lower half.
+template <typename T>
+struct Pair;
+template <>
+struct Pair<Half> {
+  using type = __half2;
+  DNKD_INLINE static float low(__half2 pair) { return __low2float(pair); }
+  DNKD_INLINE static float high(__half2 pair) { return __high2float(pair); }
+  DNKD_INLINE static __half2 of(float low, float high) { return __floats2half2_rn(low, high); }
+};
+template <>
+struct Pair<BFloat16> {
+  using type = __nv_bfloat162;
+  // One instruction each, where __high2float() takes two.
+  DNKD_INLINE static float low(const __nv_bfloat162& pair) {
+    return __uint_as_float(reinterpret_cast<const unsigned&>(pair) << 16);
+  }
+  DNKD_INLINE static float high(const __nv_bfloat162& pair) {
+    return __uint_as_float(reinterpret_cast<const unsigned&>(pair) & 0xffff0000u);
+  }
+  DNKD_INLINE static __nv_bfloat162 of(float low, float high) {
+    return __floats2bfloat162_rn(low, high);
+  }
+};
+
 // -- vectors of elements -------------------------------------------------------------------------
 
-// kVec elements as they lie in memory. Copying one is a single 16-byte (8-byte) access, or two
-// where it is larger.
+// kVec elements as they lie in memory; [i] is the i-th, widened. Copying one is a single 16-byte
+// (8-byte) access, or two where it is larger. 16-bit elements stay in pairs: as members of their
+// own each would take a register.
 template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec >= 16 ? 16 : sizeof(T) * kVec) Pack {
+constexpr int kPackAlignment = sizeof(T) * kVec >= 16 ? 16 : static_cast<int>(sizeof(T) * kVec);
+
+template <typename T, int kVec, bool kInPairs = sizeof(T) == 2 && kVec % 2 == 0>
+struct alignas(kPackAlignment<T, kVec>) Pack {
+  using A = typename Accumulate<T>::type;
+  static constexpr int kCount = kVec;
   T elements[kVec];
+  DNKD_INLINE A operator[](int i) const { return widen(elements[i]); }
+  DNKD_INLINE static Pack of(const A (&values)[kVec]) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      pack.elements[i] = narrow<T>(values[i]);
+    }
+    return pack;
+  }
+};
+template <typename T, int kVec>
+struct alignas(kPackAlignment<T, kVec>) Pack<T, kVec, true> {
+  static constexpr int kCount = kVec;
+  typename Pair<T>::type pairs[kVec / 2];
+  DNKD_INLINE float operator[](int i) const {
+    return i % 2 == 0 ? Pair<T>::low(pairs[i / 2]) : Pair<T>::high(pairs[i / 2]);
+  }
+  DNKD_INLINE static Pack of(const float (&values)[kVec]) {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < kVec; i += 2) {
+      pack.pairs[i / 2] = Pair<T>::of(values[i], values[i + 1]);
+    }
+    return pack;
+  }
+};
+
+// All elements alike.
+template <typename T, int kVec>
+DNKD_INLINE Pack<T, kVec> pack_of(typename Accumulate<T>::type value) {
+  typename Accumulate<T>::type values[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    values[i] = value;
+  }
+  return Pack<T, kVec>::of(values);
+}
+
+// The largest of all that was added; of a NaN and a number, the number.
+template <typename T, bool kInPairs = sizeof(T) == 2>
+struct Largest {
+  using A = typename Accumulate<T>::type;
+  A value = -A(__builtin_inff());
+  DNKD_INLINE void add(A other) { value = larger(value, other); }
+  template <int kVec>
+  DNKD_INLINE void add(const Pack<T, kVec>& pack) {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      add(pack[i]);
+    }
+  }
+  DNKD_INLINE A result() const { return value; }
+};
+// Pairs are compared as they are.
+template <typename T>
+struct Largest<T, true> {
+  float value = -__builtin_inff();
+  typename Pair<T>::type pair = Pair<T>::of(-__builtin_inff(), -__builtin_inff());
+  DNKD_INLINE void add(float other) { value = larger(value, other); }
+  template <int kVec>
+  DNKD_INLINE void add(const Pack<T, kVec>& pack) {
+    if constexpr (kVec == 1) {
+      add(pack[0]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec / 2; ++i) {
+        pair = __hmax2(pair, pack.pairs[i]);
+      }
+    }
+  }
+  DNKD_INLINE float result() const {
+    return larger(value, larger(Pair<T>::low(pair), Pair<T>::high(pair)));
+  }
 };
 
 template <int kBytes>
@@ -87,20 +201,20 @@ struct RawOf<16> {
   using type = uint4;
 };
 
-template <typename T, int kVec>
+// kOnce: of what is not needed again, so that it leaves the caches first.
+template <typename T, int kVec, bool kOnce = false>
 DNKD_INLINE Pack<T, kVec> load_pack(const T* from) {
   Pack<T, kVec> pack;
-  if constexpr (sizeof(pack) < 8 || kVec == 1) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      pack.elements[i] = from[i];
-    }
+  if constexpr (kVec == 1) {
+    pack.elements[0] = *from;
   } else {
+    static_assert(sizeof(pack) % 8 == 0, "no access of this size");
     constexpr int kBytes = sizeof(pack) >= 16 ? 16 : 8;
     using Raw = typename RawOf<kBytes>::type;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(pack)) / kBytes; ++i) {
-      reinterpret_cast<Raw*>(&pack)[i] = reinterpret_cast<const Raw*>(from)[i];
+      const Raw* at = reinterpret_cast<const Raw*>(from) + i;
+      reinterpret_cast<Raw*>(&pack)[i] = kOnce ? __ldcs(at) : *at;
     }
   }
   return pack;
@@ -108,12 +222,10 @@ DNKD_INLINE Pack<T, kVec> load_pack(const T* from) {
 
 template <typename T, int kVec>
 DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
-  if constexpr (sizeof(pack) < 8 || kVec == 1) {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      to[i] = pack.elements[i];
-    }
+  if constexpr (kVec == 1) {
+    *to = pack.elements[0];
   } else {
+    static_assert(sizeof(pack) % 8 == 0, "no access of this size");
     constexpr int kBytes = sizeof(pack) >= 16 ? 16 : 8;
     using Raw = typename RawOf<kBytes>::type;
 #pragma unroll
@@ -316,12 +428,12 @@ int64_t blocks_for(int64_t rows, int rows_per_block, int threads, int shared_byt
   return blocks < 1 ? 1 : blocks;
 }
 
-// Dynamic shared memory that a launch of the kernel may ask for, in bytes: what leaves room for two
-// blocks per multiprocessor, with kOtherShared bytes of each for what it declares and the driver
-// takes. The kernel is permitted to use it.
+// Dynamic shared memory that a launch of the kernel may ask for, in bytes: what leaves room for
+// kBlocks blocks per multiprocessor, with kOtherShared bytes of each for what it declares and the
+// driver takes. The kernel is permitted to use it.
 constexpr int kOtherShared = 4 << 10;
 constexpr int kSharedWithoutAsking = 48 << 10;
-template <auto kKernel>
+template <auto kKernel, int kBlocks = 2>
 int dynamic_shared_limit() {
   static std::atomic<int> known[kMaxDevices];
   return remembered(known, [](int device) {
@@ -332,8 +444,8 @@ int dynamic_shared_limit() {
                                device) != cudaSuccess) {
       return kSharedWithoutAsking - kOtherShared;
     }
-    const int half = per_multiprocessor / 2;
-    const int limit = (most < half ? most : half) - kOtherShared;
+    const int share = per_multiprocessor / kBlocks;
+    const int limit = (most < share ? most : share) - kOtherShared;
     if (limit <= kSharedWithoutAsking) {
       return limit;
     }

@@ -17,4 +17,17 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Exponents come in units in which they need no further multiplication: of log 2 for floats, whose
+// exponentials are powers of 2.
+template <typename Scalar>
+struct Exponent;
+template <>
+struct Exponent<float> {
+  static constexpr double kPerNatural = 1.4426950408889634;  // log2 e
+};
+template <>
+struct Exponent<double> {
+  static constexpr double kPerNatural = 1;
+};
+
 }  // namespace dnkd

@@ -51,16 +51,18 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// What the count kernel counted: of `rows` rows, those that are not ignored.
+// What the count kernel counted: of `rows` rows, those that are not ignored. All threads call it.
 DNKD_INLINE unsigned long long counted_rows(const RowScratch& scratch, int64_t rows) {
   if (scratch.count_blocks == 0) {
     return rows;
   }
   unsigned long long counted = 0;
-  for (int b = 0; b < scratch.count_blocks; ++b) {
-    counted += scratch.counts[b];
+#pragma unroll
+  for (int i = 0; i < kCountBlocks; i += kWarpSize) {
+    const int b = i + threadIdx.x % kWarpSize;
+    counted += b < scratch.count_blocks ? scratch.counts[b] : 0;
   }
-  return counted;
+  return warp_sum(counted);
 }
 
 // Adds kSums values over all threads of all blocks. Every thread must call it, once. True in the
@@ -80,12 +82,12 @@ DNKD_INLINE bool add_blocks(double (&sums)[kSums], const RowScratch& scratch) {
     }
     __threadfence();
     is_last = atomicAdd(scratch.ticket, 1u) == gridDim.x - 1;
+    __threadfence();  // what the others left is read behind the barrier
   }
   __syncthreads();
   if (!is_last) {
     return false;
   }
-  __threadfence();
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     double sum = 0;

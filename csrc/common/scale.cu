@@ -18,12 +18,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t v = first; v < vectors; v += step) {
-    Pack<T, kVec> pack = load_pack<T, kVec>(gradient + v * kVec);
+    const Pack<T, kVec> pack = load_pack<T, kVec>(gradient + v * kVec);
+    typename Accumulate<T>::type scaled[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      pack.elements[i] = narrow<T>(widen(pack.elements[i]) * up);
+      scaled[i] = pack[i] * up;
     }
-    store_pack(gradient + v * kVec, pack);
+    store_pack(gradient + v * kVec, Pack<T, kVec>::of(scaled));
   }
   for (int64_t j = vectors * kVec + first; j < count; j += step) {
     gradient[j] = narrow<T>(widen(gradient[j]) * up);

@@ -64,19 +64,19 @@ struct RowOfBoth {
 
 // Largest value and sum of exponentials relative to it, of a vector more.
 template <typename T, int kVec, typename A>
-DNKD_INLINE void add_exponentials(const Pack<T, kVec>& pack, A factor, A& largest, A& sum) {
+DNKD_INLINE void add_exponentials(const Pack<T, kVec>& pack, A units, A& largest, A& sum) {
   A most = largest;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    most = larger(most, widen(pack.elements[i]));
+    most = larger(most, static_cast<A>(pack[i]));
   }
   if (most > largest) {
-    sum *= exponential((largest - most) * factor);
+    sum *= exp_of_units((largest - most) * units);
     largest = most;
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    sum += exponential((widen(pack.elements[i]) - largest) * factor);
+    sum += exp_of_units((static_cast<A>(pack[i]) - largest) * units);
   }
 }
 
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   __shared__ A maxima[2][2][kThreads / kWarpSize];
   __shared__ A sums[2][2][kThreads / kWarpSize];
   __shared__ A deviations[2][5][kThreads / kWarpSize];
-  const A factor = static_cast<A>(1 / p.tau);
+  const A units = static_cast<A>(Exponent<A>::kPerNatural / p.tau);
   const A columns = static_cast<A>(p.columns);
   int maxima_turn = 0, sums_turn = 0, deviations_turn = 0;
   RowOfBoth<S, T, kVec, kThreads> both;
@@ -104,13 +104,13 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     A largest[2] = {lowest(A()), lowest(A())};
     A sum[2] = {0, 0};
     both.for_each([&](const Pack<S, kVec>& s, const Pack<T, kVec>& t, int64_t) {
-      add_exponentials(s, factor, largest[0], sum[0]);
-      add_exponentials(t, factor, largest[1], sum[1]);
+      add_exponentials(s, units, largest[0], sum[0]);
+      add_exponentials(t, units, largest[1], sum[1]);
     });
     const A own[2] = {largest[0], largest[1]};
     row_largest<kThreads>(largest, maxima, maxima_turn);
-    sum[0] *= exponential((own[0] - largest[0]) * factor);
-    sum[1] *= exponential((own[1] - largest[1]) * factor);
+    sum[0] *= exp_of_units((own[0] - largest[0]) * units);
+    sum[1] *= exp_of_units((own[1] - largest[1]) * units);
     row_sum<kThreads>(sum, sums, sums_turn);
     // Squares and product of the deviations from the mean, and what rounding left of the mean.
     const A student_mean = sum[0] / columns, teacher_mean = sum[1] / columns;
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     both.for_each([&](const Pack<S, kVec>& s, const Pack<T, kVec>& t, int64_t) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const A a = exponential((widen(s.elements[i]) - largest[0]) * factor) - student_mean;
-        const A b = exponential((widen(t.elements[i]) - largest[1]) * factor) - teacher_mean;
+        const A a = exp_of_units((static_cast<A>(s[i]) - largest[0]) * units) - student_mean;
+        const A b = exp_of_units((static_cast<A>(t[i]) - largest[1]) * units) - teacher_mean;
         deviation[0] += a * a;
         deviation[1] += b * b;
         deviation[2] += a * b;
@@ -140,50 +140,51 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
           s * s * dist_deviation(s_square, s_square + count * s_mean * s_mean, kIsDouble),
           t * t * dist_deviation(t_square, t_square + count * t_mean * t_mean, kIsDouble),
           s * t * (deviation[2] - count * s_error * t_error));
-      Pack<A, kDistRowValues> values;
-      values.elements[0] = largest[0];
-      values.elements[1] = static_cast<A>(s);
-      values.elements[2] = largest[1];
-      values.elements[3] = static_cast<A>(t);
-      values.elements[4] = static_cast<A>(terms.cross);
-      values.elements[5] = static_cast<A>(terms.own);
-      values.elements[6] = static_cast<A>(terms.rho);
-      values.elements[7] = 0;
-      store_pack(static_cast<A*>(p.row_values) + row * kDistRowValues, values);
+      const A values[kDistRowValues] = {largest[0],
+                                        static_cast<A>(s),
+                                        largest[1],
+                                        static_cast<A>(t),
+                                        static_cast<A>(terms.cross),
+                                        static_cast<A>(terms.own),
+                                        static_cast<A>(terms.rho),
+                                        0};
+      store_pack(static_cast<A*>(p.row_values) + row * kDistRowValues,
+                 Pack<A, kDistRowValues>::of(values));
     }
   }
 }
 
 // -- columns -------------------------------------------------------------------------------------
 
-// Who adds what: a warp takes kWarpSize vectors of columns and one of `splits` ranges of rows.
+// Who adds what: a warp takes kWarpSize vectors of columns and one of `splits` ranges of rows; the
+// kWarps of a block take the same columns and add what they found.
 struct ColumnPlan {
   bool is_vector;
   int64_t tiles;
-  int64_t splits;
+  int64_t splits;  // a multiple of kWarps
+
+  __host__ __device__ int64_t parts() const { return splits / kWarps; }
 };
 
-// partial: [splits, kDistMoments, C]. kThreads: the warp, whose threads take different columns.
+// partial: [parts, kDistMoments, C]. kThreads: the warp, whose threads take different columns.
 template <typename S, typename T, int kVec, int kThreads>
 __global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
     dist_loss_columns_kernel(const __grid_constant__ DistLossMomentsParams p,
                              const __grid_constant__ ColumnPlan plan, double* partial) {
   using A = typename Accumulate<S>::type;
-  const int64_t unit =
-      static_cast<int64_t>(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-  const int64_t split = unit / plan.tiles;
-  const int64_t column = (unit % plan.tiles * kThreads + threadIdx.x % kThreads) * kVec;
-  if (split >= plan.splits || column >= p.columns) {
-    return;
-  }
+  const int lane = threadIdx.x % kThreads, warp = threadIdx.x / kThreads;
+  const int64_t part = blockIdx.x / plan.tiles;
+  const int64_t split = part * kWarps + warp;
+  const int64_t column = (blockIdx.x % plan.tiles * kThreads + lane) * kVec;
+  const bool is_inside = column < p.columns;
   const int64_t step = (p.rows + plan.splits - 1) / plan.splits;
   const int64_t first = split * step;
-  const int64_t last = first + step < p.rows ? first + step : p.rows;
-  const A factor = static_cast<A>(1 / p.tau);
+  const int64_t last = !is_inside ? first : first + step < p.rows ? first + step : p.rows;
+  const A units = static_cast<A>(Exponent<A>::kPerNatural / p.tau);
   const S* student = static_cast<const S*>(p.student) + column;
   const T* teacher = static_cast<const T*>(p.teacher) + column;
   const A* row_values = static_cast<const A*>(p.row_values);
-  Pack<double, kVec> sums[kDistMoments] = {};
+  double sums[kDistMoments][kVec] = {};
   // The next row is under way while this one is added.
   Pack<S, kVec> next_student = {};
   Pack<T, kVec> next_teacher = {};
@@ -203,27 +204,37 @@ __global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
     const A t_largest = values[2], t_inverse = values[3];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const double a = exponential((widen(s.elements[i]) - s_largest) * factor) * s_inverse;
-      const double b = exponential((widen(t.elements[i]) - t_largest) * factor) * t_inverse;
-      sums[0].elements[i] += a;
-      sums[1].elements[i] += b;
-      sums[2].elements[i] += a * a;
-      sums[3].elements[i] += b * b;
-      sums[4].elements[i] += a * b;
+      const double a = exp_of_units((static_cast<A>(s[i]) - s_largest) * units) * s_inverse;
+      const double b = exp_of_units((static_cast<A>(t[i]) - t_largest) * units) * t_inverse;
+      sums[0][i] += a;
+      sums[1][i] += b;
+      sums[2][i] += a * a;
+      sums[3][i] += b * b;
+      sums[4][i] += a * b;
     }
   }
+  // One moment after the other, so that the other warps' take little memory; always in their order.
+  __shared__ double others[kWarps - 1][kVec][kThreads];
 #pragma unroll
   for (int m = 0; m < kDistMoments; ++m) {
-    const int64_t at = (split * kDistMoments + m) * p.columns + column;
-    if constexpr (kVec == 1) {
-      partial[at] = sums[m].elements[0];
-    } else {
-      // Counted in vectors: behind an index of elements, nvcc 13 stores halves of them.
-      uint4* to = reinterpret_cast<uint4*>(partial) + at / 2;
+    __syncthreads();
+    if (warp > 0) {
 #pragma unroll
-      for (int i = 0; i < kVec / 2; ++i) {
-        to[i] = reinterpret_cast<const uint4*>(&sums[m])[i];
+      for (int i = 0; i < kVec; ++i) {
+        others[warp - 1][i][lane] = sums[m][i];
       }
+    }
+    __syncthreads();
+    if (warp == 0 && is_inside) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+#pragma unroll
+        for (int w = 0; w < kWarps - 1; ++w) {
+          sums[m][i] += others[w][i][lane];
+        }
+      }
+      store_pack(partial + (part * kDistMoments + m) * p.columns + column,
+                 Pack<double, kVec>::of(sums[m]));
     }
   }
 }
@@ -239,8 +250,8 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
   double sum = 0;
   if (at < count) {
-    for (int64_t split = warp; split < plan.splits; split += kWarps) {
-      sum += partial[split * count + at];
+    for (int64_t part = warp; part < plan.parts(); part += kWarps) {
+      sum += partial[part * count + at];
     }
   }
   shared[warp][lane] = sum;
@@ -328,7 +339,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   using A = typename Accumulate<S>::type;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A dots[2][1][kThreads / kWarpSize];
-  const A factor = static_cast<A>(1 / p.tau);
+  const A units = static_cast<A>(Exponent<A>::kPerNatural / p.tau);
   const A mean = static_cast<A>(1 / static_cast<double>(p.columns));
   const A up = *static_cast<const A*>(p.upstream);
   const double weight = -p.tau * p.beta / static_cast<double>(p.rows);
@@ -357,12 +368,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const auto t_means = load_pack<A, kVec>(at + 3 * p.columns);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const A a = exponential((widen(s.elements[i]) - s_largest) * factor) * s_inverse;
-        const A b = exponential((widen(t.elements[i]) - t_largest) * factor) * t_inverse;
+        const A a = exp_of_units((static_cast<A>(s[i]) - s_largest) * units) * s_inverse;
+        const A b = exp_of_units((static_cast<A>(t[i]) - t_largest) * units) * t_inverse;
         body(a,
-             cross * (b - mean) - own * (a - mean) +
-                 column_cross.elements[i] * (b - t_means.elements[i]) -
-                 column_own.elements[i] * (a - s_means.elements[i]),
+             cross * (b - mean) - own * (a - mean) + column_cross[i] * (b - t_means[i]) -
+                 column_own[i] * (a - s_means[i]),
              i);
       }
     };
@@ -373,11 +383,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     row_sum<kThreads>(dot, dots, turn);
     S* gradient = static_cast<S*>(p.gradient) + row * p.columns;
     both.for_each([&](const Pack<S, kVec>& s, const Pack<T, kVec>& t, int64_t column) {
-      Pack<S, kVec> result;
+      A values[kVec];
       visit(s, t, column, [&](A probability, A slope, int i) {
-        result.elements[i] = narrow<S>(up * (probability * (slope - dot[0])));
+        values[i] = up * (probability * (slope - dot[0]));
       });
-      store_pack(gradient + column, result);
+      store_pack(gradient + column, Pack<S, kVec>::of(values));
     });
   }
 }
@@ -425,7 +435,8 @@ ColumnPlan column_plan(const DistLossMomentsParams& p) {
   plan.splits = multiprocessors() * kWarpsPerMultiprocessor / plan.tiles;
   const int64_t most = (p.rows + kLeastRows - 1) / kLeastRows;
   plan.splits = plan.splits < most ? plan.splits : most;
-  plan.splits = plan.splits < 1 ? 1 : plan.splits < kMostSplits ? plan.splits : kMostSplits;
+  plan.splits = plan.splits < kMostSplits ? plan.splits : kMostSplits;
+  plan.splits = (plan.splits < 1 ? 1 : (plan.splits + kWarps - 1) / kWarps) * kWarps;
   return plan;
 }
 
@@ -445,8 +456,7 @@ int moments_with(const DistLossMomentsParams& p, const ColumnPlan& plan, double*
     return error;
   }
   constexpr auto kColumns = dist_loss_columns_kernel<S, T, kVec, kWarpSize>;
-  error = launch(kColumns, (plan.tiles * plan.splits + kWarps - 1) / kWarps, kBlock, stream, p,
-                 plan, partial);
+  error = launch(kColumns, plan.tiles * plan.parts(), kBlock, stream, p, plan, partial);
   if (error != 0) {
     return error;
   }
@@ -488,10 +498,10 @@ int finish_with(const DistLossFinishParams& p, double* partial, void* stream) {
 }  // namespace
 
 int64_t dist_loss_moments_scratch_bytes_cuda(const DistLossMomentsParams& p) {
-  const int64_t splits = dispatch(p, [&](auto student, auto teacher) {
-    return column_plan<decltype(student), decltype(teacher)>(p).splits;
+  const int64_t parts = dispatch(p, [&](auto student, auto teacher) {
+    return column_plan<decltype(student), decltype(teacher)>(p).parts();
   });
-  return splits * kDistMoments * p.columns * static_cast<int64_t>(sizeof(double));
+  return parts * kDistMoments * p.columns * static_cast<int64_t>(sizeof(double));
 }
 
 int dist_loss_moments_cuda(const DistLossMomentsParams& p, void* scratch, void* stream) {

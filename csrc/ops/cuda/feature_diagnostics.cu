@@ -10,7 +10,7 @@ namespace {
 constexpr int kSums = sizeof(FeatureSums) / sizeof(double);
 
 template <typename S, typename M, int kVec, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
     feature_diagnostics_kernel(const __grid_constant__ FeatureDiagnosticsParams p,
                                const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;

@@ -11,9 +11,11 @@ namespace {
 static_assert(sizeof(LogitRow<float>) == kLogitCoefficients * sizeof(float),
               "coefficients are rows of LogitRow");
 
-// A row is shared by a warp, a block or a large block, the smallest that takes it in few rounds.
+// A row is shared by a warp, a block, a large block or a huge one: the smallest that takes it in
+// few rounds, and a huge one where its shared memory keeps more of the row.
 constexpr int kBlock = 128;
 constexpr int kLargeBlock = 256;
+constexpr int kHugeBlock = 512;
 // Vectors per thread up to which a warp, and a block, take a row.
 constexpr int kWarpRounds = 4;
 constexpr int kBlockRounds = 8;
@@ -26,9 +28,13 @@ constexpr int kBlockOf = kThreads > kBlock ? kThreads : kBlock;
 // Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
 template <typename S, int kThreads>
 constexpr int kMinBlocks = sizeof(S) == 8                            ? (kThreads > kBlock ? 1 : 2)
+                           : kThreads > kLargeBlock                  ? 1
                            : kThreads > kBlock                       ? 2
                            : sizeof(S) == 2 && kThreads == kWarpSize ? 3
                                                                      : 4;
+// Blocks that share a multiprocessor's shared memory, of which a huge one takes all.
+template <int kThreads>
+constexpr int kSharingBlocks = kThreads > kLargeBlock ? 1 : 2;
 
 // How exp(z') follows from exp(s z') = exp(z' / T): its T-th power for an integer T, or 0: not.
 DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
@@ -49,69 +55,87 @@ struct Columns {
   static constexpr int kBatch = sizeof(Pack<T, kVec>) > 16 ? 2 : 4;
   static constexpr int kStep = kBlockOf<kThreads> * kVec;  // between a thread's slots
 
+  using LargestStudent = Largest<S>;
+  using LargestTeacher = Largest<T>;
+
   const S* student;
   const T* teacher;
   S* kept_student;
   T* kept_teacher;
   int slots;
   int columns;
+  int head = 0;  // elements before the first vector
   int lane;
 
+  // Goes to a row. The first vector is where the student's lies as one in memory; the teacher's
+  // and what else is read or written as vectors lies alike, see can_read_vectors().
+  DNKD_INLINE void go_to(const S* student_row, const T* teacher_row) {
+    student = student_row;
+    teacher = teacher_row;
+    if constexpr (kVec > 1) {
+      head = -static_cast<int>(reinterpret_cast<uint64_t>(student) / sizeof(S)) & (kVec - 1);
+      head = head < columns ? head : columns;
+    }
+  }
+
+  DNKD_INLINE int vectors() const { return (columns - head) / kVec; }
+
   // Calls each(student, teacher, column) for all vectors, where `column` is that of the first
-  // element, and for the elements behind the last whole vector one by one.
+  // element, and for the elements beside whole vectors one by one.
   template <typename Each>
   DNKD_INLINE void read(const Each& each) const {
-    const int vectors = columns / kVec;
-#pragma unroll 1
-    for (int k = 0, v = lane; v < vectors; k += kBatch, v += kBatch * kThreads) {
-      Pack<S, kVec> s[kBatch];
-      Pack<T, kVec> t[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int column = (v + i * kThreads) * kVec;
-        if (v + i * kThreads < vectors) {
-          s[i] = load_pack<S, kVec>(student + column);
-          t[i] = load_pack<T, kVec>(teacher + column);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (v + i * kThreads < vectors) {
-          if (k + i < slots) {
-            store_pack(kept_student + (k + i) * kStep, s[i]);
-            store_pack(kept_teacher + (k + i) * kStep, t[i]);
-          }
-          each(s[i], t[i], (v + i * kThreads) * kVec);
-        }
-      }
-    }
+    read_from<true>(0, each);
     read_rest(each);
   }
 
   // The same, after read(): from shared memory as far as that went.
   template <typename Each>
   DNKD_INLINE void read_again(const Each& each) const {
-    const int vectors = columns / kVec;
+    const int end = vectors();
+    int k = 0;
 #pragma unroll 1
-    for (int k = 0, v = lane; v < vectors; ++k, v += kThreads) {
-      Pack<S, kVec> s;
-      Pack<T, kVec> t;
-      if (k < slots) {
-        s = load_pack<S, kVec>(kept_student + k * kStep);
-        t = load_pack<T, kVec>(kept_teacher + k * kStep);
-      } else {
-        s = load_pack<S, kVec>(student + v * kVec);
-        t = load_pack<T, kVec>(teacher + v * kVec);
-      }
-      each(s, t, v * kVec);
+    for (int v = lane; k < slots && v < end; ++k, v += kThreads) {
+      each(load_pack<S, kVec>(kept_student + k * kStep),
+           load_pack<T, kVec>(kept_teacher + k * kStep), head + v * kVec);
     }
+    read_from<false>(k, each);
     read_rest(each);
+  }
+
+  // A thread's vectors from the k-th on, from memory.
+  template <bool kKeeps, typename Each>
+  DNKD_INLINE void read_from(int k, const Each& each) const {
+    const int end = vectors();
+#pragma unroll 1
+    for (int v = lane + k * kThreads; v < end; k += kBatch, v += kBatch * kThreads) {
+      Pack<S, kVec> s[kBatch];
+      Pack<T, kVec> t[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int column = head + (v + i * kThreads) * kVec;
+        if (v + i * kThreads < end) {
+          s[i] = load_pack<S, kVec>(student + column);
+          t[i] = load_pack<T, kVec>(teacher + column);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (v + i * kThreads < end) {
+          if (kKeeps && k + i < slots) {
+            store_pack(kept_student + (k + i) * kStep, s[i]);
+            store_pack(kept_teacher + (k + i) * kStep, t[i]);
+          }
+          each(s[i], t[i], head + (v + i * kThreads) * kVec);
+        }
+      }
+    }
   }
 
   template <typename Each>
   DNKD_INLINE void read_rest(const Each& each) const {
     if constexpr (kVec > 1) {
-      const int column = columns / kVec * kVec + lane;
+      static_assert(2 * kVec <= kWarpSize, "an element for every thread");
+      const int column = lane < head ? lane : lane + vectors() * kVec;
       if (column < columns) {
         each(load_pack<S, 1>(student + column), load_pack<T, 1>(teacher + column), column);
       }
@@ -119,133 +143,145 @@ struct Columns {
   }
 };
 
-// Calls each(student, teacher, column, position in the vector) for groups of a vector's elements.
-template <typename S, typename T, int kCount, typename Each>
-DNKD_INLINE void in_groups(const Pack<S, kCount>& s, const Pack<T, kCount>& t, int column,
-                           const Each& each) {
-  constexpr int kSize = kCount < kGroup ? kCount : kGroup;
-#pragma unroll
-  for (int g = 0; g < kCount; g += kSize) {
-    Pack<S, kSize> a;
-    Pack<T, kSize> b;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      a.elements[i] = s.elements[g + i];
-      b.elements[i] = t.elements[g + i];
-    }
-    each(a, b, column + g, g);
-  }
-}
+// What the exponentials of a row are formed with.
+template <typename A>
+struct Scales {
+  static constexpr A kUnit = static_cast<A>(Exponent<A>::kPerNatural);
+  A shift;
+  A teacher_shift;
+  A units;          // times z', the exponent of the student
+  A teacher_units;  // times t', that of the teacher
+  int power;        // power_of()
+
+  DNKD_INLINE Scales(const LogitRow<A>& row, int power_)
+      : shift(row.shift),
+        teacher_shift(row.teacher_shift),
+        units(row.scale * kUnit),
+        teacher_units(row.teacher_scale * kUnit),
+        power(power_) {}
+};
 
 // What is formed of each element of a group.
 template <typename A, int kCount>
 struct Exponentials {
-  A centred[kCount];     // z'
-  A difference[kCount];  // s' t' - s z'
+  A difference[kCount];  // of the teacher's exponent and the student's
   A plain[kCount];       // exp(z')
   A student[kCount];     // exp(s z')
   A teacher[kCount];     // exp(s' t')
 };
 
-// `excluded`: position of the element that has no exponentials; outside the vector without any.
-template <typename S, typename T, typename A, int kCount>
-DNKD_INLINE Exponentials<A, kCount> exponentials(const Pack<S, kCount>& s, const Pack<T, kCount>& t,
-                                                 const LogitRow<A>& row, int power, int excluded) {
-  Exponentials<A, kCount> e;
+// Of kSize elements from `first` on. kExcludes: the one at position `excluded`, counted from there,
+// has no exponentials.
+template <int kSize, bool kExcludes, typename S, typename T, typename A, int kVec>
+DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pack<T, kVec>& t,
+                                                int first, const Scales<A>& scales, int excluded) {
+  Exponentials<A, kSize> e;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    e.centred[i] = widen(s.elements[i]) - row.shift;
-    const A u = row.scale * e.centred[i];
-    const A v = row.teacher_scale * (static_cast<A>(widen(t.elements[i])) - row.teacher_shift);
+  for (int i = 0; i < kSize; ++i) {
+    const A u = scales.units * (s[first + i] - scales.shift);
+    const A v = scales.teacher_units * (static_cast<A>(t[first + i]) - scales.teacher_shift);
     e.difference[i] = v - u;
-    e.student[i] = exponential(u);
-    e.teacher[i] = exponential(v);
+    e.student[i] = exp_of_units(u);
+    e.teacher[i] = exp_of_units(v);
     e.plain[i] = e.student[i];
   }
-  if (power == 0) {
+  if (scales.power == 0) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      e.plain[i] = exponential(e.centred[i]);
+    for (int i = 0; i < kSize; ++i) {
+      e.plain[i] = exp_of_units((s[first + i] - scales.shift) * Scales<A>::kUnit);
     }
   }
-  for (int p = power; p > 1; p /= 2) {
+  if (scales.power >= 2) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kSize; ++i) {
       e.plain[i] *= e.plain[i];
     }
   }
-  if (static_cast<unsigned>(excluded) < kCount) {
+  if (scales.power == 4) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i == excluded) {
-        e.plain[i] = e.student[i] = e.teacher[i] = 0;
+    for (int i = 0; i < kSize; ++i) {
+      e.plain[i] *= e.plain[i];
+    }
+  }
+  if constexpr (kExcludes) {
+    if (static_cast<unsigned>(excluded) < kSize) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (i == excluded) {
+          e.plain[i] = e.student[i] = e.teacher[i] = 0;
+        }
       }
     }
   }
   return e;
 }
 
-// The gradient of a row. `label`: its position, or -1 without one.
-template <typename A, typename Row, typename S>
+// The gradient of a row. `label`: its position, or -1 without one. kExcludes: where `decoupled` may
+// be set. kPlain: without probabilities and standardization.
+template <bool kExcludes, bool kPlain, typename A, typename Row, typename S>
 DNKD_INLINE void write_gradient(S* out, const Row& data, const LogitRow<A>& row, int label,
                                 bool decoupled, const A* probabilities, int power,
                                 bool standardize) {
-  data.read_again([&](const auto& student, const auto& teacher, int first) {
-    auto result = student;
-    in_groups(student, teacher, first, [&](const auto& s, const auto& t, int column, int position) {
-      constexpr int kCount = sizeof(s.elements) / sizeof(s.elements[0]);
-      const int at = label - column;
-      const auto e = exponentials(s, t, row, power, decoupled ? at : -1);
-      A value[kCount];
+  const Scales<A> scales(row, power);
+  data.read_again([&](const auto& s, const auto& t, int column) {
+    constexpr int kVec = std::decay_t<decltype(s)>::kCount;
+    constexpr int kSize = kVec < kGroup ? kVec : kGroup;
+    A value[kVec];
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        value[i] = row.plain * e.plain[i] + row.student * e.student[i] +
-                   row.teacher * e.teacher[i] + row.constant;
+    for (int g = 0; g < kVec; g += kSize) {
+      const int at = label - column - g;
+      const auto e = exponentials<kSize, kExcludes>(s, t, g, scales, decoupled ? at : -1);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        value[g + i] = row.plain * e.plain[i] +
+                       (row.student * e.student[i] + (row.teacher * e.teacher[i] + row.constant));
       }
+      if (static_cast<unsigned>(at) < kSize) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          value[g + i] += i == at ? row.label : A(0);
+        }
+      }
+    }
+    if constexpr (!kPlain) {
       if (standardize) {  // otherwise 0, of a logit that may be infinite
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          value[i] += row.linear * e.centred[i];
+        for (int i = 0; i < kVec; ++i) {
+          value[i] += row.linear * (s[i] - row.shift);
         }
       }
       if (probabilities != nullptr) {
-        const auto r = load_pack<A, kCount>(probabilities + column);
+        const auto r = load_pack<A, kVec>(probabilities + column);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          value[i] += row.probability * r.elements[i];
+        for (int i = 0; i < kVec; ++i) {
+          value[i] += row.probability * r[i];
         }
       }
-      if (static_cast<unsigned>(at) < kCount) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          value[i] += i == at ? row.label : A(0);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        result.elements[position + i] = narrow<S>(value[i]);
-      }
-    });
-    store_pack(out + first, result);
+    }
+    store_pack(out + column, Pack<S, kVec>::of(value));
   });
 }
 
+template <bool kExcludes, typename A, typename Row, typename S>
+DNKD_INLINE void write_gradient(S* out, const Row& data, const LogitRow<A>& row, int label,
+                                bool decoupled, const A* probabilities, int power,
+                                bool standardize) {
+  if (probabilities != nullptr || standardize) {
+    write_gradient<kExcludes, false>(out, data, row, label, decoupled, probabilities, power,
+                                     standardize);
+  } else {
+    write_gradient<kExcludes, true>(out, data, row, label, decoupled, probabilities, power,
+                                    standardize);
+  }
+}
+
 // Fills the gradient of a row that is not read: 0, or NaN.
-template <int kVec, int kThreads, typename S>
-DNKD_INLINE void fill_gradient(S* out, int columns, int lane, typename Accumulate<S>::type value) {
-  Pack<S, kVec> pack;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    pack.elements[i] = narrow<S>(value);
-  }
-  const int vectors = columns / kVec;
+template <typename S, typename Row>
+DNKD_INLINE void fill_gradient(S* out, const Row& data, typename Accumulate<S>::type value) {
+  const S narrowed = narrow<S>(value);
 #pragma unroll 1
-  for (int v = lane; v < vectors; v += kThreads) {
-    store_pack(out + v * kVec, pack);
-  }
-  const int j = vectors * kVec + lane;
-  if (j < columns) {
-    out[j] = pack.elements[0];
+  for (int j = data.lane; j < data.columns; j += Row::kSharedBy) {
+    out[j] = narrowed;
   }
 }
 
@@ -257,19 +293,25 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   constexpr int kThreads = Row::kSharedBy;
   // The label's logit is left out of what DKD sums over.
   const int excluded = kDecoupled ? label : -1;
-  A top[2] = {-A(__builtin_inff()), -A(__builtin_inff())};
+  typename Row::LargestStudent student_top;
+  typename Row::LargestTeacher teacher_top;
   data.read([&](const auto& s, const auto& t, int column) {
-    constexpr int kCount = sizeof(s.elements) / sizeof(s.elements[0]);
+    constexpr int kVec = std::decay_t<decltype(s)>::kCount;
     const int at = excluded - column;
-    const bool is_partial = static_cast<unsigned>(at) < kCount;
+    if (kDecoupled && static_cast<unsigned>(at) < kVec) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (!(is_partial && i == at)) {
-        top[0] = larger(top[0], widen(s.elements[i]));
-        top[1] = larger(top[1], static_cast<A>(widen(t.elements[i])));
+      for (int i = 0; i < kVec; ++i) {
+        if (i != at) {
+          student_top.add(s[i]);
+          teacher_top.add(t[i]);
+        }
       }
+    } else {
+      student_top.add(s);
+      teacher_top.add(t);
     }
   });
+  A top[2] = {student_top.result(), static_cast<A>(teacher_top.result())};
   row_largest<kThreads>(top, buffers, turn);
 
   LogitSums<A> sum = {};
@@ -279,11 +321,11 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   if (options.standardize) {
     A means[2] = {0, 0};
     data.read_again([&](const auto& s, const auto& t, int) {
-      constexpr int kCount = sizeof(s.elements) / sizeof(s.elements[0]);
+      constexpr int kVec = std::decay_t<decltype(s)>::kCount;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        means[0] += widen(s.elements[i]) - sum.shift;
-        means[1] += static_cast<A>(widen(t.elements[i])) - sum.teacher_shift;
+      for (int i = 0; i < kVec; ++i) {
+        means[0] += s[i] - sum.shift;
+        means[1] += static_cast<A>(t[i]) - sum.teacher_shift;
       }
     });
     row_sum<kThreads>(means, buffers, turn);
@@ -291,11 +333,11 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
     means[1] /= options.columns;
     A squares[2] = {0, 0};
     data.read_again([&](const auto& s, const auto& t, int) {
-      constexpr int kCount = sizeof(s.elements) / sizeof(s.elements[0]);
+      constexpr int kVec = std::decay_t<decltype(s)>::kCount;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const A a = widen(s.elements[i]) - sum.shift - means[0];
-        const A b = static_cast<A>(widen(t.elements[i])) - sum.teacher_shift - means[1];
+      for (int i = 0; i < kVec; ++i) {
+        const A a = s[i] - sum.shift - means[0];
+        const A b = static_cast<A>(t[i]) - sum.teacher_shift - means[1];
         squares[0] += a * a;
         squares[1] += b * b;
       }
@@ -314,51 +356,72 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   row.teacher_shift = sum.teacher_shift;
   row.scale = sum.scale;
   row.teacher_scale = sum.teacher_scale;
-  A sums[5] = {0, 0, 0, 0, 0};  // plain, student, teacher, difference, logits
-  A rare[4] = {0, 0, 0, 0};     // probability, expected; student_moment, teacher_moment
-  data.read_again([&](const auto& student, const auto& teacher, int first) {
-    in_groups(student, teacher, first, [&](const auto& s, const auto& t, int column, int) {
-      constexpr int kCount = sizeof(s.elements) / sizeof(s.elements[0]);
-      const auto e = exponentials(s, t, row, power, excluded - column);
+  const Scales<A> scales(row, power);
+  A sums[4] = {0, 0, 0, 0};  // plain, student, teacher, difference
+  data.read_again([&](const auto& s, const auto& t, int column) {
+    constexpr int kVec = std::decay_t<decltype(s)>::kCount;
+    constexpr int kSize = kVec < kGroup ? kVec : kGroup;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
+    for (int g = 0; g < kVec; g += kSize) {
+      const auto e = exponentials<kSize, kDecoupled>(s, t, g, scales, excluded - column - g);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
         sums[0] += e.plain[i];
         sums[1] += e.student[i];
         sums[2] += e.teacher[i];
-        // Where the teacher has no probability the student's may be as small as it likes.
-        sums[3] += e.teacher[i] == 0 ? A(0) : e.teacher[i] * e.difference[i];
-        sums[4] += e.centred[i];
-      }
-      if (probabilities != nullptr) {
-        const auto r = load_pack<A, kCount>(probabilities + column);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          rare[0] += r.elements[i];
-          rare[1] += r.elements[i] * e.centred[i];
+        if (e.teacher[i] != 0) {  // else the student's probability may be as small as it likes
+          sums[3] += e.teacher[i] * e.difference[i];
         }
       }
-      if (options.standardize) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          rare[2] += e.student[i] * e.centred[i];
-          rare[3] += e.teacher[i] * e.centred[i];
-        }
-      }
-    });
+    }
   });
   row_sum<kThreads>(sums, buffers, turn);
-  if (probabilities != nullptr || options.standardize) {
-    row_sum<kThreads>(rare, buffers, turn);
-  }
   sum.plain = sums[0];
   sum.student = sums[1];
   sum.teacher = sums[2];
-  sum.difference = sums[3];
-  sum.logits = sums[4];
-  sum.probability = rare[0];
-  sum.expected = rare[1];
-  sum.student_moment = rare[2];
-  sum.teacher_moment = rare[3];
+  sum.difference = sums[3] / Scales<A>::kUnit;
+  // What only some calls want is read for by itself.
+  if (probabilities != nullptr || (options.has_ce && options.smoothing != 0)) {
+    A expectations[3] = {0, 0, 0};  // logits, probability, expected
+    data.read_again([&](const auto& s, const auto&, int column) {
+      constexpr int kVec = std::decay_t<decltype(s)>::kCount;
+      Pack<A, kVec> r = {};
+      if (probabilities != nullptr) {
+        r = load_pack<A, kVec>(probabilities + column);
+      }
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const A z = s[i] - sum.shift;
+        expectations[0] += z;
+        expectations[1] += r[i];
+        expectations[2] += probabilities == nullptr ? A(0) : r[i] * z;
+      }
+    });
+    row_sum<kThreads>(expectations, buffers, turn);
+    sum.logits = expectations[0];
+    sum.probability = expectations[1];
+    sum.expected = expectations[2];
+  }
+  if (options.standardize) {
+    A moments[2] = {0, 0};  // of the student's exponentials, of the teacher's
+    data.read_again([&](const auto& s, const auto& t, int column) {
+      constexpr int kVec = std::decay_t<decltype(s)>::kCount;
+      constexpr int kSize = kVec < kGroup ? kVec : kGroup;
+#pragma unroll
+      for (int g = 0; g < kVec; g += kSize) {
+        const auto e = exponentials<kSize, kDecoupled>(s, t, g, scales, excluded - column - g);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          const A z = s[g + i] - sum.shift;
+          moments[0] += e.student[i] == 0 ? A(0) : e.student[i] * z;
+          moments[1] += e.teacher[i] == 0 ? A(0) : e.teacher[i] * z;
+        }
+      }
+    });
+    row_sum<kThreads>(moments, buffers, turn);
+    sum.student_moment = moments[0];
+    sum.teacher_moment = moments[1];
+  }
   if (label >= 0) {
     sum.label = widen(data.student[label]) - sum.shift;
     sum.teacher_label = static_cast<A>(widen(data.teacher[label])) - sum.teacher_shift;
@@ -373,7 +436,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   using A = typename Accumulate<S>::type;
   constexpr int kBlockThreads = kBlockOf<kThreads>;
   constexpr int kRowsPerBlock = kBlockThreads / kThreads;
-  alignas(16) __shared__ A buffers[2][5][kThreads / kWarpSize];
+  alignas(16) __shared__ A buffers[2][4][kThreads / kWarpSize];
   DNKD_DYNAMIC_SHARED(kept);
   const A nan = __builtin_nanf("");
   const bool is_none = p.reduction == Reduction::kNone;
@@ -381,6 +444,8 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   // The same for all rows; not in registers, of which there are few.
   __shared__ double weights[2], counts[2];  // of ce and kd; counts: what the sums are divided by
   __shared__ LogitOptions<A> options;
+  const unsigned long long counted =
+      p.reduction == Reduction::kMean ? counted_rows(scratch, p.rows) : 0;
   if (threadIdx.x == 0) {
     weights[0] = p.has_ce ? p.ce_weight : 0;
     weights[1] = p.kd_weight;
@@ -392,7 +457,6 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     }
     counts[0] = counts[1] = 1;
     if (p.reduction == Reduction::kMean) {
-      const unsigned long long counted = counted_rows(scratch, p.rows);
       counts[0] = counted > 0 ? static_cast<double>(counted) : 1.0;
       counts[1] = kDecoupled ? counts[0] : p.rows > 0 ? static_cast<double>(p.rows) : 1.0;
     }
@@ -433,8 +497,8 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
       is_bad = !is_ignored && (named < 0 || named >= p.columns);
       label = is_ignored || is_bad ? -1 : static_cast<int>(named);
     }
-    data.student = static_cast<const S*>(p.student) + row * p.student_stride;
-    data.teacher = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
+    data.go_to(static_cast<const S*>(p.student) + row * p.student_stride,
+               static_cast<const T*>(p.teacher) + row * p.teacher_stride);
     const A* probabilities =
         p.has_ce && p.probabilities != nullptr
             ? static_cast<const A*>(p.probabilities) + row * p.probabilities_stride
@@ -470,10 +534,10 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     if (p.gradient != nullptr) {
       S* out = static_cast<S*>(p.gradient) + row * p.columns;
       if (is_read && !is_bad) {
-        write_gradient(out, data, terms.row, label, kDecoupled, probabilities, power,
-                       p.standardize);
+        write_gradient<kDecoupled>(out, data, terms.row, label, kDecoupled, probabilities, power,
+                                   p.standardize);
       } else {
-        fill_gradient<kVec, kThreads>(out, data.columns, data.lane, is_bad ? nan : A(0));
+        fill_gradient(out, data, is_bad ? nan : A(0));
       }
     }
   }
@@ -509,7 +573,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
                          terms.constant == 0 && terms.linear == 0 && terms.label == 0 &&
                          terms.probability == 0;
     if (is_zero || terms.student != terms.student) {
-      fill_gradient<kVec, kThreads>(out, data.columns, data.lane, terms.student);
+      fill_gradient(out, data, terms.student);
       continue;
     }
     int label = -1;
@@ -525,46 +589,63 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
     terms.linear *= up;
     terms.label *= up;
     terms.probability *= up;
-    data.student = static_cast<const S*>(p.student) + row * p.student_stride;
-    data.teacher = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
+    data.go_to(static_cast<const S*>(p.student) + row * p.student_stride,
+               static_cast<const T*>(p.teacher) + row * p.teacher_stride);
     const A* probabilities =
         p.has_ce && p.probabilities != nullptr
             ? static_cast<const A*>(p.probabilities) + row * p.probabilities_stride
             : nullptr;
-    write_gradient(out, data, terms, label, p.decoupled, probabilities, power, p.standardize);
+    write_gradient<true>(out, data, terms, label, p.decoupled, probabilities, power, p.standardize);
   }
 }
 
 // -- launchers -----------------------------------------------------------------------------------
 
-// Calls function(number of threads that share a row), as a constant.
-template <typename Function>
-int with_threads(int64_t columns, int vector, const Function& function) {
-  const int64_t vectors = columns / vector;
-  if (vectors <= kWarpSize * kWarpRounds) {
-    return function(std::integral_constant<int, kWarpSize>{});
+template <typename S, typename T, bool kDecoupled, int kVec, int kThreads>
+struct ForwardLaunch {
+  static constexpr auto kKernel = logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads>;
+  static constexpr int kBlockThreads = kBlockOf<kThreads>;
+  static constexpr int kSlotBytes = kBlockThreads * kVec * static_cast<int>(sizeof(S) + sizeof(T));
+
+  int64_t wanted;  // slots that keep all of a row
+  int64_t slots;
+
+  explicit ForwardLaunch(const LogitLossParams& p)
+      : wanted((p.columns / kVec + kThreads - 1) / kThreads),
+        slots(dynamic_shared_limit<kKernel, kSharingBlocks<kThreads>>() / kSlotBytes) {
+    slots = slots < wanted ? slots : wanted;
   }
-  if (vectors <= kBlock * kBlockRounds) {
-    return function(std::integral_constant<int, kBlock>{});
+
+  int operator()(const LogitLossParams& p, const RowScratch& scratch, void* stream) const {
+    const int bytes = static_cast<int>(slots) * kSlotBytes;
+    const int64_t blocks =
+        blocks_for<kKernel>(p.rows, kBlockThreads / kThreads, kBlockThreads, bytes);
+    return launch_sharing(kKernel, blocks, kBlockThreads, bytes, stream, p, scratch,
+                          static_cast<int>(slots));
   }
-  return function(std::integral_constant<int, kLargeBlock>{});
-}
+};
 
 template <typename S, typename T, bool kDecoupled, int kVec>
 int forward_with(const LogitLossParams& p, const RowScratch& scratch, void* stream) {
-  return with_threads(p.columns, kVec, [&](auto threads) {
-    constexpr int kThreads = decltype(threads)::value;
-    constexpr int kBlockThreads = kBlockOf<kThreads>;
-    constexpr auto kKernel = logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads>;
-    constexpr int kSlotBytes = kBlockThreads * kVec * static_cast<int>(sizeof(S) + sizeof(T));
-    const int64_t wanted = (p.columns / kVec + kThreads - 1) / kThreads;
-    const int64_t most = dynamic_shared_limit<kKernel>() / kSlotBytes;
-    const int slots = static_cast<int>(wanted < most ? wanted : most);
-    const int bytes = slots * kSlotBytes;
-    const int64_t blocks =
-        blocks_for<kKernel>(p.rows, kBlockThreads / kThreads, kBlockThreads, bytes);
-    return launch_sharing(kKernel, blocks, kBlockThreads, bytes, stream, p, scratch, slots);
-  });
+  const int64_t vectors = p.columns / kVec;
+  if (vectors <= kWarpSize * kWarpRounds) {
+    return ForwardLaunch<S, T, kDecoupled, kVec, kWarpSize>(p)(p, scratch, stream);
+  }
+  // Elements one by one are for rows that do not lie alike: few, and not worth more kernels.
+  if constexpr (kVec > 1) {
+    if (vectors <= kBlock * kBlockRounds) {
+      return ForwardLaunch<S, T, kDecoupled, kVec, kBlock>(p)(p, scratch, stream);
+    }
+  }
+  const ForwardLaunch<S, T, kDecoupled, kVec, kLargeBlock> large(p);
+  if constexpr (kVec > 1 && sizeof(S) < 8) {
+    // Two blocks hide each other's waits. But of what they cannot keep, those of all
+    // multiprocessors together would read more again than the L2 cache holds.
+    if (4 * large.slots < 3 * large.wanted) {
+      return ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock>(p)(p, scratch, stream);
+    }
+  }
+  return large(p, scratch, stream);
 }
 
 template <typename S, typename T, int kVec>
@@ -578,15 +659,25 @@ int backward_with(const LogitLossBackwardParams& p, void* stream) {
   return launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p);
 }
 
+// Elements from the last multiple of `width` elements in memory to the rows' first one.
+template <typename T>
+int64_t misalignment(const void* base, int width) {
+  return reinterpret_cast<uint64_t>(base) / sizeof(T) % width;
+}
+
+// Whether in every row the vectors of all that is read and written begin at the same column.
 template <typename S, typename T, typename Params>
 bool can_read_vectors(const Params& p) {
   using A = typename Accumulate<S>::type;
   constexpr int kVec = kVectorWidth<S>;
-  return rows_are_aligned<S>(p.student, p.student_stride, kVec) &&
-         rows_are_aligned<T>(p.teacher, p.teacher_stride, kVec) &&
+  const int64_t first = misalignment<S>(p.student, kVec), step = p.student_stride % kVec;
+  const auto alike = [&](int64_t other_first, int64_t stride) {
+    return other_first == first && (p.rows <= 1 || stride % kVec == step);
+  };
+  return alike(misalignment<T>(p.teacher, kVec), p.teacher_stride) &&
          (p.probabilities == nullptr ||
-          rows_are_aligned<A>(p.probabilities, p.probabilities_stride, kVec)) &&
-         (p.gradient == nullptr || rows_are_aligned<S>(p.gradient, p.columns, kVec));
+          alike(misalignment<A>(p.probabilities, kVec), p.probabilities_stride)) &&
+         (p.gradient == nullptr || alike(misalignment<S>(p.gradient, kVec), p.columns));
 }
 
 // Calls function(student element, teacher element, elements per vector), the last as a constant.

@@ -21,16 +21,14 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
   // A row without a gradient must not turn the NaN of an ignored row into NaN * 0; neither may a
   // row without a class read its direction.
   const bool is_constant = (alpha == 0 && beta == 0) || alpha != alpha;
-  const auto value = [&](S s, M c) {
-    return narrow<S>(alpha * static_cast<A>(widen(c)) + beta * widen(s));
-  };
+  const auto value = [&](A s, A c) { return is_constant ? alpha : alpha * c + beta * s; };
   const auto put = [&](int v, const Pack<S, kVec>& s, const Pack<M, kVec>& c) {
-    Pack<S, kVec> result;
+    A values[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      result.elements[i] = is_constant ? narrow<S>(alpha) : value(s.elements[i], c.elements[i]);
+      values[i] = value(s[i], static_cast<A>(c[i]));
     }
-    store_pack(out + static_cast<int64_t>(v) * kVec, result);
+    store_pack(out + static_cast<int64_t>(v) * kVec, Pack<S, kVec>::of(values));
   };
 #pragma unroll
   for (int k = 0; k < kKeep; ++k) {
@@ -50,12 +48,13 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
   }
   const int j = vectors * kVec + lane;
   if (j < columns) {
-    out[j] = is_constant ? narrow<S>(alpha) : value(student[j], direction[j]);
+    out[j] = narrow<S>(is_constant ? alpha
+                                   : value(widen(student[j]), static_cast<A>(widen(direction[j]))));
   }
 }
 
 template <typename S, typename M, int kVec, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
     nd_loss_forward_kernel(const __grid_constant__ NdLossParams p,
                            const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;
@@ -79,11 +78,16 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   double sums[1] = {0};  // of row losses
   int turn = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
-       row < p.rows; row += step) {
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
+  // A row's reads wait for its label: that of the next one is under way while a row is computed.
+  int64_t next_label = row < p.rows ? label_of(p.target, p.target_is_int32, row) : 0;
+  for (; row < p.rows; row += step) {
     // The same for all threads of a row, and with a block per row for the whole block: the barrier
     // in row_sum is reached by all or by none.
-    const int64_t label = label_of(p.target, p.target_is_int32, row);
+    const int64_t label = next_label;
+    if (row + step < p.rows) {
+      next_label = label_of(p.target, p.target_is_int32, row + step);
+    }
     const bool is_ignored = p.target != nullptr && label == p.ignore_index;
     const bool is_named = label >= 0 && label < p.classes;
     const bool is_read = is_named && !is_ignored;
@@ -137,7 +141,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 }
 
 template <typename S, typename M, int kVec, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
     nd_loss_backward_kernel(const __grid_constant__ NdLossBackwardParams p) {
   using A = typename Accumulate<S>::type;
   constexpr int kKeep = kKept<S>;

@@ -10,7 +10,10 @@ namespace dnkd {
 // A row is read by a warp while it fits in the warp's registers, otherwise by a block.
 constexpr int kBlock = 128;
 // Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
-constexpr int kMinBlocks = 4;
+template <typename S, typename M>
+constexpr int kMinBlocks = sizeof(S) > 2                                         ? 4
+                           : std::is_same_v<S, Half> && std::is_same_v<M, float> ? 5
+                                                                                 : 6;
 
 // 16-byte vectors of a row that each thread keeps in registers (2048 elements of a row per block,
 // 1024 of float64); what is beyond is read again where it is needed again.

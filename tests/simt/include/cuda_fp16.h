@@ -41,3 +41,18 @@ inline __half __float2half_rn(float value) {
   const int units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
   return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units))};
 }
+
+struct __half2 {
+  __half x;
+  __half y;
+};
+
+inline float __low2float(__half2 pair) { return __half2float(pair.x); }
+inline float __high2float(__half2 pair) { return __half2float(pair.y); }
+inline __half2 __floats2half2_rn(float low, float high) {
+  return {__float2half_rn(low), __float2half_rn(high)};
+}
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return __floats2half2_rn(std::fmax(__low2float(a), __low2float(b)),
+                           std::fmax(__high2float(a), __high2float(b)));
+}

@@ -170,6 +170,17 @@ inline void run_block(int threads) {
 inline void __syncthreads() { simt::wait(simt::block_barrier); }
 inline void __threadfence() {}
 
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   static_assert(sizeof(T) <= 8);
