@@ -7,7 +7,8 @@
 #   TORCH   what pip installs as torch, and beside it   (TORCH="torch==2.13.0")
 #   ARGS    further arguments for the command            (make test ARGS="-k parity")
 #   OUT     where demo and gpu-check write               (out/demo, out/gpu)
-#   STAGE   of gpu-check: build, kernels, tests, sanitize, bench or e2e; each goes on where it stopped
+#   STAGE   of gpu-check: build, tests, bench, e2e, sanitize, kernels or host-tests; each goes on
+#           where it stopped
 
 VENV   ?= .venv
 TORCH  ?= torch

@@ -25,8 +25,11 @@ from dnkd_ext._checks import LOSS_DTYPES
 # with vectors: a warp, a block, and a block whose registers do not hold the row. Odd rows are
 # misaligned, hence read without vectors.
 ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
-# The same, and a block of 256 threads without and with vectors, and rows beyond its shared memory.
+# A warp, a block, a block of 256 threads, and one of 512 whose shared memory does not hold the row;
+# odd rows begin and end beside their vectors.
 LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 65537, 65536)
+# Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
+UNLIKE_WIDTHS = (64, 1001)
 # Rows and classes; the last three have several blocks that finish.
 DIST_SIZES = (
     (5, 3),
@@ -121,6 +124,16 @@ def logit_runs(name: str) -> Iterator[Run]:
             [student, teacher, _draw(rows, classes).softmax(-1)],
             {"temperature": 2.0, "logit_standardization": True, "label_smoothing": 0.1}, 3.0,
         )  # fmt: skip
+
+    def unlike(student, *arguments, **options):
+        return fused(F.pad(student, (1, 0))[:, 1:], *arguments, **options)
+
+    for classes in UNLIKE_WIDTHS:
+        student, teacher = 2 * _draw(5, classes), 2 * _draw(5, classes)
+        arguments = [student, teacher, torch.arange(5) % classes]
+        for reduction in ("mean", "none"):
+            what, options = f"{classes} classes, not alike, {reduction}", {"reduction": reduction}
+            yield Run(what, unlike, reference, arguments, options, upstream=3.0)
     student, teacher = _draw(MANY_ROWS, 5), _draw(MANY_ROWS, 5)
     target = torch.arange(MANY_ROWS) % 5
     yield run("many rows", [student, teacher, target], {"ignore_index": 3, "temperature": 1.0})

@@ -220,6 +220,25 @@ DNKD_INLINE Pack<T, kVec> load_pack(const T* from) {
   return pack;
 }
 
+// One store each: of an assignment nvcc 13 makes stores of single elements wherever it does not see
+// the address to be aligned. What is stored so is not read again by the same kernel.
+DNKD_INLINE void store_global(uint4* to, uint4 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w));
+#else
+  *to = value;
+#endif
+}
+DNKD_INLINE void store_global(uint2* to, uint2 value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y));
+#else
+  *to = value;
+#endif
+}
+
+// Into global memory.
 template <typename T, int kVec>
 DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
   if constexpr (kVec == 1) {
@@ -230,9 +249,15 @@ DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
     using Raw = typename RawOf<kBytes>::type;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(pack)) / kBytes; ++i) {
-      reinterpret_cast<Raw*>(to)[i] = reinterpret_cast<const Raw*>(&pack)[i];
+      store_global(reinterpret_cast<Raw*>(to) + i, reinterpret_cast<const Raw*>(&pack)[i]);
     }
   }
+}
+
+// Into shared memory, where a pack is aligned as its type says.
+template <typename T, int kVec>
+DNKD_INLINE void share_pack(T* to, const Pack<T, kVec>& pack) {
+  *reinterpret_cast<Pack<T, kVec>*>(to) = pack;
 }
 
 // Elements of a 16-byte access.

@@ -122,8 +122,8 @@ struct Columns {
       for (int i = 0; i < kBatch; ++i) {
         if (v + i * kThreads < end) {
           if (kKeeps && k + i < slots) {
-            store_pack(kept_student + (k + i) * kStep, s[i]);
-            store_pack(kept_teacher + (k + i) * kStep, t[i]);
+            share_pack(kept_student + (k + i) * kStep, s[i]);
+            share_pack(kept_teacher + (k + i) * kStep, t[i]);
           }
           each(s[i], t[i], head + (v + i * kThreads) * kVec);
         }

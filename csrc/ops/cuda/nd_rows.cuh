@@ -11,9 +11,9 @@ namespace dnkd {
 constexpr int kBlock = 128;
 // Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
 template <typename S, typename M>
-constexpr int kMinBlocks = sizeof(S) > 2                                         ? 4
-                           : std::is_same_v<S, Half> && std::is_same_v<M, float> ? 5
-                                                                                 : 6;
+constexpr int kMinBlocks = sizeof(S) > 2    ? 4
+                           : sizeof(M) == 2 ? 6
+                                            : 5;
 
 // 16-byte vectors of a row that each thread keeps in registers (2048 elements of a row per block,
 // 1024 of float64); what is beyond is read again where it is needed again.
