@@ -27,7 +27,7 @@ from dnkd_ext._checks import LOSS_DTYPES
 ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
 # A warp, a block, a block of 256 threads, and one of 512 whose shared memory does not hold the row;
 # odd rows begin and end beside their vectors.
-LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 65537, 65536)
+LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9001, 65537, 65536)
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)
 # Rows and classes; the last three have several blocks that finish.
