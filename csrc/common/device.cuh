@@ -142,17 +142,6 @@ struct alignas(kPackAlignment<T, kVec>) Pack<T, kVec, true> {
   }
 };
 
-// All elements alike.
-template <typename T, int kVec>
-DNKD_INLINE Pack<T, kVec> pack_of(typename Accumulate<T>::type value) {
-  typename Accumulate<T>::type values[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    values[i] = value;
-  }
-  return Pack<T, kVec>::of(values);
-}
-
 // The largest of all that was added; of a NaN and a number, the number.
 template <typename T, bool kInPairs = sizeof(T) == 2>
 struct Largest {
