@@ -15,6 +15,7 @@ HELP = {
     "run": "measure the losses against their peers and check the targets",
     "e2e": "measure whole training steps",
     "training": "measure the training of presets, part by part",
+    "loading": "measure how many images per second the loaders of training read from disk",
     "report": "write benchmarks/README.md and its plots from the results",
     "compare": "compare two results files",
     "regression": "compare a quick run with what was recorded on this hardware",
@@ -129,6 +130,32 @@ def parser() -> argparse.ArgumentParser:
         help="leave out what --out has already of this commit on this machine",
     )  # fmt: skip
 
+    loading = add("loading")
+    loading.add_argument(
+        "--preset", action="append", metavar="NAME",
+        help="whose augmentation (repeatable; default a ResNet's and DeiT's)",
+    )  # fmt: skip
+    loading.add_argument(
+        "--storage", action="append", choices=("folders", "tar", "wds"),
+        help="kind of storage (repeatable; default all)",
+    )  # fmt: skip
+    loading.add_argument(
+        "--data", metavar="DIR", help="a data set of one's own (default pieces of photographs)"
+    )
+    loading.add_argument(
+        "--images", type=int, default=512, metavar="N", help="to make (default %(default)s)"
+    )
+    loading.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="default %(default)s"
+    )
+    loading.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="default 0 and 2"
+    )
+    loading.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="epochs timed (default %(default)s)"
+    )
+    loading.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
+
     report = add("report")
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for README.md (default benchmarks)"
@@ -202,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from benchmarks import parts, report, results, steps
+    from benchmarks import disk, parts, report, results, steps
 
     folder = arguments.out or Path(__file__).parent
     losses = results.RESULTS / "losses.csv"
@@ -222,7 +249,8 @@ def _report(arguments: argparse.Namespace) -> int:
     rows = results.read(losses)
     walked = steps.read_steps(steps.STEPS) if steps.STEPS.exists() else []
     trained = parts.read_training(parts.TRAINING) if parts.TRAINING.exists() else []
-    text = report.render(rows, walked, trained)
+    loaded = disk.read_loading(disk.LOADING) if disk.LOADING.exists() else []
+    text = report.render(rows, walked, trained, loaded)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
     written = [folder / "README.md"]
@@ -350,6 +378,21 @@ def _training(arguments: argparse.Namespace) -> int:
     )
 
 
+def _loading(arguments: argparse.Namespace) -> int:
+    from benchmarks import loading
+
+    return loading.run(
+        presets=arguments.preset or loading.PRESETS,
+        storage=arguments.storage or loading.STORAGE,
+        data=arguments.data,
+        images=arguments.images,
+        batch=arguments.batch_size,
+        workers=arguments.workers,
+        rounds=arguments.rounds,
+        out=arguments.out,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a wrong input is one line on standard error and exit status 2."""
     arguments = parser().parse_args(argv)
@@ -357,8 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.run import NoDevice
 
     commands = {
-        "run": _run, "e2e": _e2e, "training": _training, "report": _report, "compare": _compare,
-        "regression": _regression, "targets": _targets,
+        "run": _run, "e2e": _e2e, "training": _training, "loading": _loading, "report": _report,
+        "compare": _compare, "regression": _regression, "targets": _targets,
     }  # fmt: skip
     try:
         return commands[arguments.command](arguments)

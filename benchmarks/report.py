@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import targets
 from benchmarks.cases import Case, all_cases
+from benchmarks.disk import latest_loading
 from benchmarks.parts import DATA, latest_training
 from benchmarks.peers import PEERS
 from benchmarks.results import BOTH, FORWARD, Latest, Measurement, Row, latest, measurements
@@ -62,7 +63,22 @@ Synthetic images, where no data set is named, have CIFAR's size; teachers are no
 """
 
 
-def render(rows: Sequence[Row], steps: Sequence[Row], training: Sequence[Row] = ()) -> str:
+LOADING = """
+## Images from disk
+
+What the training loaders of `dnkd train --task imagenet` bring, without a model: files are opened,
+decoded, cut and augmented by worker processes, and gathered into batches. "none" is no worker: the
+training process itself. Files of 375x500 pixels (JPEG) stay in the operating system's cache. Of
+evaluation the images are resized and cut.
+"""
+
+
+def render(
+    rows: Sequence[Row],
+    steps: Sequence[Row],
+    training: Sequence[Row] = (),
+    loading: Sequence[Row] = (),
+) -> str:
     """The text of benchmarks/README.md."""
     parts = [HEAD + "".join(f"| {name} | {text} |\n" for name, text in PEERS.items())]
     machines = _machines(rows)
@@ -90,7 +106,91 @@ def render(rows: Sequence[Row], steps: Sequence[Row], training: Sequence[Row] = 
             _training(machine, group, with_plot=number == 0)
             for number, (machine, group) in enumerate(found.items())
         ]
+    parts.append(LOADING)
+    loaded = latest_loading(loading)
+    parts += [_loading(machine, group) for machine, group in loaded.items()] or ["\nNot run.\n"]
+    parts.append(_estimate(grouped, loaded))
     return "".join(parts)
+
+
+def loading_table(group: Sequence[Row]) -> str:
+    """Images per second by augmentation, storage and workers."""
+    return _table(
+        ["", "storage", "workers", "training, images/s (least-most)", "evaluation, images/s"],
+        (
+            [
+                str(row["preset"]),
+                str(row["storage"]),
+                _number(_value(row, "workers")) if _value(row, "workers") else "none",
+                f"{_number(_value(row, 'train_ips'))} "
+                f"({_number(_value(row, 'low_ips'))}-{_number(_value(row, 'high_ips'))})",
+                _number(_value(row, "eval_ips")),
+            ]
+            for row in group
+        ),
+    )
+
+
+def _loading(machine: tuple[str, str], group: list[Row]) -> str:
+    hardware, torch = machine
+    which = sorted(
+        {f"{row['date']}, dnkd_ext {row['version']} at {row['commit']}" for row in group}
+    )
+    return (
+        f"\n### On {hardware}, {_number(_value(group[0], 'threads'))} threads, torch {torch}\n\n"
+        f"{'; '.join(which)}; {_number(_value(group[0], 'images'))} {group[0]['data']}, batches of "
+        f"{_number(_value(group[0], 'batch'))}. The command:\n\n"
+        f"    python -m benchmarks loading --out FILE.csv\n\n{loading_table(group)}"
+    )
+
+
+# Images of an epoch, and epochs of the paper's recipe.
+IMAGENET_IMAGES, IMAGENET_EPOCHS = 1_281_167, 100
+
+
+def _estimate(steps: Sequence[Sequence[Row]], loaded: dict[tuple[str, str], list[Row]]) -> str:
+    """What a whole run would take by what was measured of its step and of its images."""
+    text = "\n### The whole of ImageNet, on paper\n\n"
+    step = next(
+        (
+            row
+            for group in steps
+            for row in group
+            if row["device"] == "cuda" and row["shape"] == "imagenet"
+            if row["method"] == "KD++ ours"
+        ),
+        None,
+    )
+    reading = [
+        row
+        for group in loaded.values()
+        for row in group
+        if row["storage"] == "folders" and _value(row, "workers")
+    ]
+    if step is None or not reading:
+        return text + (
+            "Not estimated: it follows from the step on a GPU, which has not been measured, and "
+            "from the images from disk.\n"
+        )
+    rate = float(str(step["batch"])) / float(str(step["step_ms"])) * 1e3
+    own = reading[0]
+    core = float(str(own["train_ips"])) / float(str(own["workers"]))
+    lines = []
+    for gpus in (1, 8, 64):
+        hours = IMAGENET_IMAGES * IMAGENET_EPOCHS / (rate * gpus) / 3600
+        lines.append(
+            [str(gpus), _number(rate * gpus), f"{hours:,.1f}", _number(rate * gpus / core)]
+        )
+    return (
+        text
+        + f"{step['models']} with KD++ at {step['hardware']}'s {_number(rate)} images/s in batches "
+        f"of {_number(float(str(step['batch'])))}, {IMAGENET_EPOCHS} epochs of "
+        f"{IMAGENET_IMAGES:,} images, if nothing but the step takes time; and the cores of "
+        f"{own['hardware']}, each of which reads {_number(core)} images/s ({own['preset']}), that "
+        "it takes to feed it. With fewer cores reading bounds the run; with batches of 512 in all, "
+        "as in the paper, 64 GPUs have 8 images each, and launches do. Exchanging gradients is "
+        "not counted.\n\n" + _table(["GPUs", "images/s", "hours", "cores that read"], lines)
+    )
 
 
 def _machines(rows: Iterable[Row]) -> dict[Machine, Latest]:
