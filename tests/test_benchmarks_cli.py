@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, compare, parts, peers, report, results, run, steps, targets
+from benchmarks import cases, compare, disk, parts, peers, report, results, run, steps, targets
 from benchmarks.__main__ import main
 from benchmarks.cases import LogitCase, NdCase
 from tests.benchmark_rows import found_in, gpu_rows, rows_of
@@ -280,7 +280,8 @@ def test_the_committed_report_is_that_of_the_committed_results():
     """Otherwise: python -m benchmarks report."""
     rows = results.read(results.RESULTS / "losses.csv")
     trained = parts.read_training(parts.TRAINING)
-    text = report.render(rows, steps.read_steps(steps.STEPS), trained)
+    loaded = disk.read_loading(disk.LOADING) if disk.LOADING.exists() else []
+    text = report.render(rows, steps.read_steps(steps.STEPS), trained, loaded)
     assert (ROOT / "benchmarks/README.md").read_text(encoding="utf-8") == text
     shown = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert shown
