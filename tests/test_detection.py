@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -26,6 +27,7 @@ pytest.importorskip("yaml")
 pytest.importorskip("PIL")
 
 import torchvision
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from dnkd_ext import ClassMeans
@@ -346,6 +348,39 @@ def test_frozen_normalisation_is_torchvisions():
         assert own(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_anchors_under_autocast_are_float32(shapes):
+    """Synthetic maps of an image of 800 x 1344 pixels; the anchors as torchvision defines them."""
+    model = models.create_detector(R18, CLASSES, config(shapes, max_size=1333, min_size=[800]))
+    images = ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)])
+    maps = [
+        torch.zeros(1, 256, -(-800 // s), -(-1344 // s), dtype=torch.bfloat16)
+        for s in (4, 8, 16, 32, 64)
+    ]
+    (anchors,) = model.rpn.anchor_generator(images, maps)
+    wanted = []
+    for level, size in zip(maps, SMALL["anchor_sizes"], strict=True):
+        height, width = level.shape[-2:]
+        for y in range(height):
+            for x in range(width):
+                centre = np.array([x * (1344 // width), y * (800 // height)] * 2)
+                for ratio in (0.5, 1.0, 2.0):
+                    half = np.array([size / math.sqrt(ratio), size * math.sqrt(ratio)]) / 2
+                    wanted.append(centre + np.round(np.concatenate([-half, half])))
+    assert anchors.dtype == torch.float32
+    assert torch.equal(anchors, torch.tensor(np.array(wanted), dtype=torch.float32))
+
+
+def test_the_box_predictor_is_float32_under_autocast(shapes):
+    model = models.create_detector(R18, CLASSES, config(shapes))
+    predictor, x = model.roi_heads.box_predictor, torch.randn(5, 1024).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, offsets = predictor(x)
+    for got, layer in ((scores, predictor.cls_score), (offsets, predictor.bbox_pred)):
+        assert got.dtype == torch.float32
+        wanted = x.double() @ layer.weight.double().T + layer.bias.double()
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_boxes_under_autocast_are_float32(shapes):
     """bfloat16 would put their corners on every fourth pixel."""
     torch.manual_seed(0)
@@ -369,8 +404,7 @@ def test_weights_of_91_classes_are_taken_by_category(shapes, tmp_path):
         if not key.endswith("num_batches_tracked")
     }
     torch.save(state, tmp_path / "big.pth")
-    ids = sorted(CATEGORIES)
-    classes = ["background", *(CATEGORIES[i] for i in ids)]
+    ids, classes = [3, 7, 90], ["background", "car", "train", "toothbrush"]
     own, _ = models.load_detector(R18, str(tmp_path / "big.pth"), config(shapes), classes, ids)
     x = torch.randn(5, 1024)
     logits, boxes = own.roi_heads.box_predictor(x)
@@ -380,6 +414,33 @@ def test_weights_of_91_classes_are_taken_by_category(shapes, tmp_path):
         boxes.view(5, 4, 4), all_boxes.view(5, 91, 4)[:, [0, *ids]], rtol=1e-4, atol=1e-6
     )
     assert torch.equal(own.rpn.head.conv[0][0].weight, big.rpn.head.conv[0][0].weight)
+    for other, number, name in ((["car", "disc"], 7, "train"), (["car", "train"], 91, None)):
+        message = (
+            f"trained for 90 classes and the background, but the data have 2; .* category {number} "
+            f"is {name!r}, not {other[1]!r}"
+        )
+        with pytest.raises(ValueError, match=message):
+            models.load_detector(
+                R18, str(tmp_path / "big.pth"), config(shapes), ["background", *other], [3, number]
+            )
+
+
+def test_torchvisions_file_is_used_as_it_was_trained(shapes, tmp_path, monkeypatch):
+    """Its normalisation divides by the root of the variance, with nothing added."""
+    model, path = models.create_detector(R18, CLASSES, config(shapes)), tmp_path / "r18.pth"
+    torch.save(model.state_dict(), path)
+    assert models.COCO_DIGEST in models.COCO.url
+
+    def eps() -> set[float]:
+        names = ["background", "a", "b", "c"]
+        found, _ = models.load_detector(R18, str(path), config(shapes), names, [1, 2, 3])
+        norms = [m for m in found.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        return {norm.eps for norm in norms}
+
+    assert eps() == {1e-5}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(models, "COCO_DIGEST", digest[:8])
+    assert eps() == {0.0}
 
 
 def test_downloads_without_a_network_are_told(shapes, monkeypatch):
