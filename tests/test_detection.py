@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -46,6 +48,7 @@ from dnkd_ext.train.detection.task import (
     load_teacher,
     read_means,
 )
+from dnkd_ext.train.readers import DataError
 from dnkd_ext.train.world import World
 from tests.drawn_boxes import CATEGORIES, draw
 from tests.runs import by_two, log, same, weights
@@ -465,7 +468,9 @@ def test_a_split_is_what_its_file_says(shapes):
     content = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
     assert split.classes == ["background", *(CATEGORIES[i] for i in sorted(CATEGORIES))]
     assert split.category_ids == sorted(CATEGORIES) == [3, 7, 90]
-    assert split.dropped == 1
+    assert split.dropped.tolist() == [1] + [0] * (TRAIN - 1)
+    assert split.part(3).dropped.sum() == 1
+    assert dataclasses.replace(split, dropped=split.dropped[::-1]).part(3).dropped.sum() == 1
     assert len(split) == TRAIN
     empty = 0
     for place, image in enumerate(content["images"]):
@@ -553,16 +558,24 @@ def broken(shapes: Path, tmp_path: Path, change) -> Path:
 
 CHANGES = [
     (lambda c: '{"images": [', "is no whole JSON file"),
+    (lambda c: "[" * 100_000, "is no whole JSON file"),
     (lambda c: "[]", "must have a list of images"),
     (lambda c: c.pop("categories"), "must have a list of categories"),
     (lambda c: c["annotations"][0].update(image_id=5), "annotation 0 is of image 5"),
+    (lambda c: c["annotations"][0].update(image_id=[1]), r"annotation 0 is of image \[1\]"),
+    (lambda c: c["annotations"][3].update(category_id={}), r"annotation 3 is of category \{\}"),
     (lambda c: c["annotations"][1].update(category_id=4), "annotation 1 is of category 4"),
     (lambda c: c["annotations"][1].pop("bbox"), "annotation 1 lacks"),
     (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"has bbox \[1, 2, 3\], not \[x"),
     (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, None]), "annotation 0 has bbox"),
-    (lambda c: c["images"][0].update(id="a"), "has the id 'a', not an integer"),
+    (lambda c: c["annotations"][0].update(bbox=[10**400, 1, 2, 3]), r"annotation 0 has bbox \[1"),
+    (lambda c: c["annotations"][1].update(iscrowd="0"), "annotation 1 has iscrowd '0', not 0 or 1"),
+    (lambda c: c["annotations"][1].update(area="12"), "annotation 1 has area '12', not a number"),
+    (lambda c: c["images"][0].update(id="a"), "has the id 'a', not an int64"),
+    (lambda c: c["images"][0].update(id=2**70), "has the id 1180591620717411303424, not an int64"),
     (lambda c: c["images"][0].update(id=c["images"][1]["id"]), "two images have the id"),
     (lambda c: c["images"][2].update(height=0), "image 2 must have file_name, height and width"),
+    (lambda c: c["images"][1].update(width=2**70), "image 1 must have file_name, height and"),
     (lambda c: c["images"][0].update(file_name="none.png"), "no image at .*none.png"),
 ]
 
@@ -573,8 +586,46 @@ def test_broken_annotations_are_told(shapes, tmp_path, change, message):
         result = change(content)
         return result if isinstance(result, str) else None
 
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_split(str(broken(shapes, tmp_path, changed)), "train2017")
+    folder = broken(shapes, tmp_path, changed)
+    with pytest.raises((DataError, FileNotFoundError), match=message) as raised:
+        read_split(str(folder), "train2017")
+    assert "instances_train2017.json" in str(raised.value)
+
+
+def test_many_images_of_which_two_have_one_id(shapes, tmp_path):
+    """Within a moment: what was quadratic took 17 s."""
+
+    def changed(content):
+        one = content["images"][0]
+        content["images"] = [one | {"id": number % 30_000} for number in range(30_001)]
+
+    folder = broken(shapes, tmp_path, changed)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="two images have the id 0"):
+        read_split(str(folder), "train2017")
+    assert time.monotonic() - begin < 3
+
+
+def test_boxes_that_mirroring_would_make_nothing_of(shapes, tmp_path):
+    """At the left edge float32 has thinner boxes than at the right."""
+    widths = [2e-5, 9e-3, 1.1e-2]
+
+    def changed(content):
+        first = content["images"][1]
+        content["annotations"] = [
+            {"image_id": first["id"], "category_id": 3, "bbox": [0, 1, width, 30]}
+            for width in widths
+        ]
+
+    split = read_split(str(broken(shapes, tmp_path, changed)), "train2017")
+    assert split.dropped[1] == split.dropped.sum() == 2
+    image, target, _ = detection_data._Images(split)[detection_data.Sample(1, True)]
+    (box,) = target["boxes"].tolist()
+    width = image.shape[2]
+    assert box == pytest.approx([width - 1.1e-2, 1, width, 31], abs=1e-5)
+    torch.manual_seed(0)
+    model = models.create_detector(R18, CLASSES, config(shapes)).train()
+    assert all(loss.isfinite() for loss in model([image.float() / 255], [target]).values())
 
 
 def test_images_that_are_not_what_they_should_be(shapes, tmp_path):
@@ -587,6 +638,23 @@ def test_images_that_are_not_what_they_should_be(shapes, tmp_path):
     shutil.copyfile(copy / "train2017" / split.names[1], path)
     with pytest.raises(ValueError, match=r"pixels, but .* says"):
         detection_data._Images(split)[detection_data.Sample(0, False)]
+    # Nor does a worker add its traceback.
+    with pytest.raises(DataError, match=f"{path.name} is ") as raised:
+        list(TestBatches(split, config(shapes, workers=1), ALONE))
+    assert "\n" not in str(raised.value)
+
+
+def test_signals_to_all_processes_do_not_end_workers(shapes):
+    """As a scheduler's SIGTERM, of which the main process makes a checkpoint."""
+    batches = TrainBatches(read_split(str(shapes), "train2017"), config(shapes, workers=1), ALONE)
+    read = batches.epoch(0)
+    next(read)
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    assert len(workers) == 1
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    time.sleep(0.2)
+    assert len(list(read)) == len(batches) - 1
 
 
 # -- class means ----------------------------------------------------------------------------------
