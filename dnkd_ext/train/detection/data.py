@@ -22,7 +22,15 @@ from dnkd_ext.train.loaders import leave_signals_to_the_main_process
 from dnkd_ext.train.readers import DataError
 from dnkd_ext.train.world import World
 
-__all__ = ["BoxSplit", "DetectionSource", "Sample", "TestBatches", "TrainBatches", "read_split"]
+__all__ = [
+    "BoxSplit",
+    "DetectionSource",
+    "Sample",
+    "TestBatches",
+    "TrainBatches",
+    "read_split",
+    "read_test_split",
+]
 
 Target = dict[str, Tensor]
 
@@ -181,6 +189,13 @@ def read_split(data: str, name: str) -> BoxSplit:
         category_ids,
         dropped,
     )
+
+
+def read_test_split(config: TrainConfig) -> BoxSplit:
+    """The images of the evaluation, where a configuration limits them a part; as read_split."""
+    split = read_split(config.data.data, config.detection.val_set)
+    limit = config.data.limit
+    return split if limit is None else split.part(-(-limit // 3))
 
 
 def _is_finite(value: Any) -> bool:
@@ -454,9 +469,8 @@ class DetectionSource:
             ValueError: a broken annotation file, or other categories in one than in the other.
         """
         began = time.perf_counter()
-        options = config.detection
-        train = read_split(config.data.data, options.train_set)
-        test = read_split(config.data.data, options.val_set)
+        train = read_split(config.data.data, config.detection.train_set)
+        test = read_test_split(config)
         for what in ("category_ids", "classes"):
             if getattr(train, what) != getattr(test, what):
                 raise ValueError(
@@ -464,7 +478,6 @@ class DetectionSource:
                 )
         if config.data.limit is not None:
             train = train.part(config.data.limit)
-            test = test.part(-(-config.data.limit // 3))
         if progress:
             words = f"{len(train)} and {len(test)} images"
             if train.dropped.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
+from dnkd_ext.train.classification import weights_digest
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.detection.heads import DistillingRoIHeads
 from dnkd_ext.train.models import load_weights
@@ -236,7 +236,7 @@ def load_detector(
         digest = PRETRAINED
     else:
         load_weights(model, weights, adapt=adapt)
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
+        digest = weights_digest(Path(weights))
     if digest == PRETRAINED or digest.startswith(COCO_DIGEST):
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
