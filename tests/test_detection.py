@@ -34,6 +34,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
+from dnkd_ext.train import jobs
 from dnkd_ext.train.classification import Teacher
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection import data as detection_data
@@ -49,7 +50,7 @@ from dnkd_ext.train.detection.task import (
     read_means,
 )
 from dnkd_ext.train.readers import DataError
-from dnkd_ext.train.world import World
+from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.drawn_boxes import CATEGORIES, draw
 from tests.runs import by_two, log, same, weights
 
@@ -245,15 +246,17 @@ def test_the_heads_compute_what_torchvisions_do(shapes, source):
         watched(student).__enter__()
 
 
+@pytest.mark.parametrize("nd_ramp", [False, True])
 @pytest.mark.parametrize(("method", "nd"), [("ce", 1.0), ("dkd", 0.0), ("reviewkd", 1.0)])
-def test_every_method_adds_up(shapes, source, method, nd):
+def test_every_method_adds_up(shapes, source, method, nd, nd_ramp):
     student, other = detectors(shapes, source)
     chosen = config(shapes, method=method, nd_weight=nd, kd_weight=0.5, ce_weight=2.0).method
     criterion = make_criterion(chosen, torch.randn(CLASSES, 1024))
-    step = DetectorDistillation(student, criterion, other, method, 2.0).train()
+    step = DetectorDistillation(student, criterion, other, method, 2.0, nd_ramp).train()
     loss, *own, kd, nd_term = step(*batch(shapes), torch.tensor(0.25))
     share = 0 if method == "ce" else 0.5 * 0.25
-    torch.testing.assert_close(loss, 2 * sum(own) + share * kd + nd * nd_term)
+    nd_share = nd * (0.25 if nd_ramp else 1)
+    torch.testing.assert_close(loss, 2 * sum(own) + share * kd + nd_share * nd_term)
     assert (nd_term > 0) == (nd > 0)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in step.parameters())
@@ -705,6 +708,9 @@ def test_class_means_command_and_the_authors_files(shapes, teacher, source, tmp_
     assert main([*command, "--out", str(out), *common(), *SAMPLED]) == 0
     assert f"{CLASSES} classes x 1024 features of" in capsys.readouterr().out
     means = ClassMeans.load(out)
+    for name in ("anchor_sizes", "mean", "std", "max_size", "proposals", "rpn_proposals"):
+        assert json.loads(means.metadata[name]) == SMALL[name]
+    assert json.loads(means.metadata["min_size"]) == 64
     wanted = gather_class_means(
         load_teacher(R18, str(teacher), source, config(shapes), ALONE).model,
         source,
@@ -790,6 +796,100 @@ def test_figures_of_known_detections(shapes):
     assert coco_figures(truth, shifted, ids)["ap"] == 0
     assert coco_figures(truth, perfect[:3], ids)["ap"] < 100
     assert "area" not in perfect[0]  # what was given is as it was
+
+
+def _without(name):
+    return lambda annotations: [one.pop(name) for one in annotations]
+
+
+def _ids(choose):
+    return lambda annotations: [one.update(id=choose(n)) for n, one in enumerate(annotations)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(_without, ("area", "iscrowd", "id")),
+        *map(_ids, (lambda n: n, lambda n: 1 + n % 3)),
+    ],
+    ids=["no area", "no iscrowd", "no id", "ids from 0", "repeated ids"],
+)
+def test_figures_do_not_depend_on_what_a_file_may_lack(shapes, tmp_path, change):
+    """They are those of pycocotools with the file as it should be."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)
+    path = copy / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    boxes = content["annotations"] = [
+        one for one in content["annotations"] if one["area"] and not one["iscrowd"]
+    ]
+    for number, one in enumerate(boxes):
+        one["id"] = number + 1
+    path.write_text(json.dumps(content))
+    keys = ("image_id", "category_id", "bbox")
+    found = [{key: one[key] for key in keys} | {"score": 0.9} for one in boxes]
+    for one in found[::3]:  # found up to an overlap of 0.75
+        x, y, width, height = one["bbox"]
+        one["bbox"] = [x, y, width * 0.78, height]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    wanted = by_hand(path, tmp_path / "found.json")
+    assert 60 < wanted[0] < 100
+    change(boxes)
+    path.write_text(json.dumps(content))
+    split = read_split(str(copy), "val2017")
+    figures = coco_figures(ground_truth(split), found, split.image_ids.tolist())
+    for name, value in zip(NAMES, wanted, strict=True):
+        assert figures.get(name, -100) == pytest.approx(value, abs=1e-3)
+
+
+def test_what_fails_on_the_first_process_reaches_the_others(shapes, source, monkeypatch):
+    monkeypatch.setattr(World, "from_first", lambda self, value: "KeyError: 'id'")
+    with pytest.raises(OtherProcessFailed, match="the first process failed: KeyError"):
+        DetectionTask(config(shapes, student=R18), source, None, World(1, 2, ALONE.device))
+
+
+def test_evaluation_and_pictures_need_the_images_of_the_evaluation_alone(
+    shapes, teacher, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)
+    shutil.rmtree(copy / "train2017")
+    (copy / "annotations" / "instances_train2017.json").unlink()
+    capsys.readouterr()
+    command = ["eval", "--model", R18, "--weights", str(teacher), "--data", str(copy)]
+    assert main([*command, *common(), "--limit", "10"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_images"] == 4
+    command = ["plot", str(teacher), "--out", str(tmp_path), "--task", "detection"]
+    assert main([*command, "--data", str(copy), "--device", "cpu", "--count", "1"]) == 0
+    assert (tmp_path / "boxes.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "was"),
+    [
+        ("--anchor-sizes", "16 32 64 128 256", "8 16 32 64 128"),
+        ("--mean", "0.5 0.5 0.5", "0.485 0.456 0.406"),
+        ("--std", "0.5 0.5 0.5", "0.229 0.224 0.225"),
+        ("--min-size", "64 72", "64"),
+        ("--max-size", "128", "96"),
+    ],
+)
+def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, option, given, was):
+    wrong = given.split()[-1] if option == "--min-size" else given
+    message = f"is a run with {option} {was}, got {wrong}"
+    for command in (["eval"], ["class-means", "--out", str(tmp_path / "means")]):
+        command += ["--model", R18, "--weights", str(teacher), "--data", str(shapes)]
+        assert message in refused([*command, *common(), option, *given.split()], capsys)
+    kind = float if option in ("--mean", "--std") else int
+    values = [kind(part) for part in given.split()]
+    settings = json.loads((teacher / "config.json").read_text())
+    settings |= {"teacher": R18, "teacher_weights": str(teacher), "method": "kd"}
+    settings[option[2:].replace("-", "_")] = values if len(values) > 1 else values[0]
+    student = tmp_path / "student"
+    shutil.copytree(teacher, student)
+    (student / "config.json").write_text(json.dumps(settings))
+    command = ["plot", str(student), "--out", str(tmp_path), "--task", "detection"]
+    assert message in refused([*command, "--device", "cpu"], capsys)
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -889,6 +989,60 @@ def test_parts_of_a_batch(shapes, source):
     assert [id(t) for part in parts for t in part[1]] == [id(t) for t in targets]
 
 
+def test_the_ramp_is_that_of_the_nd_loss_where_asked_for(shapes, source):
+    for asked in (False, True):
+        task = DetectionTask(config(shapes, student=R18, nd_ramp=asked), source, None, ALONE)
+        assert task.step.nd_ramp == asked
+
+
+def test_detections_after_a_resume_behind_the_last_epoch(shapes, tmp_path):
+    """Those of the moving average, whose weights are kept."""
+    out, more = tmp_path / "run", ("--epochs", "1", "--limit", "6", "--ema-decay", "0.9")
+    run(shapes, out, *more)
+    before = (out / "detections.json").read_text()
+    assert len(before) > 100
+    for name in ("result.json", "detections.json"):
+        (out / name).unlink()
+    run(shapes, out, *more, "--resume")
+    assert (out / "detections.json").read_text() == before
+
+
+def test_the_backbones_file_may_move(shapes, tmp_path, capsys):
+    first, second, other = (tmp_path / name for name in ("a.pth", "b.pth", "c.pth"))
+    torch.manual_seed(0)
+    for path in (first, other):
+        torch.save(torchvision.models.resnet18().state_dict(), path)
+    out, more = tmp_path / "run", ("--epochs", "1", "--limit", "6", "--backbone-weights")
+    rows = run(shapes, out, *more, str(first))
+    first.rename(second)
+    (out / "result.json").unlink()
+    again = options(shapes, out, *SAMPLED, *more)
+    assert "backbone is " in refused([*again, str(other), "--resume"], capsys)
+    assert run(shapes, out, *more, str(second), "--resume") == rows
+
+
+def test_frozen_statistics_are_not_averaged(monkeypatch):
+    """The mean of three equal numbers is not that number, to the last bit."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(value + value))
+    frozen, other = models.FrozenNorm(1000), torch.nn.BatchNorm2d(1000)
+    torch.manual_seed(0)
+    for norm in (frozen, other):
+        norm.running_mean.copy_(torch.rand(1000))
+    before = frozen.running_mean.clone(), other.running_mean.clone()
+    for _ in range(3):
+        World(0, 3, ALONE.device).average_batch_norm(torch.nn.Sequential(frozen, other))
+    assert torch.equal(frozen.running_mean, before[0])
+    assert not torch.equal(other.running_mean, before[1])
+    torch.testing.assert_close(other.running_mean, before[1])
+
+
+@pytest.mark.parametrize("task", ["detection", "cifar"])
+def test_convolutions_are_not_searched_for_every_shape(task, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", task == "detection")
+    jobs.prepare_device(replace(TrainConfig(), {"task": task}), World(0, 1, torch.device("cuda")))
+    assert torch.backends.cudnn.benchmark == (task != "detection")
+
+
 def test_accumulates_in_bfloat16(shapes, teacher, tmp_path):
     more = ("--epochs", "1", "--epoch-steps", "2", "--accumulate", "2", "--precision", "bfloat16")
     rows = run(shapes, tmp_path / "run", *of(teacher, "reviewkd", 1.0), *more)
@@ -948,6 +1102,9 @@ def test_wrong_inputs_are_told_before_anything_is_written(shapes, teacher, tmp_p
         ([*kd, "--teacher", MV2], "holds the weights of another network"),
         ([*kd, "--method", "dist"], "--method dist has no part in --task detection"),
         (["--label-smoothing", "0.1"], "--label-smoothing has no part"),
+        ([*kd, "--dropout", "0.1"], "--dropout has no part in --task detection, got 0.1"),
+        (["--drop-path", "0.1"], "--drop-path has no part in --task detection, got 0.1"),
+        ([*kd, "--gamma", "2"], "--gamma has no part in --task detection, got 2"),
         (["--compile"], "--compile is for batches of one shape"),
         (["--cache", "file"], "--cache is for --task cifar"),
         (["--min-size", "200"], "--min-size must be sizes from 1 to --max-size 96"),
