@@ -1050,6 +1050,22 @@ def test_accumulates_in_bfloat16(shapes, teacher, tmp_path):
     assert float(rows[0]["train_nd"]) > 0
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "reviewkd"])
+def test_every_method_trains_on_a_gpu(shapes, teacher, tmp_path, method, deterministic):
+    """In bfloat16; plain training, which has no teacher, is that of the ordinary tests."""
+    more = ("--device", "cuda", "--precision", "bfloat16", "--epochs", "1")
+    more += ("--deterministic",) if deterministic else ()
+    (row,) = run(shapes, tmp_path / "run", *of(teacher, method, 1.0), *more)
+    values = {name: float(row[f"train_{name}"]) for name in TERMS}
+    assert all(math.isfinite(value) for value in values.values())
+    own = sum(values[name] for name in ("ce", "box", "objectness", "rpn_box"))
+    assert values["loss"] == pytest.approx(own + values["kd"] + values["nd"], rel=1e-2)
+    assert 0 < values["nd"] < 2
+    assert (values["kd"] > 0) == (method != "ce")
+
+
 def test_two_processes(shapes, teacher, tmp_path, capsys):
     out = tmp_path / "run"
     more = of(teacher, "reviewkd", 1.0, "--epochs", "1", "--epoch-steps", "3")

@@ -51,7 +51,7 @@ class DataOptions:
     train2017/*, val2017/* and annotations/instances_train2017.json, instances_val2017.json."""
     limit: int | None = None
     """Use at most this many training images, as many of every class, and a third as many test
-    images."""
+    images; for detection evenly spread over all."""
     cache: str | None = None
     """Safetensors file in which decoded images are kept for the next run."""
     pad: int = 4
