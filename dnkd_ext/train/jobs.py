@@ -136,11 +136,8 @@ def _gather(
     path: Path,
     resume: bool,
 ) -> ClassMeans:
-    if _is_detection(config):  # a pass over proposals keeps no parts, and begins anew
-        return _detection().gather_class_means(model, source, config, world, metadata=notes)
-    return gather_class_means(
-        model, source, config, world, metadata=notes, path=path, resume=resume
-    )
+    gather = _detection().gather_class_means if _is_detection(config) else gather_class_means
+    return gather(model, source, config, world, metadata=notes, path=path, resume=resume)
 
 
 def resolve(options: RunOptions, world: World) -> RunOptions:

@@ -417,7 +417,11 @@ class TestBatches:
         return len(self._own)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target], list[int]]]:
-        for batch in _read(self.split, self._own, self.config, self.world):
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[tuple[list[Tensor], list[Target], list[int]]]:
+        """This process's batches, from number ``start`` on."""
+        for batch in _read(self.split, self._own[start:], self.config, self.world):
             yield *_on_device(batch, self.world.device), [index for _, _, index in batch]
 
 

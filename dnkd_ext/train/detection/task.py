@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.progress import Progress
 from dnkd_ext.train.classification import Teacher, identity, read_class_means, weights_file
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection.data import (
@@ -33,6 +32,7 @@ from dnkd_ext.train.detection.evaluation import (
 )
 from dnkd_ext.train.detection.models import FEATURES, PRETRAINED, create_detector, load_detector
 from dnkd_ext.train.engine import Task
+from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.world import World
 
 __all__ = [
@@ -130,39 +130,46 @@ def gather_class_means(
     world: World,
     *,
     metadata: dict[str, str] | None = None,
+    path: Path | None = None,
+    resume: bool = False,
 ) -> ClassMeans:
     """Mean box features of every class and of the background, over sampled proposals.
 
     The training images as they are, at the size of the evaluation; of each the teacher's own
     proposals with the boxes of the annotations among them, sampled as in training. What is drawn
-    depends on the seed and the image alone. The detector's modes are restored. Collective.
+    depends on the seed and the image alone. The detector's modes are restored. Collective; goes on
+    after a stop as :func:`dnkd_ext.train.gather.gather_means` says.
     """
-    means = ClassMeans(len(source.classes), FEATURES, device=world.device)
-    means.metadata = dict(metadata or {})
     batches = TestBatches(source.train_split, config, world)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     # As many proposals as in training; its head has nothing that behaves otherwise then.
     model.rpn.train()
-    shown = config.run.progress and world.is_first
     devices = [world.device] if world.device.type == "cuda" else []
     autocast = _autocast(config, world)
+
+    def look(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        images, targets, numbers = batch
+        with autocast:
+            seeds = [(config.run.seed, number) for number in numbers]
+            return sampled_features(model, images, targets, seeds)
+
     try:
-        with (
-            torch.random.fork_rng(devices),
-            Progress(len(batches), "class means", unit="batch", enabled=shown) as bar,
-        ):
-            for images, targets, numbers in batches:
-                with autocast:
-                    features, labels = sampled_features(
-                        model, images, targets, [(config.run.seed, number) for number in numbers]
-                    )
-                means.update(features, labels)
-                bar.advance()
+        with torch.random.fork_rng(devices):
+            return gather_means(
+                batches,
+                look,
+                source,
+                config,
+                world,
+                metadata=metadata,
+                path=path,
+                resume=resume,
+                width=FEATURES,
+            )
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return means.all_reduce()
 
 
 def sampled_features(
