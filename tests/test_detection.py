@@ -1040,6 +1040,7 @@ def test_the_ramp_is_that_of_the_nd_loss_where_asked_for(shapes, source):
 def test_detections_after_a_resume_behind_the_last_epoch(shapes, tmp_path):
     """Those of the moving average, whose weights are kept."""
     out, more = tmp_path / "run", ("--epochs", "1", "--limit", "6", "--ema-decay", "0.9")
+    more += ("--epoch-steps", "3")
     run(shapes, out, *more)
     before = (out / "detections.json").read_text()
     assert len(before) > 100
