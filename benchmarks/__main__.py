@@ -77,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
     e2e = add("e2e")
     e2e.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
     e2e.add_argument(
-        "--shape", action="append", choices=("cifar", "imagenet"),
-        help="which networks (repeatable; default both)",
+        "--shape", action="append", choices=("cifar", "imagenet", "detection"),
+        help="which networks (repeatable; default cifar and imagenet)",
     )  # fmt: skip
     e2e.add_argument(
         "--rounds", type=int, metavar="N", help="steps per method (default 7 on a CPU, 20 on a GPU)"

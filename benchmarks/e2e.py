@@ -1,8 +1,8 @@
 """Whole training steps: teacher forward, student forward and backward, criterion, SGD.
 
 All methods share the teacher and its forward pass, plain cross entropy too, so that only the loss
-differs. They take turns, a step each; the criterion's part is timed alone on the step's own logits
-and features.
+differs; a detector's plain training has no teacher. They take turns, a step each; the criterion's
+part is timed alone on the step's own logits and features.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Shape:
     """The networks and the batch of a step.
 
     Attributes:
-        name: "cifar" or "imagenet".
+        name: "cifar", "imagenet" or "detection".
         models: teacher and student in words.
         batch: images per step.
-        image: height and width.
+        image: height; and width, but for detection (:func:`benchmarks.steps.image_width`).
         classes: of the classifiers.
         dtype: of autocast; float32 without.
         channels_last: how images and weights lie in memory.
-        make: teacher and student.
+        make: teacher and student; detectors are made by :mod:`benchmarks.detection`.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Shape:
     classes: int
     dtype: torch.dtype
     channels_last: bool
-    make: Callable[[], tuple[nn.Module, nn.Module]]
+    make: Callable[[], tuple[nn.Module, nn.Module]] | None
 
 
 def _cifar_models() -> tuple[nn.Module, nn.Module]:
@@ -78,16 +78,24 @@ def unavailable(name: str) -> str | None:
         importlib.util.find_spec(package) for package in ("torchvision", "timm")
     ):
         return "neither torchvision nor timm is installed"
+    if name == "detection":
+        missing = [one for one in ("torchvision", "yaml") if importlib.util.find_spec(one) is None]
+        return f"{missing[0]} is not installed" if missing else None
     return None
 
 
 def shape(name: str, device: str) -> Shape:
-    """The full size on a GPU; on a CPU ImageNet's with few small images."""
+    """The full size on a GPU; on a CPU ImageNet's and COCO's with few small images."""
     if name == "cifar":
         return Shape(
             name, "resnet56 -> resnet20", 128, 32, 100, torch.float32, False, _cifar_models
         )
     full = device != "cpu"
+    if name == "detection":
+        return Shape(
+            name, "Faster R-CNN resnet101 -> resnet18", 8 if full else 2, 800 if full else 128, 81,
+            torch.bfloat16 if full else torch.float32, full, None,
+        )  # fmt: skip
     return Shape(
         name, "resnet34 -> resnet18", 256 if full else 16, 224 if full else 64, 1000,
         torch.bfloat16 if full else torch.float32, full, _imagenet_models,
@@ -137,6 +145,7 @@ class Trainer:
     def __init__(self, shape: Shape, device: str, names: Sequence[str] | None = None) -> None:
         torch.manual_seed(0)
         self.shape, self.device = shape, device
+        assert shape.make is not None
         teacher, student = shape.make()
         layout = torch.channels_last if shape.channels_last else torch.contiguous_format
         self.teacher = teacher.to(device, memory_format=layout).eval().requires_grad_(False)
@@ -146,7 +155,7 @@ class Trainer:
         width = dnkd_ext.adapters.find_classifier(teacher).in_features
         # On the scale of features after a ReLU.
         self.means = torch.rand(shape.classes, width, device=device)
-        self.criteria = methods(self.means)
+        self.criteria: dict[str, Criterion | None] = {**methods(self.means)}
         if names is not None:
             self.criteria = {name: self.criteria[name] for name in names}
         self.students, self.optimizers = {}, {}
@@ -174,7 +183,9 @@ class Trainer:
 
     def step(self, name: str) -> Tensor:
         """One training step; the loss."""
-        loss = self.criteria[name](*self.forward(name))
+        criterion = self.criteria[name]
+        assert criterion is not None
+        loss = criterion(*self.forward(name))
         self.optimizers[name].zero_grad()
         loss.backward()
         self.optimizers[name].step()
@@ -183,11 +194,15 @@ class Trainer:
     def losses(self) -> dict[str, float]:
         """Every criterion on the same logits and features."""
         inputs = self._criterion_inputs()
-        return {name: criterion(*inputs).item() for name, criterion in self.criteria.items()}
+        return {name: criterion(*inputs).item() for name, criterion in self._there().items()}
+
+    def _there(self) -> dict[str, Criterion]:
+        """The criteria of the methods that have one."""
+        return {name: one for name, one in self.criteria.items() if one is not None}
 
     def _criterion_inputs(self) -> list[Tensor]:
         """The step's logits and features, cut off from the networks."""
-        inputs = [value.detach() for value in self.forward(next(iter(self.criteria)))]
+        inputs = [value.detach() for value in self.forward(next(iter(self._there())))]
         inputs[0].requires_grad_()
         inputs[2].requires_grad_()
         return inputs
@@ -203,7 +218,16 @@ class Trainer:
 
             return run
 
-        return {name: call(criterion) for name, criterion in self.criteria.items()}
+        return {name: call(criterion) for name, criterion in self._there().items()}
+
+
+def make_trainer(shape: Shape, device: str) -> Trainer:
+    """The trainer of a shape: of classifiers, or of detectors."""
+    if shape.name == "detection":
+        from benchmarks.detection import DetectorTrainer
+
+        return DetectorTrainer(shape, device)
+    return Trainer(shape, device)
 
 
 def check(losses: dict[str, float]) -> None:
@@ -220,7 +244,7 @@ def check(losses: dict[str, float]) -> None:
 
 def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> list[results.Row]:
     """A row per method, all from the same run."""
-    trainer = Trainer(shape, device)
+    trainer = make_trainer(shape, device)
     check(trainer.losses())
     times: dict[str, list[float]] = {name: [] for name in trainer.criteria}
     with Progress(rounds + 2, shape.models, unit="round") as progress:
@@ -252,7 +276,7 @@ def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> 
     rows = []
     for name, values in times.items():
         ordered = sorted(values)
-        part = alone[name]
+        part = alone.get(name)  # none where nothing is added to the model's own loss
         rows.append(
             {
                 **common,
@@ -261,9 +285,9 @@ def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> 
                 "low_ms": round(ordered[int(0.2 * (len(ordered) - 1))] * 1e3, 3),
                 "high_ms": round(ordered[math.ceil(0.8 * (len(ordered) - 1))] * 1e3, 3),
                 "rounds": len(ordered),
-                "loss_us": round(part.median * 1e6, 2),
-                "loss_low_us": round(part.low * 1e6, 2),
-                "loss_high_us": round(part.high * 1e6, 2),
+                "loss_us": "" if part is None else round(part.median * 1e6, 2),
+                "loss_low_us": "" if part is None else round(part.low * 1e6, 2),
+                "loss_high_us": "" if part is None else round(part.high * 1e6, 2),
             }
         )
     return rows
@@ -318,6 +342,6 @@ def run(
         if out is not None:
             steps.append_steps(rows, out)
         print(report.step_table(rows))
-        if device == "cuda" and name == "imagenet":
-            print(*targets.lines(targets.evaluate_steps(rows)), sep="\n")
+        if device == "cuda" and name in targets.STEPS:
+            print(*targets.lines(targets.evaluate_steps(rows, [name])), sep="\n")
     return 1 if left_out else 0

@@ -129,6 +129,7 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
         return [measure("run", "run", LADDER, "--peers", ",".join(there))]
     return [
         measure("e2e", "e2e", STEPS),
+        measure("detection", "e2e", STEPS, "--shape", "detection"),
         measure("training", "training", TRAINING),
         measure("training recorded", "training", TRAINING, "--cuda-graph"),
     ]

@@ -12,7 +12,7 @@ from benchmarks.disk import latest_loading
 from benchmarks.parts import DATA, latest_training
 from benchmarks.peers import PEERS
 from benchmarks.results import BOTH, FORWARD, Latest, Measurement, Row, latest, measurements
-from benchmarks.steps import latest_steps
+from benchmarks.steps import image_width, latest_steps
 
 Machine = tuple[str, str, str]
 
@@ -425,14 +425,14 @@ def step_table(group: Sequence[Row]) -> str:
     lines = []
     for row in group:
         step, low, high = (float(str(row[name])) for name in ("step_ms", "low_ms", "high_ms"))
-        ratio = "-"
-        if loop is not None and str(row["method"]).startswith("KD++"):
-            ratio = f"{float(str(loop['loss_us'])) / float(str(row['loss_us'])):.1f}x"
+        ratio, part = "-", _value(row, "loss_us")
+        if loop is not None and part and str(row["method"]).startswith("KD++"):
+            ratio = f"{float(str(loop['loss_us'])) / part:.1f}x"
         lines.append(
             [
                 str(row["method"]),
                 f"{step:,.1f} ({low:,.1f}-{high:,.1f})",
-                _number(float(str(row["loss_us"]))),
+                _number(part),
                 ratio,
             ]
         )
@@ -440,26 +440,35 @@ def step_table(group: Sequence[Row]) -> str:
     return _table(header, lines)
 
 
+STEP = """A step is the teacher's forward pass, the student's forward and backward pass, and SGD; \
+the loss part is the criterion's forward and backward pass alone on the step's own logits and \
+features."""
+DETECTION_STEP = f"""{STEP} Plain training has neither teacher nor loss part. The teacher sees the \
+student's proposals. The loop is kinder than the published one, which makes a Python list of 1,024 \
+numbers of every proposal's class mean and uploads that."""
+
+
 def _steps(group: list[Row]) -> str:
     first = group[0]
+    shape = str(first["shape"])
+    chosen = "--shape detection " if shape == "detection" else ""
     command = (
-        "    python -m benchmarks e2e --out FILE.csv\n"
+        f"    python -m benchmarks e2e {chosen}--out FILE.csv\n"
         if first["device"] == "cpu"
         else "    make gpu-check STAGE=e2e\n"
     )
-    size = f"{float(str(first['image'])):.0f}"
+    height = int(float(str(first["image"])))
     text = (
-        f"\n### {first['models']}, batch {float(str(first['batch'])):.0f}, {size}x{size}, "
-        f"{first['dtype']}\n\n{first['hardware']}, torch {first['torch']}; {first['date']}, "
-        f"dnkd_ext {first['version']} at {first['commit']}. A step is the teacher's forward pass, "
-        "the student's forward and backward pass, and SGD; the loss part is the criterion's "
-        "forward and backward pass alone on the step's own logits and features. The command:\n\n"
+        f"\n### {first['models']}, batch {float(str(first['batch'])):.0f}, "
+        f"{height}x{image_width(shape, height)}, {first['dtype']}\n\n{first['hardware']}, "
+        f"torch {first['torch']}; {first['date']}, dnkd_ext {first['version']} at "
+        f"{first['commit']}. {DETECTION_STEP if shape == 'detection' else STEP} The command:\n\n"
         + command
         + "\n"
         + step_table(group)
     )
-    if first["device"] == "cuda" and first["shape"] == "imagenet":
-        verdicts = targets.lines(targets.evaluate_steps(group))
+    if first["device"] == "cuda" and shape in targets.STEPS:
+        verdicts = targets.lines(targets.evaluate_steps(group, [shape]))
         text += "\n" + "\n".join(f"    {line}" for line in verdicts) + "\n"
     return text
 

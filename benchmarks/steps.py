@@ -19,6 +19,11 @@ STEP_NUMBERS = {
 }  # fmt: skip
 
 
+def image_width(shape: str, height: int) -> int:
+    """Of a shape's images: those of a detector are wide, the others square."""
+    return height * 1333 // 800 if shape == "detection" else height
+
+
 def append_steps(rows: list[Row], path: Path) -> None:
     """Add the steps of one shape, all or none."""
     append(rows, path, STEP_FIELDS)

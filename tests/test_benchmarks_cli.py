@@ -325,7 +325,12 @@ def test_the_report_of_a_gpu_and_of_steps():
     group = [
         {**step, "method": name, "step_ms": ms, "loss_us": us} for name, (ms, us) in methods.items()
     ]
+    detection = {"shape": "detection", "image": 800.0, "batch": 8.0}
+    group += [{**row, **detection} for row in group[1:]]
     text = report.render(gpu_rows(), group)
+    assert "batch 8, 800x1333, bfloat16" in text
+    assert "PASS         COCO-shape step: the loss part" in text
+    assert text.count("ImageNet-shape step with KD++") == 1  # beside its own figures alone
     assert text.count("Not run: there is no result of a GPU") == 1  # training, part by part
     assert "make gpu-check STAGE=bench" in text
     assert "| KD++ ours | 100.5 (99.0-102.0) | 500 | 60.0x |" in text

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -26,14 +29,17 @@ pytest.importorskip("yaml")
 pytest.importorskip("PIL")
 
 import torchvision
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
+from dnkd_ext.train import jobs
 from dnkd_ext.train.classification import Teacher
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection import data as detection_data
 from dnkd_ext.train.detection import models
+from dnkd_ext.train.detection import task as detection_task
 from dnkd_ext.train.detection.data import DetectionSource, TestBatches, TrainBatches, read_split
 from dnkd_ext.train.detection.distillation import TERMS, DetectorDistillation, make_criterion
 from dnkd_ext.train.detection.evaluation import coco_figures, ground_truth
@@ -44,7 +50,8 @@ from dnkd_ext.train.detection.task import (
     load_teacher,
     read_means,
 )
-from dnkd_ext.train.world import World
+from dnkd_ext.train.readers import DataError
+from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.drawn_boxes import CATEGORIES, draw
 from tests.runs import by_two, log, same, weights
 
@@ -240,15 +247,17 @@ def test_the_heads_compute_what_torchvisions_do(shapes, source):
         watched(student).__enter__()
 
 
+@pytest.mark.parametrize("nd_ramp", [False, True])
 @pytest.mark.parametrize(("method", "nd"), [("ce", 1.0), ("dkd", 0.0), ("reviewkd", 1.0)])
-def test_every_method_adds_up(shapes, source, method, nd):
+def test_every_method_adds_up(shapes, source, method, nd, nd_ramp):
     student, other = detectors(shapes, source)
     chosen = config(shapes, method=method, nd_weight=nd, kd_weight=0.5, ce_weight=2.0).method
     criterion = make_criterion(chosen, torch.randn(CLASSES, 1024))
-    step = DetectorDistillation(student, criterion, other, method, 2.0).train()
+    step = DetectorDistillation(student, criterion, other, method, 2.0, nd_ramp).train()
     loss, *own, kd, nd_term = step(*batch(shapes), torch.tensor(0.25))
     share = 0 if method == "ce" else 0.5 * 0.25
-    torch.testing.assert_close(loss, 2 * sum(own) + share * kd + nd * nd_term)
+    nd_share = nd * (0.25 if nd_ramp else 1)
+    torch.testing.assert_close(loss, 2 * sum(own) + share * kd + nd_share * nd_term)
     assert (nd_term > 0) == (nd > 0)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in step.parameters())
@@ -346,6 +355,39 @@ def test_frozen_normalisation_is_torchvisions():
         assert own(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_anchors_under_autocast_are_float32(shapes):
+    """Synthetic maps of an image of 800 x 1344 pixels; the anchors as torchvision defines them."""
+    model = models.create_detector(R18, CLASSES, config(shapes, max_size=1333, min_size=[800]))
+    images = ImageList(torch.empty(1, 3, 800, 1344), [(800, 1333)])
+    maps = [
+        torch.zeros(1, 256, -(-800 // s), -(-1344 // s), dtype=torch.bfloat16)
+        for s in (4, 8, 16, 32, 64)
+    ]
+    (anchors,) = model.rpn.anchor_generator(images, maps)
+    wanted = []
+    for level, size in zip(maps, SMALL["anchor_sizes"], strict=True):
+        height, width = level.shape[-2:]
+        for y in range(height):
+            for x in range(width):
+                centre = np.array([x * (1344 // width), y * (800 // height)] * 2)
+                for ratio in (0.5, 1.0, 2.0):
+                    half = np.array([size / math.sqrt(ratio), size * math.sqrt(ratio)]) / 2
+                    wanted.append(centre + np.round(np.concatenate([-half, half])))
+    assert anchors.dtype == torch.float32
+    assert torch.equal(anchors, torch.tensor(np.array(wanted), dtype=torch.float32))
+
+
+def test_the_box_predictor_is_float32_under_autocast(shapes):
+    model = models.create_detector(R18, CLASSES, config(shapes))
+    predictor, x = model.roi_heads.box_predictor, torch.randn(5, 1024).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, offsets = predictor(x)
+    for got, layer in ((scores, predictor.cls_score), (offsets, predictor.bbox_pred)):
+        assert got.dtype == torch.float32
+        wanted = x.double() @ layer.weight.double().T + layer.bias.double()
+        torch.testing.assert_close(got, wanted.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_boxes_under_autocast_are_float32(shapes):
     """bfloat16 would put their corners on every fourth pixel."""
     torch.manual_seed(0)
@@ -369,8 +411,7 @@ def test_weights_of_91_classes_are_taken_by_category(shapes, tmp_path):
         if not key.endswith("num_batches_tracked")
     }
     torch.save(state, tmp_path / "big.pth")
-    ids = sorted(CATEGORIES)
-    classes = ["background", *(CATEGORIES[i] for i in ids)]
+    ids, classes = [3, 7, 90], ["background", "car", "train", "toothbrush"]
     own, _ = models.load_detector(R18, str(tmp_path / "big.pth"), config(shapes), classes, ids)
     x = torch.randn(5, 1024)
     logits, boxes = own.roi_heads.box_predictor(x)
@@ -380,6 +421,33 @@ def test_weights_of_91_classes_are_taken_by_category(shapes, tmp_path):
         boxes.view(5, 4, 4), all_boxes.view(5, 91, 4)[:, [0, *ids]], rtol=1e-4, atol=1e-6
     )
     assert torch.equal(own.rpn.head.conv[0][0].weight, big.rpn.head.conv[0][0].weight)
+    for other, number, name in ((["car", "disc"], 7, "train"), (["car", "train"], 91, None)):
+        message = (
+            f"trained for 90 classes and the background, but the data have 2; .* category {number} "
+            f"is {name!r}, not {other[1]!r}"
+        )
+        with pytest.raises(ValueError, match=message):
+            models.load_detector(
+                R18, str(tmp_path / "big.pth"), config(shapes), ["background", *other], [3, number]
+            )
+
+
+def test_torchvisions_file_is_used_as_it_was_trained(shapes, tmp_path, monkeypatch):
+    """Its normalisation divides by the root of the variance, with nothing added."""
+    model, path = models.create_detector(R18, CLASSES, config(shapes)), tmp_path / "r18.pth"
+    torch.save(model.state_dict(), path)
+    assert models.COCO_DIGEST in models.COCO.url
+
+    def eps() -> set[float]:
+        names = ["background", "a", "b", "c"]
+        found, _ = models.load_detector(R18, str(path), config(shapes), names, [1, 2, 3])
+        norms = [m for m in found.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        return {norm.eps for norm in norms}
+
+    assert eps() == {1e-5}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(models, "COCO_DIGEST", digest[:8])
+    assert eps() == {0.0}
 
 
 def test_downloads_without_a_network_are_told(shapes, monkeypatch):
@@ -404,7 +472,9 @@ def test_a_split_is_what_its_file_says(shapes):
     content = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
     assert split.classes == ["background", *(CATEGORIES[i] for i in sorted(CATEGORIES))]
     assert split.category_ids == sorted(CATEGORIES) == [3, 7, 90]
-    assert split.dropped == 1
+    assert split.dropped.tolist() == [1] + [0] * (TRAIN - 1)
+    assert split.part(3).dropped.sum() == 1
+    assert dataclasses.replace(split, dropped=split.dropped[::-1]).part(3).dropped.sum() == 1
     assert len(split) == TRAIN
     empty = 0
     for place, image in enumerate(content["images"]):
@@ -492,16 +562,24 @@ def broken(shapes: Path, tmp_path: Path, change) -> Path:
 
 CHANGES = [
     (lambda c: '{"images": [', "is no whole JSON file"),
+    (lambda c: "[" * 100_000, "is no whole JSON file"),
     (lambda c: "[]", "must have a list of images"),
     (lambda c: c.pop("categories"), "must have a list of categories"),
     (lambda c: c["annotations"][0].update(image_id=5), "annotation 0 is of image 5"),
+    (lambda c: c["annotations"][0].update(image_id=[1]), r"annotation 0 is of image \[1\]"),
+    (lambda c: c["annotations"][3].update(category_id={}), r"annotation 3 is of category \{\}"),
     (lambda c: c["annotations"][1].update(category_id=4), "annotation 1 is of category 4"),
     (lambda c: c["annotations"][1].pop("bbox"), "annotation 1 lacks"),
     (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"has bbox \[1, 2, 3\], not \[x"),
     (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, None]), "annotation 0 has bbox"),
-    (lambda c: c["images"][0].update(id="a"), "has the id 'a', not an integer"),
+    (lambda c: c["annotations"][0].update(bbox=[10**400, 1, 2, 3]), r"annotation 0 has bbox \[1"),
+    (lambda c: c["annotations"][1].update(iscrowd="0"), "annotation 1 has iscrowd '0', not 0 or 1"),
+    (lambda c: c["annotations"][1].update(area="12"), "annotation 1 has area '12', not a number"),
+    (lambda c: c["images"][0].update(id="a"), "has the id 'a', not an int64"),
+    (lambda c: c["images"][0].update(id=2**70), "has the id 1180591620717411303424, not an int64"),
     (lambda c: c["images"][0].update(id=c["images"][1]["id"]), "two images have the id"),
     (lambda c: c["images"][2].update(height=0), "image 2 must have file_name, height and width"),
+    (lambda c: c["images"][1].update(width=2**70), "image 1 must have file_name, height and"),
     (lambda c: c["images"][0].update(file_name="none.png"), "no image at .*none.png"),
 ]
 
@@ -512,8 +590,46 @@ def test_broken_annotations_are_told(shapes, tmp_path, change, message):
         result = change(content)
         return result if isinstance(result, str) else None
 
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        read_split(str(broken(shapes, tmp_path, changed)), "train2017")
+    folder = broken(shapes, tmp_path, changed)
+    with pytest.raises((DataError, FileNotFoundError), match=message) as raised:
+        read_split(str(folder), "train2017")
+    assert "instances_train2017.json" in str(raised.value)
+
+
+def test_many_images_of_which_two_have_one_id(shapes, tmp_path):
+    """Within a moment: what was quadratic took 17 s."""
+
+    def changed(content):
+        one = content["images"][0]
+        content["images"] = [one | {"id": number % 30_000} for number in range(30_001)]
+
+    folder = broken(shapes, tmp_path, changed)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match="two images have the id 0"):
+        read_split(str(folder), "train2017")
+    assert time.monotonic() - begin < 3
+
+
+def test_boxes_that_mirroring_would_make_nothing_of(shapes, tmp_path):
+    """At the left edge float32 has thinner boxes than at the right."""
+    widths = [2e-5, 9e-3, 1.1e-2]
+
+    def changed(content):
+        first = content["images"][1]
+        content["annotations"] = [
+            {"image_id": first["id"], "category_id": 3, "bbox": [0, 1, width, 30]}
+            for width in widths
+        ]
+
+    split = read_split(str(broken(shapes, tmp_path, changed)), "train2017")
+    assert split.dropped[1] == split.dropped.sum() == 2
+    image, target, _ = detection_data._Images(split)[detection_data.Sample(1, True)]
+    (box,) = target["boxes"].tolist()
+    width = image.shape[2]
+    assert box == pytest.approx([width - 1.1e-2, 1, width, 31], abs=1e-5)
+    torch.manual_seed(0)
+    model = models.create_detector(R18, CLASSES, config(shapes)).train()
+    assert all(loss.isfinite() for loss in model([image.float() / 255], [target]).values())
 
 
 def test_images_that_are_not_what_they_should_be(shapes, tmp_path):
@@ -526,6 +642,23 @@ def test_images_that_are_not_what_they_should_be(shapes, tmp_path):
     shutil.copyfile(copy / "train2017" / split.names[1], path)
     with pytest.raises(ValueError, match=r"pixels, but .* says"):
         detection_data._Images(split)[detection_data.Sample(0, False)]
+    # Nor does a worker add its traceback.
+    with pytest.raises(DataError, match=f"{path.name} is ") as raised:
+        list(TestBatches(split, config(shapes, workers=1), ALONE))
+    assert "\n" not in str(raised.value)
+
+
+def test_signals_to_all_processes_do_not_end_workers(shapes):
+    """As a scheduler's SIGTERM, of which the main process makes a checkpoint."""
+    batches = TrainBatches(read_split(str(shapes), "train2017"), config(shapes, workers=1), ALONE)
+    read = batches.epoch(0)
+    next(read)
+    workers = [str(process.pid) for process in multiprocessing.active_children()]
+    assert len(workers) == 1
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    time.sleep(0.2)
+    assert len(list(read)) == len(batches) - 1
 
 
 # -- class means ----------------------------------------------------------------------------------
@@ -570,12 +703,56 @@ def test_class_means_are_a_plain_average(shapes, source, teacher, monkeypatch):
     torch.testing.assert_close(merged.float(), whole.compute(), rtol=1e-5, atol=1e-6)
 
 
+def test_class_means_go_on_after_a_stop(shapes, source, teacher, tmp_path, monkeypatch):
+    """With the batch that was not finished, and to the same numbers."""
+    model = load_teacher(R18, str(teacher), source, config(shapes), ALONE).model
+    wanted = gather_class_means(model, source, config(shapes), ALONE).compute()
+    path, looked = tmp_path / "means.safetensors", []
+    sampled = detection_task.sampled_features
+
+    def counted(model, images, targets, seeds):
+        looked.append([number for _, number in seeds])
+        if len(looked) == 3:
+            raise KeyboardInterrupt
+        return sampled(model, images, targets, seeds)
+
+    monkeypatch.setattr(detection_task, "sampled_features", counted)
+    with pytest.raises(KeyboardInterrupt):
+        gather_class_means(model, source, config(shapes), ALONE, path=path)
+    assert not any(module.training for module in model.modules())
+    again = gather_class_means(model, source, config(shapes), ALONE, path=path, resume=True)
+    assert looked[2] == looked[3]
+    seen = [number for numbers in looked[:2] + looked[3:] for number in numbers]
+    assert sorted(seen) == list(range(TRAIN))
+    assert torch.equal(again.compute(), wanted)
+    # But not with another seed, with which others are sampled.
+    first = looked[0]
+    looked.clear()
+    other = config(shapes, seed=1)
+    with (
+        pytest.warns(UserWarning, match="class means begin anew"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        gather_class_means(model, source, other, ALONE, path=path, resume=True)
+    assert looked[0] == first
+
+
+def test_a_process_without_images_has_its_part_in_class_means(shapes, source, teacher):
+    model = load_teacher(R18, str(teacher), source, config(shapes), ALONE).model
+    last = World(TRAIN, TRAIN + 1, ALONE.device)
+    means = gather_class_means(model, source, config(shapes, detect_batch_size=1), last)
+    assert means.counts.tolist() == [0] * CLASSES
+
+
 def test_class_means_command_and_the_authors_files(shapes, teacher, source, tmp_path, capsys):
     out = tmp_path / "means.safetensors"
     command = ["class-means", "--model", R18, "--weights", str(teacher), "--data", str(shapes)]
     assert main([*command, "--out", str(out), *common(), *SAMPLED]) == 0
     assert f"{CLASSES} classes x 1024 features of" in capsys.readouterr().out
     means = ClassMeans.load(out)
+    for name in ("anchor_sizes", "mean", "std", "max_size", "proposals", "rpn_proposals"):
+        assert json.loads(means.metadata[name]) == SMALL[name]
+    assert json.loads(means.metadata["min_size"]) == 64
     wanted = gather_class_means(
         load_teacher(R18, str(teacher), source, config(shapes), ALONE).model,
         source,
@@ -661,6 +838,100 @@ def test_figures_of_known_detections(shapes):
     assert coco_figures(truth, shifted, ids)["ap"] == 0
     assert coco_figures(truth, perfect[:3], ids)["ap"] < 100
     assert "area" not in perfect[0]  # what was given is as it was
+
+
+def _without(name):
+    return lambda annotations: [one.pop(name) for one in annotations]
+
+
+def _ids(choose):
+    return lambda annotations: [one.update(id=choose(n)) for n, one in enumerate(annotations)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *map(_without, ("area", "iscrowd", "id")),
+        *map(_ids, (lambda n: n, lambda n: 1 + n % 3)),
+    ],
+    ids=["no area", "no iscrowd", "no id", "ids from 0", "repeated ids"],
+)
+def test_figures_do_not_depend_on_what_a_file_may_lack(shapes, tmp_path, change):
+    """They are those of pycocotools with the file as it should be."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)
+    path = copy / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    boxes = content["annotations"] = [
+        one for one in content["annotations"] if one["area"] and not one["iscrowd"]
+    ]
+    for number, one in enumerate(boxes):
+        one["id"] = number + 1
+    path.write_text(json.dumps(content))
+    keys = ("image_id", "category_id", "bbox")
+    found = [{key: one[key] for key in keys} | {"score": 0.9} for one in boxes]
+    for one in found[::3]:  # found up to an overlap of 0.75
+        x, y, width, height = one["bbox"]
+        one["bbox"] = [x, y, width * 0.78, height]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    wanted = by_hand(path, tmp_path / "found.json")
+    assert 60 < wanted[0] < 100
+    change(boxes)
+    path.write_text(json.dumps(content))
+    split = read_split(str(copy), "val2017")
+    figures = coco_figures(ground_truth(split), found, split.image_ids.tolist())
+    for name, value in zip(NAMES, wanted, strict=True):
+        assert figures.get(name, -100) == pytest.approx(value, abs=1e-3)
+
+
+def test_what_fails_on_the_first_process_reaches_the_others(shapes, source, monkeypatch):
+    monkeypatch.setattr(World, "from_first", lambda self, value: "KeyError: 'id'")
+    with pytest.raises(OtherProcessFailed, match="the first process failed: KeyError"):
+        DetectionTask(config(shapes, student=R18), source, None, World(1, 2, ALONE.device))
+
+
+def test_evaluation_and_pictures_need_the_images_of_the_evaluation_alone(
+    shapes, teacher, tmp_path, capsys
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(shapes, copy)
+    shutil.rmtree(copy / "train2017")
+    (copy / "annotations" / "instances_train2017.json").unlink()
+    capsys.readouterr()
+    command = ["eval", "--model", R18, "--weights", str(teacher), "--data", str(copy)]
+    assert main([*command, *common(), "--limit", "10"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_images"] == 4
+    command = ["plot", str(teacher), "--out", str(tmp_path), "--task", "detection"]
+    assert main([*command, "--data", str(copy), "--device", "cpu", "--count", "1"]) == 0
+    assert (tmp_path / "boxes.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "was"),
+    [
+        ("--anchor-sizes", "16 32 64 128 256", "8 16 32 64 128"),
+        ("--mean", "0.5 0.5 0.5", "0.485 0.456 0.406"),
+        ("--std", "0.5 0.5 0.5", "0.229 0.224 0.225"),
+        ("--min-size", "64 72", "64"),
+        ("--max-size", "128", "96"),
+    ],
+)
+def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, option, given, was):
+    wrong = given.split()[-1] if option == "--min-size" else given
+    message = f"is a run with {option} {was}, got {wrong}"
+    for command in (["eval"], ["class-means", "--out", str(tmp_path / "means")]):
+        command += ["--model", R18, "--weights", str(teacher), "--data", str(shapes)]
+        assert message in refused([*command, *common(), option, *given.split()], capsys)
+    kind = float if option in ("--mean", "--std") else int
+    values = [kind(part) for part in given.split()]
+    settings = json.loads((teacher / "config.json").read_text())
+    settings |= {"teacher": R18, "teacher_weights": str(teacher), "method": "kd"}
+    settings[option[2:].replace("-", "_")] = values if len(values) > 1 else values[0]
+    student = tmp_path / "student"
+    shutil.copytree(teacher, student)
+    (student / "config.json").write_text(json.dumps(settings))
+    command = ["plot", str(student), "--out", str(tmp_path), "--task", "detection"]
+    assert message in refused([*command, "--device", "cpu"], capsys)
 
 
 # -- runs -----------------------------------------------------------------------------------------
@@ -760,11 +1031,85 @@ def test_parts_of_a_batch(shapes, source):
     assert [id(t) for part in parts for t in part[1]] == [id(t) for t in targets]
 
 
+def test_the_ramp_is_that_of_the_nd_loss_where_asked_for(shapes, source):
+    for asked in (False, True):
+        task = DetectionTask(config(shapes, student=R18, nd_ramp=asked), source, None, ALONE)
+        assert task.step.nd_ramp == asked
+
+
+def test_detections_after_a_resume_behind_the_last_epoch(shapes, tmp_path):
+    """Those of the moving average, whose weights are kept."""
+    out, more = tmp_path / "run", ("--epochs", "1", "--limit", "6", "--ema-decay", "0.9")
+    more += ("--epoch-steps", "3")
+    run(shapes, out, *more)
+    before = (out / "detections.json").read_text()
+    assert len(before) > 100
+    for name in ("result.json", "detections.json"):
+        (out / name).unlink()
+    run(shapes, out, *more, "--resume")
+    assert (out / "detections.json").read_text() == before
+
+
+def test_the_backbones_file_may_move(shapes, tmp_path, capsys):
+    first, second, other = (tmp_path / name for name in ("a.pth", "b.pth", "c.pth"))
+    torch.manual_seed(0)
+    for path in (first, other):
+        torch.save(torchvision.models.resnet18().state_dict(), path)
+    out, more = tmp_path / "run", ("--epochs", "1", "--limit", "6", "--backbone-weights")
+    rows = run(shapes, out, *more, str(first))
+    first.rename(second)
+    (out / "result.json").unlink()
+    again = options(shapes, out, *SAMPLED, *more)
+    assert "backbone is " in refused([*again, str(other), "--resume"], capsys)
+    assert run(shapes, out, *more, str(second), "--resume") == rows
+
+
+def test_frozen_statistics_are_not_averaged(monkeypatch):
+    """The mean of three equal numbers is not that number, to the last bit."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: value.add_(value + value))
+    frozen, other = models.FrozenNorm(1000), torch.nn.BatchNorm2d(1000)
+    torch.manual_seed(0)
+    for norm in (frozen, other):
+        norm.running_mean.copy_(torch.rand(1000))
+    before = frozen.running_mean.clone(), other.running_mean.clone()
+    for _ in range(3):
+        World(0, 3, ALONE.device).average_batch_norm(torch.nn.Sequential(frozen, other))
+    assert torch.equal(frozen.running_mean, before[0])
+    assert not torch.equal(other.running_mean, before[1])
+    torch.testing.assert_close(other.running_mean, before[1])
+
+
+@pytest.mark.parametrize("task", ["detection", "cifar"])
+def test_convolutions_are_not_searched_for_every_shape(task, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", task == "detection")
+    jobs.prepare_device(replace(TrainConfig(), {"task": task}), World(0, 1, torch.device("cuda")))
+    assert torch.backends.cudnn.benchmark == (task != "detection")
+
+
 def test_accumulates_in_bfloat16(shapes, teacher, tmp_path):
     more = ("--epochs", "1", "--epoch-steps", "2", "--accumulate", "2", "--precision", "bfloat16")
     rows = run(shapes, tmp_path / "run", *of(teacher, "reviewkd", 1.0), *more)
     assert math.isfinite(float(rows[0]["train_loss"]))
     assert float(rows[0]["train_nd"]) > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["plain", "ce", "kd", "dkd", "reviewkd", "deterministic"])
+def test_every_method_trains_on_a_gpu(shapes, teacher, tmp_path, method):
+    """In bfloat16; the last is ReviewKD without kernels that are not deterministic."""
+    more = ["--device", "cuda", "--precision", "bfloat16", "--epochs", "1"]
+    if method == "deterministic":
+        method = "reviewkd"
+        more.append("--deterministic")
+    if method != "plain":
+        more += of(teacher, method, 1.0)
+    (row,) = run(shapes, tmp_path / "run", *more)
+    values = {name: float(row[f"train_{name}"]) for name in TERMS}
+    assert all(math.isfinite(value) for value in values.values())
+    own = sum(values[name] for name in ("ce", "box", "objectness", "rpn_box"))
+    kd = 0 if method == "ce" else values["kd"]  # which is shown there, and has no weight
+    assert values["loss"] == pytest.approx(own + kd + values["nd"], rel=1e-2)
+    assert (0 < values["nd"] < 2) == (values["kd"] > 0) == (method != "plain")
 
 
 def test_two_processes(shapes, teacher, tmp_path, capsys):
@@ -819,6 +1164,9 @@ def test_wrong_inputs_are_told_before_anything_is_written(shapes, teacher, tmp_p
         ([*kd, "--teacher", MV2], "holds the weights of another network"),
         ([*kd, "--method", "dist"], "--method dist has no part in --task detection"),
         (["--label-smoothing", "0.1"], "--label-smoothing has no part"),
+        ([*kd, "--dropout", "0.1"], "--dropout has no part in --task detection, got 0.1"),
+        (["--drop-path", "0.1"], "--drop-path has no part in --task detection, got 0.1"),
+        ([*kd, "--gamma", "2"], "--gamma has no part in --task detection, got 2"),
         (["--compile"], "--compile is for batches of one shape"),
         (["--cache", "file"], "--cache is for --task cifar"),
         (["--min-size", "200"], "--min-size must be sizes from 1 to --max-size 96"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import e2e, steps
+from benchmarks import e2e, report, steps
 from benchmarks.__main__ import main
 
 
@@ -98,7 +100,85 @@ def test_rows_and_resumption(no_compile, tmp_path, monkeypatch, capsys):
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
 
 
+def detector_shape(dtype):
+    return e2e.Shape("detection", "a detector", 1, 64, 81, dtype, dtype == torch.bfloat16, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forms_of_the_criterion_over_proposals(dtype):
+    """The same loss of the same proposals, and beside them the detector's own."""
+    pytest.importorskip("torchvision")
+    pytest.importorskip("yaml")
+    from benchmarks.detection import DetectorTrainer
+
+    trainer = DetectorTrainer(detector_shape(dtype), "cpu")
+    assert [*trainer.criteria] == ["plain", "KD", "KD++ loop", "KD++ eager", "KD++ ours"]
+    losses = trainer.losses()
+    assert [*losses] == ["KD", "KD++ loop", "KD++ eager", "KD++ ours"]
+    assert losses["KD"] < losses["KD++ ours"]
+    e2e.check(losses)
+    assert [*trainer.criterion_calls()] == [*losses]
+    logits, teacher_logits, features, teacher_features, means, labels = trainer.forward("KD")
+    assert logits.shape == teacher_logits.shape == (len(labels), 81)
+    assert features.shape == teacher_features.shape == (len(labels), 1024)
+    assert means.shape == (81, 1024)
+    assert features.dtype == dtype
+    assert 0 < (labels > 0).sum() < len(labels) <= 512
+    own, soft = (values.double().log_softmax(1) for values in (logits, teacher_logits))
+    kd = (soft.exp() * (soft - own)).sum(1).mean().item()
+    got = trainer.criteria["KD"](logits, teacher_logits, features, teacher_features, means, labels)
+    assert got.item() == pytest.approx(kd, rel=1e-4)
+    before = [p.clone() for p in trainer.students["plain"].parameters()]
+    teacher = [p.clone() for p in trainer.teacher.parameters()]
+    torch.manual_seed(5)
+    loss = trainer.step("KD++ ours")
+    torch.manual_seed(5)
+    plain = trainer._forward("plain")[0]
+    assert loss > plain > 0  # the same proposals, and KD and ND added
+    assert all(map(torch.equal, before, trainer.students["plain"].parameters()))
+    assert all(map(torch.equal, teacher, trainer.teacher.parameters()))
+    moved = zip(before, trainer.students["KD++ ours"].parameters(), strict=True)
+    assert all(torch.equal(a, b) != b.requires_grad for a, b in moved)
+
+
+def test_a_method_without_a_loss_part_has_an_empty_cell(no_compile, tmp_path, monkeypatch, capsys):
+    trainer = e2e.Trainer(tiny("detection"), "cpu")
+    plain = trainer.criteria.pop("CE")
+    criteria, step = trainer.criteria, trainer.step
+    trainer.criteria = {"plain": None, **criteria}
+    trainer.students["plain"], trainer.optimizers["plain"] = (
+        values["CE"] for values in (trainer.students, trainer.optimizers)
+    )
+
+    def step_(name):
+        trainer.criteria = {"plain": plain, **criteria}
+        try:
+            return step(name)
+        finally:
+            trainer.criteria = {"plain": None, **criteria}
+
+    monkeypatch.setattr(trainer, "step", step_)
+    monkeypatch.setattr(e2e, "make_trainer", lambda shape, device: trainer)
+    monkeypatch.setattr(e2e, "shape", lambda name, device: tiny(name))
+    out = tmp_path / "steps.csv"
+    assert main(["e2e", "--shape", "detection", "--rounds", "1", "--out", str(out)]) == 0
+    assert re.search(r"\| plain \| [\d.]+ \([\d.-]+\) \| - \| - \|", capsys.readouterr().out)
+    rows = steps.read_steps(out)
+    assert [row["method"] for row in rows][:2] == ["plain", "KD"]
+    assert [rows[0][name] for name in ("loss_us", "loss_low_us", "loss_high_us")] == [None] * 3
+    assert all(row["loss_us"] > 0 for row in rows[1:])
+    # Its images are wide.
+    text = report.render([], rows)
+    assert "batch 6, 8x13, float32" in text
+    assert "kinder than the published one" in text
+    assert "e2e --shape detection --out" in text
+
+
 def test_the_shapes_are_those_of_the_claims():
+    full, reduced = e2e.shape("detection", "cuda"), e2e.shape("detection", "cpu")
+    assert (full.batch, full.image, steps.image_width("detection", 800)) == (8, 800, 1333)
+    assert (full.dtype, full.channels_last, full.classes) == (torch.bfloat16, True, 81)
+    assert (reduced.batch, reduced.image, reduced.dtype) == (2, 128, torch.float32)
     full, reduced = e2e.shape("imagenet", "cuda"), e2e.shape("imagenet", "cpu")
     assert (full.batch, full.image, full.dtype, full.channels_last) == (
         256,

@@ -205,11 +205,12 @@ def here(rows):
 
 
 def step_rows():
-    common = {**dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda", "shape": "imagenet"}
+    common = {**dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda"}
     return [
-        {**common, "method": method, "step_ms": step, "loss_us": loss}
+        {**common, "shape": shape, "method": method, "step_ms": step, "loss_us": loss}
+        for shape in ("imagenet", "detection")
         for method, step, loss in (
-            ("CE", 100, 50),
+            ("CE" if shape == "imagenet" else "plain", 100, 50),
             ("KD++ ours", 100.5, 100),
             ("KD++ loop", 400, 9000),
         )
@@ -238,6 +239,7 @@ def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, cap
     printed = capsys.readouterr().out
     assert "tests passed before" in printed
     assert "PASS         ImageNet-shape step with KD++" in printed
+    assert "PASS         COCO-shape step: the loss part" in printed
     assert ran(tmp_path / "build") == 2  # which is nothing where it is up to date
     assert ran(tmp_path / "tests") == 1
     assert gpu_check.main(["--out", str(out), "--force", "--stage", "tests"]) == 0
@@ -266,6 +268,14 @@ def test_all_logs_and_results_are_few_files(tmp_path):
         written |= {Path(item.command[-1]).name for item in gpu_check.items(stage, tmp_path)}
     assert len(written) <= 8
     assert {"losses.csv", "steps.csv", "training.csv"} <= written
+
+
+def test_detectors_are_measured_apart(tmp_path):
+    """Which takes a part of the stage's time, and goes on where the stage stopped."""
+    found = {item.name: item.command for item in gpu_check.items("e2e", tmp_path)}
+    assert found["detection"][-4:-2] == ("--shape", "detection")
+    assert found["detection"][-1] == found["e2e"][-1]
+    assert "--shape" not in found["e2e"]
 
 
 def test_force_measures_again_what_a_file_has(tmp_path):

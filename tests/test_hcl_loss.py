@@ -61,9 +61,19 @@ def float64(tensors):
     return [t.detach().double().cpu().numpy() for t in tensors]
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "deterministic"])
+def deterministic(request, monkeypatch):
+    """With deterministic algorithms alone, too, which PyTorch's pooling has not on CUDA."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("shapes", [*([s] for s in STAGES), STAGES], ids=str)
-def test_equals_definition(shapes, dtype, device, generator):
+def test_equals_definition(shapes, dtype, device, generator, deterministic):
     student, teacher = maps(generator, shapes, dtype, device)
     loss = dnkd_ext.hcl_loss(student, teacher)
     loss.backward()
@@ -96,7 +106,7 @@ def test_golden(dtype, tolerance, golden, device):
         assert difference <= tolerance * np.linalg.norm(expected)
 
 
-def test_gradcheck(device, generator):
+def test_gradcheck(device, generator, deterministic):
     """First and second derivatives; the teacher gets none."""
     shapes = [(1, 2, 5, 3), (1, 2, 1, 1)]
     student, teacher = maps(generator, shapes, torch.float64, device)
@@ -129,7 +139,7 @@ def test_half_precision_does_not_overflow(device):
     assert loss.item() == 90000
 
 
-def test_autocast(device, generator):
+def test_autocast(device, generator, deterministic):
     student, teacher = maps(generator, [(2, 3, 8, 8), (2, 3, 1, 1)], torch.float32, device)
     plain = dnkd_ext.hcl_loss(student, teacher)
     with torch.autocast(device, dtype=torch.bfloat16):
@@ -138,7 +148,19 @@ def test_autocast(device, generator):
     assert torch.equal(mixed, plain)
 
 
-def test_compile(device, generator):
+def test_deterministic_pooling_is_not_pytorchs(generator, monkeypatch):
+    """On a CPU, too, so that it is tested there."""
+    student, teacher = maps(generator, [(2, 3, 9, 14)], torch.float32, "cpu")
+    wanted = dnkd_ext.hcl_loss(student, teacher)
+    monkeypatch.setattr(torch.nn.functional, "adaptive_avg_pool2d", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.testing.assert_close(dnkd_ext.hcl_loss(student, teacher), wanted)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_compile(device, generator, deterministic):
     """One graph, value and gradients as in eager."""
     torch._dynamo.reset()
     compiled = torch.compile(dnkd_ext.hcl_loss, fullgraph=True)

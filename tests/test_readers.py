@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -688,15 +687,22 @@ def test_a_killed_worker(layout, folders, tiles, tmp_path):
     assert "again True" in done.stdout
 
 
-def test_an_interrupt_does_not_end_workers(folders):
-    """Ctrl-C reaches every process of the terminal; the main one still has work to finish."""
+def test_signals_to_all_processes_do_not_end_workers(folders):
+    """Ctrl-C or a scheduler's SIGTERM reach them, too; the main one still has work to finish."""
     opts = options(workers=2)
     loader = train_loader(open_splits(folders, opts).train, batch_size=4, opts=opts)
     batches = loader.epoch(0)
     next(batches)
-    for process in multiprocessing.active_children():
-        os.kill(process.pid, signal.SIGINT)
+    workers = multiprocessing.active_children()
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", *(str(process.pid) for process in workers)], check=True)
+    time.sleep(0.2)
     assert len(list(batches)) == 6
+    # But what multiprocessing does with those that are left at exit ends them.
+    for process in workers:
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == 0
 
 
 # -- WebDataset shards ----------------------------------------------------------------------------

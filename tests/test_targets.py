@@ -71,15 +71,21 @@ def test_the_targets_of_a_gpu():
 
 
 def test_the_targets_of_a_step():
-    def step(method, ms, us):
-        return {"shape": "imagenet", "method": method, "step_ms": ms, "loss_us": us}
+    def step(method, ms, us, shape="imagenet"):
+        return {"shape": shape, "method": method, "step_ms": ms, "loss_us": us}
+
+    def status(*more):
+        return [v.status for v in targets.evaluate_steps([*rows, *more])]
 
     rows = [step("CE", 100.0, 50.0), step("KD++ loop", 130.0, 30000.0)]
-    assert {v.status for v in targets.evaluate_steps(rows)} == {"not measured"}
-    good = targets.evaluate_steps([*rows, step("KD++ ours", 100.9, 500.0)])
-    assert [v.status for v in good] == ["PASS", "PASS"]
-    bad = targets.evaluate_steps([*rows, step("KD++ ours", 102.0, 700.0)])
-    assert [v.status for v in bad] == ["FAIL", "FAIL"]
+    assert status() == ["not measured"] * 3
+    assert status(step("KD++ ours", 100.9, 500.0)) == ["PASS", "PASS", "not measured"]
+    assert status(step("KD++ ours", 102.0, 700.0)) == ["FAIL", "FAIL", "not measured"]
+    # A detector's plain step has no loss part; 4,096 proposals.
+    rows += [step("KD++ ours", 100.9, 500.0)]
+    rows += [step("plain", 100.0, None, "detection"), step("KD++ loop", 1e3, 8e5, "detection")]
+    assert status(step("KD++ ours", 200.0, 1.5e4, "detection")) == ["PASS"] * 3
+    assert status(step("KD++ ours", 200.0, 1.7e4, "detection")) == ["PASS", "PASS", "FAIL"]
 
 
 def test_targets_of_a_file(tmp_path, capsys):

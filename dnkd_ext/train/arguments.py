@@ -91,9 +91,11 @@ class ClassMeansArguments:
     """
 
     model: str
-    """The teacher: a cifar_* name, or any name that timm knows."""
+    """The teacher: a cifar_* name, or any name that timm knows; for detection
+    fasterrcnn_resnet18, _resnet50, _resnet101 or _mobilenet_v2."""
     weights: str
-    """File of its weights, or the folder of the run that trained it."""
+    """File of its weights, the folder of the run that trained it, or pretrained: timm's own, for
+    detection torchvision's."""
     out: str
     """File to write (safetensors)."""
     overwrite: bool = False
@@ -111,9 +113,11 @@ class Eval:
     """Evaluate trained weights on the test images, and print JSON."""
 
     model: str
-    """A cifar_* name, or any name that timm knows."""
+    """A cifar_* name, or any name that timm knows; for detection fasterrcnn_resnet18, _resnet50,
+    _resnet101 or _mobilenet_v2."""
     weights: str
-    """File of the weights, or a run's folder, whose best weights are taken."""
+    """File of the weights, or a run's folder, whose best weights are taken; for detection also
+    pretrained, torchvision's own."""
     detections: str | None = None
     """Detection: file for what was found in every image, JSON in COCO's results format."""
     data: DataOptions = field(default_factory=DataOptions)

@@ -233,6 +233,11 @@ def weights_file(path: str) -> Path:
     return place
 
 
+def weights_digest(path: Path) -> str:
+    """By which a file of weights is known again wherever it lies."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def fit_image_size(model: nn.Module, size: int) -> None:
     """Prepare a transformer of timm's, made for images of one size, for those of another."""
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -280,7 +285,7 @@ def load_teacher(
         path = weights_file(weights)
         model = build_model(name, len(source.classes), source.channels)
         load_weights_for(model, path, source.image_size)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        digest = weights_digest(path)
     model = model.eval().requires_grad_(False).to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -334,6 +339,9 @@ def means_digest(means: ClassMeans) -> str:
 def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> dict[str, str]:
     """What a checkpoint must have been made with to be gone on from."""
     result = {"student": config.model.student, "data": source.fingerprint()}
+    backbone = config.detection.backbone_weights
+    if backbone is not None:
+        result["backbone"] = backbone if backbone == PRETRAINED else weights_digest(Path(backbone))
     if teacher:
         result["teacher"] = f"{config.model.teacher} {teacher.digest}"
         if config.method.nd_weight:

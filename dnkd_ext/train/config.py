@@ -51,7 +51,7 @@ class DataOptions:
     train2017/*, val2017/* and annotations/instances_train2017.json, instances_val2017.json."""
     limit: int | None = None
     """Use at most this many training images, as many of every class, and a third as many test
-    images."""
+    images; for detection evenly spread over all."""
     cache: str | None = None
     """Safetensors file in which decoded images are kept for the next run."""
     pad: int = 4
@@ -354,6 +354,13 @@ class TrainConfig:
             raise ValueError(f"--method {self.method.method} has no part in --task detection")
         if self.method.label_smoothing:
             raise ValueError("--label-smoothing has no part in --task detection")
+        ours = ((self.model, "drop_path"), (self.model, "dropout"), (self.method, "gamma"))
+        for group, name in ours:
+            value = getattr(group, name)
+            if value != getattr(type(group)(), name):
+                raise ValueError(
+                    f"--{_option(name)} has no part in --task detection, got {value:g}"
+                )
         for name in ("fsdp", "activation_checkpointing"):
             if getattr(self.run, name):
                 raise ValueError(f"--{_option(name)} is not there for --task detection")
@@ -438,6 +445,7 @@ FREE = {
     # Where things are: the checkpoint says by their digests what they must be.
     "teacher_weights",
     "class_means",
+    "backbone_weights",
     "device",
     "channels_last",
     "compile",

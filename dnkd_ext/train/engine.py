@@ -237,7 +237,7 @@ def train(
         ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
         ``best_epoch``, and ``seconds`` of training, evaluation left out, over all parts of the run.
         With a moving average of the weights, that is what is evaluated for it and written as
-        weights.
+        weights. ``model`` is the one whose last weights were written.
 
     Raises:
         FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
@@ -660,6 +660,7 @@ class _Training:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
+            "model": self._model,
         }
 
     def _epoch(self, epoch: int, bar: Progress, signals: _Signals) -> None:
@@ -746,10 +747,14 @@ class _Training:
             if self.world.is_first:
                 write_csv(self.out / LOG, self.rows)
 
+    @property
+    def _model(self) -> nn.Module:
+        """Whose weights are wanted in the end: the model, or its average."""
+        return self.task.model if self.average is None else self.average.module
+
     def _weights(self) -> dict[str, Tensor]:
-        """The model's state, or its average's, on the CPU; empty but on the first process."""
-        model = self.task.model if self.average is None else self.average.module
-        return gather_whole(model.state_dict(), self.world)
+        """Its state, on the CPU; empty but on the first process."""
+        return gather_whole(self._model.state_dict(), self.world)
 
     def _write_weights(self, name: str) -> None:
         weights, epoch = self.best_weights, self.best_epoch

@@ -7,11 +7,12 @@ import json
 import pickle
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
@@ -21,7 +22,7 @@ from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
 
-__all__ = ["find_parts", "gather_class_means", "remove_parts"]
+__all__ = ["find_parts", "gather_class_means", "gather_means", "remove_parts"]
 
 # Seconds between two looks at what would be lost.
 KEEP_EVERY = 60.0
@@ -42,13 +43,16 @@ def remove_parts(path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _origin(source: Source, config: TrainConfig, metadata: dict[str, str]) -> str:
+def _origin(source: Any, config: TrainConfig, metadata: dict[str, str]) -> str:
     """What must be the same for a pass to be gone on with: it decides which batch has what."""
-    options = {**dataclasses.asdict(config.data), **dataclasses.asdict(config.reader)}
+    options: dict[str, Any] = {}
+    for group in (config.data, config.reader, config.detection):
+        options |= dataclasses.asdict(group)
     # Shards are divided between workers, too.
     kept = {n: v for n, v in options.items() if n not in FREE or n == "workers"}
-    told = [source.fingerprint(), config.run.eval_batch_size, kept, metadata]
-    return json.dumps(told, sort_keys=True)
+    # Which proposals are sampled depends on the seed.
+    sizes = [config.run.eval_batch_size, config.detection.detect_batch_size, config.run.seed]
+    return json.dumps([source.fingerprint(), sizes, kept, metadata], sort_keys=True)
 
 
 def _load(path: Path, origin: str) -> tuple[int, dict[str, Any]] | None:
@@ -76,10 +80,46 @@ def gather_class_means(
     path: Path | None = None,
     resume: bool = False,
 ) -> ClassMeans:
-    """Mean features of the training images as they are, every process seeing its part. Collective.
+    """Mean features of the training images as they are; the other arguments as of gather_means.
 
     Args:
         model: in evaluation mode, on the device of ``world``.
+        source: of the images.
+        config: how they are read.
+        world: the processes.
+        metadata: goes into the result.
+        path: file that the result is for.
+        resume: go on with what is kept there.
+    """
+    batches = source.clean(config, world)
+
+    def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        images, target, mask = batch
+        # What fills up a batch counts nowhere.
+        return features(model, images)[0], target.where(mask, -100)
+
+    return gather_means(
+        batches, look, source, config, world, metadata=metadata, path=path, resume=resume
+    )
+
+
+def gather_means(
+    batches: Any,
+    look: Callable[[Any], tuple[Tensor, Tensor]],
+    source: Any,
+    config: TrainConfig,
+    world: World,
+    *,
+    metadata: dict[str, str] | None = None,
+    path: Path | None = None,
+    resume: bool = False,
+    width: int = 0,
+) -> ClassMeans:
+    """Mean features over batches of which every process sees its part. Collective.
+
+    Args:
+        batches: has a length, and ``batches(start)``, those from number ``start`` on.
+        look: at a batch; features ``(N, D)`` and classes ``(N,)``, negative where nothing counts.
         source: of the images.
         config: how they are read.
         world: the processes.
@@ -88,11 +128,12 @@ def gather_class_means(
             minute and when it is interrupted; see :func:`remove_parts`.
         resume: go on with what is kept there, where it is of the same teacher, data, batch size and
             number of processes; the result is the same as without a stop.
+        width: D, where a process may have no batch.
 
     Returns:
         The means over all processes, the same on each.
     """
-    batches, metadata = source.clean(config, world), metadata or {}
+    metadata = metadata or {}
     origin = _origin(source, config, metadata)
     held = _load(_part(path, world), origin) if path is not None and resume else None
     if config.run.fsdp_teacher and len(set(world.gather(held and held[0]))) > 1:
@@ -114,12 +155,11 @@ def gather_class_means(
         Progress(len(batches), "class means", initial=start, enabled=shown) as bar,
     ):
         try:
-            for images, target, mask in batches.batches(start):
-                found, _ = features(model, images)
+            for batch in batches.batches(start):
+                found, classes = look(batch)
                 if means is None:
                     means = _begin(len(source.classes), found.shape[-1], world, state)
-                # What fills up a batch counts nowhere.
-                means.update(found, target.where(mask, -100))
+                means.update(found, classes)
                 number += 1
                 bar.advance()
                 if time.monotonic() - kept > KEEP_EVERY:
@@ -128,9 +168,9 @@ def gather_class_means(
         except KeyboardInterrupt:
             keep(number)
             raise
-    if means is None:  # all of it was done before
-        assert state is not None
-        means = _begin(state["num_classes"], state["num_features"], world, state)
+    if means is None:  # all of it was done before, or there is nothing for this process
+        width = state["num_features"] if state else width
+        means = _begin(len(source.classes), width, world, state)
     keep(number)
     result = means.all_reduce()
     result.metadata = dict(metadata)

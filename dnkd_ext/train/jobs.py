@@ -136,11 +136,8 @@ def _gather(
     path: Path,
     resume: bool,
 ) -> ClassMeans:
-    if _is_detection(config):  # a pass over proposals keeps no parts, and begins anew
-        return _detection().gather_class_means(model, source, config, world, metadata=notes)
-    return gather_class_means(
-        model, source, config, world, metadata=notes, path=path, resume=resume
-    )
+    gather = _detection().gather_class_means if _is_detection(config) else gather_class_means
+    return gather(model, source, config, world, metadata=notes, path=path, resume=resume)
 
 
 def resolve(options: RunOptions, world: World) -> RunOptions:
@@ -388,7 +385,7 @@ class _Shared:
                 return teacher
             assert config.model.teacher is not None
             source, means = self.source(config), None
-            notes = means_notes(config.model.teacher, teacher.digest, source)
+            notes = _notes(config.model.teacher, teacher, source, config)
             with self.world.first_alone():
                 if self.world.is_first:
                     means = _kept_means(out / CLASS_MEANS, notes)
@@ -413,6 +410,12 @@ class _Shared:
         return teacher
 
 
+def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about its origin."""
+    notes = means_notes(name, teacher.digest, source)
+    return notes | _detection().gathering_notes(config) if _is_detection(config) else notes
+
+
 def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
     """Class means that an earlier part of a run gathered, if these are the ones."""
     if not path.exists():
@@ -424,14 +427,16 @@ def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
     return means if notes.items() <= means.metadata.items() else None
 
 
-def prepare_device(run: RunOptions, world: World) -> None:
+def prepare_device(config: TrainConfig, world: World) -> None:
     """Settings of PyTorch that belong to the options."""
     if world.device.type != "cuda":
         return
+    run = config.run
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic)
-    torch.backends.cudnn.benchmark = not run.deterministic
+    # A detector's batches have hundreds of shapes, each of which would be searched for anew.
+    torch.backends.cudnn.benchmark = not (run.deterministic or _is_detection(config))
 
 
 def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any]:
@@ -442,7 +447,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             remove_temporaries(out)
             remove_unnamed(out)
             write_json(out / CONFIG, flatten(config))
-    prepare_device(config.run, world)
+    prepare_device(config, world)
     teacher = shared.teacher_with_means(config, out, resume=resume)
     source = shared.source(config)
     task = _task_class(config)(config, source, teacher, world)
@@ -482,7 +487,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     if isinstance(task, Classification):
         norms, cosines = task.feature_figures()
     else:
-        task.finish(out)
+        task.finish(out, log["model"])
     with world.first_alone():
         if world.is_first:
             name = config.preset or config.model.student
@@ -613,10 +618,12 @@ def run_class_means(
     with world.first_alone():
         if world.is_first:
             _look_at_means(out, overwrite, resume)
-    prepare_device(config.run, world)
+    prepare_device(config, world)
+    if _is_detection(config):
+        _detection().check_settings(weights, config)
     source = _open(config, world)
     teacher = _load_teacher(model, weights, source, config, world)
-    notes, done = means_notes(model, teacher.digest, source), None
+    notes, done = _notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
             done = _kept_means(out, notes)

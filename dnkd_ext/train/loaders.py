@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -28,7 +30,7 @@ from dnkd_ext.train.samples import (
     seeded,
 )
 
-__all__ = ["EvalLoader", "Order", "TrainLoader"]
+__all__ = ["EvalLoader", "Order", "TrainLoader", "leave_signals_to_the_main_process"]
 
 
 class Order(NamedTuple):
@@ -61,9 +63,21 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # It decides what an interrupt means; workers that left would look like dead ones.
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """For the workers of a DataLoader: SIGINT and SIGTERM, sent to all processes, are not theirs.
+
+    The main process decides what they mean; workers that left would look like dead ones.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(main_process: int) -> None:
+    """End at a SIGTERM of the main process's own, by which multiprocessing ends what is left."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)
 
 
 class _Loader(BatchShare):
@@ -149,7 +163,7 @@ class _Loader(BatchShare):
                 "num_workers": self.options.workers,
                 "pin_memory": self.device.type == "cuda",
                 "persistent_workers": self.options.workers > 0,
-                "worker_init_fn": _leave_interrupts_to_the_main_process,
+                "worker_init_fn": leave_signals_to_the_main_process,
                 # Else every epoch would draw from torch's own, which dropout uses, too.
                 "generator": torch.Generator(),
             }

@@ -102,11 +102,15 @@ class World:
 
     @torch.no_grad()
     def average_batch_norm(self, model: nn.Module) -> None:
-        """Give all processes the mean of their running statistics, each of which saw its part."""
+        """Give all processes the mean of their running statistics, each of which saw its part.
+
+        Frozen ones, with a momentum of 0, stay: their mean is not what they are to the last bit.
+        """
         if self.size == 1:
             return
         for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if is_norm and module.track_running_stats and module.momentum != 0:
                 for statistic in (module.running_mean, module.running_var):
                     dist.all_reduce(statistic)
                     statistic /= self.size

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.loaders import leave_signals_to_the_main_process
 from dnkd_ext.train.readers import DataError
 from dnkd_ext.train.world import World
 
-__all__ = ["BoxSplit", "DetectionSource", "Sample", "TestBatches", "TrainBatches", "read_split"]
+__all__ = [
+    "BoxSplit",
+    "DetectionSource",
+    "Sample",
+    "TestBatches",
+    "TrainBatches",
+    "read_split",
+    "read_test_split",
+]
 
 Target = dict[str, Tensor]
 
@@ -48,7 +57,8 @@ class BoxSplit:
         starts: (N + 1,) int64, where each image's boxes begin.
         classes: names, the background first.
         category_ids: of the classes but the background, as the file has them, growing.
-        dropped: boxes that were left out because they have no area within their image.
+        dropped: (N,) int64, how many boxes of each image were left out because they have no area
+            to speak of within it.
     """
 
     annotations: Path
@@ -61,7 +71,7 @@ class BoxSplit:
     starts: np.ndarray
     classes: list[str]
     category_ids: list[int]
-    dropped: int
+    dropped: np.ndarray
 
     def __len__(self) -> int:
         return len(self.names)
@@ -89,11 +99,14 @@ class BoxSplit:
             np.cumsum([0, *map(len, own)]),
             self.classes,
             self.category_ids,
-            self.dropped,
+            self.dropped[chosen],
         )
 
 
 # -- reading --------------------------------------------------------------------------------------
+
+# Pixels; of a thinner box float32 may leave nothing once it is mirrored or resized.
+THINNEST = 1e-2
 
 
 def read_split(data: str, name: str) -> BoxSplit:
@@ -101,11 +114,11 @@ def read_split(data: str, name: str) -> BoxSplit:
 
     Categories, whose ids may have gaps as COCO's 1 to 90 have, get the labels 1, 2, ... in the
     order of their ids. Images without boxes are kept. Boxes of crowds have no part in training,
-    nor have those without area inside their image, which are counted.
+    nor have those with a side below :data:`THINNEST` inside their image, which are counted.
 
     Raises:
         FileNotFoundError: the folder, the file, or an image is missing.
-        ValueError: a broken file; what is wrong, and where in it.
+        DataError: a broken file; what is wrong, and where in it.
     """
     root = Path(data)
     path, folder = root / "annotations" / f"instances_{name}.json", root / name
@@ -120,8 +133,8 @@ def read_split(data: str, name: str) -> BoxSplit:
         raise FileNotFoundError(f"no images at {folder}, for which {path} has the annotations")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no whole JSON file: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no whole JSON file: {error}") from error
     images = _list(content, "images", path)
     categories = sorted(_list(content, "categories", path), key=lambda c: _id(c, path))
     boxes = _list(content, "annotations", path, may_be_empty=True)
@@ -133,21 +146,23 @@ def read_split(data: str, name: str) -> BoxSplit:
     places = {number: place for place, number in enumerate(image_ids)}
     names, sizes = _images(images, folder, path)
     rows: list[tuple[int, int, list[float]]] = []
-    dropped = 0
+    dropped = np.zeros(len(images), np.int64)
     for number, one in enumerate(boxes):
         where = f"annotation {number}"
         if not isinstance(one, dict) or not {"image_id", "category_id", "bbox"} <= one.keys():
-            raise ValueError(f"{path}: {where} lacks image_id, category_id or bbox")
-        if one["image_id"] not in places:
-            raise ValueError(f"{path}: {where} is of image {one['image_id']}, which it has not")
-        if one["category_id"] not in labels:
-            raise ValueError(
-                f"{path}: {where} is of category {one['category_id']}, which it has not"
-            )
-        box = one["bbox"]
+            raise DataError(f"{path}: {where} lacks image_id, category_id or bbox")
+        for what, known in (("image", places), ("category", labels)):
+            owner = one[f"{what}_id"]
+            if type(owner) is not int or owner not in known:
+                raise DataError(f"{path}: {where} is of {what} {owner!r}, which it has not")
+        box, crowd, area = one["bbox"], one.get("iscrowd", 0), one.get("area", 0)
         if not (isinstance(box, list) and len(box) == 4 and all(map(_is_finite, box))):
-            raise ValueError(f"{path}: {where} has bbox {box!r}, not [x, y, width, height]")
-        if one.get("iscrowd"):
+            raise DataError(f"{path}: {where} has bbox {box!r}, not [x, y, width, height]")
+        if crowd not in (0, 1):
+            raise DataError(f"{path}: {where} has iscrowd {crowd!r}, not 0 or 1")
+        if not _is_finite(area):
+            raise DataError(f"{path}: {where} has area {area!r}, not a number")
+        if crowd:
             continue
         place = places[one["image_id"]]
         height, width = sizes[place]
@@ -155,8 +170,8 @@ def read_split(data: str, name: str) -> BoxSplit:
         corners = [max(0.0, x), max(0.0, y), min(float(width), x + w), min(float(height), y + h)]
         # As float32 has them, which the detectors compute with.
         corners = np.asarray(corners, np.float32).tolist()
-        if corners[2] <= corners[0] or corners[3] <= corners[1]:
-            dropped += 1
+        if min(corners[2] - corners[0], corners[3] - corners[1]) < THINNEST:
+            dropped[place] += 1
             continue
         rows.append((place, labels[one["category_id"]], corners))
     rows.sort(key=lambda row: row[0])
@@ -176,28 +191,42 @@ def read_split(data: str, name: str) -> BoxSplit:
     )
 
 
+def read_test_split(config: TrainConfig) -> BoxSplit:
+    """The images of the evaluation, where a configuration limits them a part; as read_split."""
+    split = read_split(config.data.data, config.detection.val_set)
+    limit = config.data.limit
+    return split if limit is None else split.part(-(-limit // 3))
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Python's integers may be larger than any float.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def _list(content: Any, key: str, path: Path, *, may_be_empty: bool = False) -> list[Any]:
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list) or not (found or may_be_empty):
-        raise ValueError(f"{path} must have a list of {key}, as COCO's instances files have")
+        raise DataError(f"{path} must have a list of {key}, as COCO's instances files have")
     return found
 
 
 def _id(one: Any, path: Path) -> int:
     number = one.get("id") if isinstance(one, dict) else None
-    if type(number) is not int:
-        raise ValueError(f"{path}: an image or category has the id {number!r}, not an integer")
+    if type(number) is not int or abs(number) >= 2**63:
+        raise DataError(f"{path}: an image or category has the id {number!r}, not an int64")
     return number
 
 
 def _unique(numbers: list[int], what: str, path: Path) -> None:
-    if len(set(numbers)) < len(numbers):
-        twice = next(n for n in numbers if numbers.count(n) > 1)
-        raise ValueError(f"{path}: two {what} have the id {twice}")
+    seen: set[int] = set()
+    for number in numbers:
+        if number in seen:
+            raise DataError(f"{path}: two {what} have the id {number}")
+        seen.add(number)
 
 
 def _images(images: list[Any], folder: Path, path: Path) -> tuple[list[str], list[tuple[int, int]]]:
@@ -205,8 +234,8 @@ def _images(images: list[Any], folder: Path, path: Path) -> tuple[list[str], lis
     names, sizes = [], []
     for number, image in enumerate(images):
         name, size = image.get("file_name"), (image.get("height"), image.get("width"))
-        if not isinstance(name, str) or not all(type(s) is int and s > 0 for s in size):
-            raise ValueError(
+        if not isinstance(name, str) or not all(type(s) is int and 0 < s < 2**31 for s in size):
+            raise DataError(
                 f"{path}: image {number} must have file_name, height and width, got {name!r}, "
                 f"{size[0]!r} and {size[1]!r}"
             )
@@ -217,13 +246,23 @@ def _images(images: list[Any], folder: Path, path: Path) -> tuple[list[str], lis
     return names, sizes
 
 
+Item = tuple[Tensor, Target, int]
+
+
 class _Images(Dataset):
     """A sample to its image (3, H, W) uint8, its target, and its index."""
 
     def __init__(self, split: BoxSplit) -> None:
         self.split = split
 
-    def __getitem__(self, sample: Sample) -> tuple[Tensor, Target, int]:
+    def __getitems__(self, batch: Sequence[Sample]) -> list[Item] | DataError:
+        """A batch, or what is wrong with it: raised by a worker, it would bring its traceback."""
+        try:
+            return [self[sample] for sample in batch]
+        except DataError as error:
+            return error
+
+    def __getitem__(self, sample: Sample) -> Item:
         from PIL import Image
 
         split = self.split
@@ -252,22 +291,31 @@ class _Images(Dataset):
 # -- batches --------------------------------------------------------------------------------------
 
 
-def _loader(split: BoxSplit, batches: Any, config: TrainConfig, world: World) -> DataLoader:
-    workers = config.reader.workers
-    return DataLoader(
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _read(
+    split: BoxSplit, batches: list[list[Sample]], config: TrainConfig, world: World
+) -> Iterator[list[Item]]:
+    """The batches, by worker processes; DataError for an image that is not what it should be."""
+    loader = DataLoader(
         _Images(split),
         batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=list,
+        num_workers=config.reader.workers,
+        collate_fn=_as_it_is,
         pin_memory=world.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_main_process,
         # Of its own, so that what the step draws does not depend on when a loader was made.
         generator=torch.Generator().manual_seed(0),
     )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
-def _on_device(
-    batch: list[tuple[Tensor, Target, int]], device: torch.device
-) -> tuple[list[Tensor], list[Target]]:
+def _on_device(batch: list[Item], device: torch.device) -> tuple[list[Tensor], list[Target]]:
     images = [image.to(device, non_blocking=True).float() / 255 for image, _, _ in batch]
     targets = [
         {name: value.to(device, non_blocking=True) for name, value in target.items()}
@@ -341,7 +389,7 @@ class TrainBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[list[Tensor], list[Target]]]:
         """(images, targets) of this process, as torchvision's detectors take them."""
         batches = list(self.own(epoch, start))
-        for batch in _loader(self.split, batches, self.config, self.world):
+        for batch in _read(self.split, batches, self.config, self.world):
             yield _on_device(batch, self.world.device)
 
 
@@ -369,7 +417,11 @@ class TestBatches:
         return len(self._own)
 
     def __iter__(self) -> Iterator[tuple[list[Tensor], list[Target], list[int]]]:
-        for batch in _loader(self.split, self._own, self.config, self.world):
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator[tuple[list[Tensor], list[Target], list[int]]]:
+        """This process's batches, from number ``start`` on."""
+        for batch in _read(self.split, self._own[start:], self.config, self.world):
             yield *_on_device(batch, self.world.device), [index for _, _, index in batch]
 
 
@@ -421,9 +473,8 @@ class DetectionSource:
             ValueError: a broken annotation file, or other categories in one than in the other.
         """
         began = time.perf_counter()
-        options = config.detection
-        train = read_split(config.data.data, options.train_set)
-        test = read_split(config.data.data, options.val_set)
+        train = read_split(config.data.data, config.detection.train_set)
+        test = read_test_split(config)
         for what in ("category_ids", "classes"):
             if getattr(train, what) != getattr(test, what):
                 raise ValueError(
@@ -431,10 +482,9 @@ class DetectionSource:
                 )
         if config.data.limit is not None:
             train = train.part(config.data.limit)
-            test = test.part(-(-config.data.limit // 3))
         if progress:
             words = f"{len(train)} and {len(test)} images"
-            if train.dropped:
-                words += f", {train.dropped} training boxes without area left out"
+            if train.dropped.any():
+                words += f", {train.dropped.sum()} training boxes without area left out"
             print(f"{config.data.data}: {words} ({time.perf_counter() - began:.0f} s)", flush=True)
         return DetectionSource(Path(config.data.data).name, train, test)

@@ -78,11 +78,13 @@ class DetectorDistillation(nn.Module):
         teacher: in evaluation mode, without gradients; no part of this module's state.
         method: as the configuration names it.
         hard_weight: of the detector's own losses.
+        nd_ramp: let the ramp be that of the ND loss, too.
 
     Shape:
         images: a list of ``(3, H, W)`` in [0, 1]; targets: as torchvision's detectors take them;
         ramp: 0-dim. To the :data:`TERMS`, 0-dim each: ``loss = hard_weight * (ce + box +
-        objectness + rpn_box) + kd_weight * ramp * kd + nd_weight * nd``.
+        objectness + rpn_box) + kd_weight * ramp * kd + nd_weight * nd``, with ``nd_ramp`` the ramp
+        before nd, too.
     """
 
     def __init__(
@@ -92,12 +94,14 @@ class DetectorDistillation(nn.Module):
         teacher: FasterRCNN | None,
         method: str,
         hard_weight: float = 1.0,
+        nd_ramp: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         self.criterion = criterion
         self.method = method
         self.hard_weight = hard_weight
+        self.nd_ramp = nd_ramp
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
         self._teacher = (teacher,)
 
@@ -129,5 +133,6 @@ class DetectorDistillation(nn.Module):
             seen.labels,
             teacher_features=wanted.features if needs_boxes else None,
             kd_ramp=ramp,
+            nd_ramp=ramp if self.nd_ramp else 1.0,
         )
         return self.hard_weight * sum(own) + terms.loss, *own, terms.kd, terms.nd

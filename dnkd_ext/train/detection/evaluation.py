@@ -90,6 +90,9 @@ def detect(
 def ground_truth(split: BoxSplit) -> Any:
     """pycocotools' ``COCO`` of the split's annotation file, crowds and all.
 
+    The annotations are numbered anew: pycocotools takes the id 0 for none, and of annotations with
+    one id the last. ``iscrowd`` is 0 and ``area`` the box's where the file has none.
+
     Raises:
         ModuleNotFoundError: pycocotools is not installed.
     """
@@ -100,8 +103,24 @@ def ground_truth(split: BoxSplit) -> Any:
             f"the evaluation of detectors needs pycocotools ({error}); install it with "
             "pip install 'dnkd_ext[detect]'"
         ) from error
+    content = json.loads(split.annotations.read_text(encoding="utf-8"))
+    truth = COCO()
+    truth.dataset = content | {
+        "annotations": [
+            {
+                "id": number,
+                "image_id": one["image_id"],
+                "category_id": one["category_id"],
+                "bbox": one["bbox"],
+                "iscrowd": one.get("iscrowd", 0),
+                "area": one.get("area", one["bbox"][2] * one["bbox"][3]),
+            }
+            for number, one in enumerate(content["annotations"], 1)
+        ]
+    }
     with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(str(split.annotations))
+        truth.createIndex()
+    return truth
 
 
 def coco_figures(

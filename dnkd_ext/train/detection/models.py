@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from torchvision import models as classifiers
 from torchvision.models import detection as detectors
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
-from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
+from dnkd_ext.train.classification import weights_digest
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.detection.heads import DistillingRoIHeads
 from dnkd_ext.train.models import load_weights
@@ -36,6 +36,9 @@ MOBILENET_STAGES = {3: 24, 6: 32, 13: 96, 17: 320}
 MOBILENET_PARTS = (0, 2, 4, 7, 14)
 COUNTER = "num_batches_tracked"
 CLASSIFIER = "roi_heads.box_predictor.cls_score.weight"
+COCO = detectors.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
+# How the SHA-256 of their file begins, which is in its name.
+COCO_DIGEST = "258fb6c6"
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -46,7 +49,7 @@ class FrozenNorm(nn.BatchNorm2d):
     """
 
     def __init__(self, num_features: int) -> None:
-        super().__init__(num_features)
+        super().__init__(num_features, momentum=0.0)  # by which World sees that they never change
         self.requires_grad_(False)
         self.eval()
 
@@ -101,25 +104,40 @@ def create_detector(
         box_batch_size_per_image=options.proposals,
     )
     DistillingRoIHeads.put_into(model)
-    for part in (model.rpn.head, model.roi_heads.box_predictor):
-        part.register_forward_hook(_in_float32)
+    model.rpn.anchor_generator.register_forward_pre_hook(_shapes_in_float32)
+    model.rpn.head.register_forward_hook(_in_float32)
+    model.roi_heads.box_predictor.__class__ = Float32Predictor
     model.num_features = FEATURES
     return model
 
 
-def _in_float32(module: nn.Module, inputs: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A head's output in float32 under autocast.
+# torchvision makes anchors in the dtype of the maps, and decodes boxes in that of the offsets; but
+# bfloat16 has only every fourth or eighth pixel of a large image.
 
-    torchvision decodes boxes in the dtype of the offsets, and bfloat16 has only every fourth or
-    eighth pixel of a large image.
-    """
 
-    def convert(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
-        return [convert(one) for one in value]
+def _shapes_in_float32(module: nn.Module, inputs: tuple[Any, list[Tensor]]) -> tuple[Any, ...]:
+    """Placeholders of the maps, of which the anchor generator reads dtype and shape alone."""
+    images, maps = inputs
+    return images, [torch.empty((), device=one.device).expand(one.shape[-2:]) for one in maps]
 
-    return tuple(convert(value) for value in output)
+
+def _in_float32(
+    module: nn.Module, inputs: Any, output: tuple[list[Tensor], ...]
+) -> tuple[list[Tensor], ...]:
+    """Scores and offsets of the region proposal network in float32 under autocast."""
+    narrow = (torch.bfloat16, torch.float16)
+    return tuple(
+        [one.float() if one.dtype in narrow else one for one in values] for values in output
+    )
+
+
+class Float32Predictor(FastRCNNPredictor):
+    """torchvision's box predictor, in its weights' float32 under autocast, too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As torchvision's."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.cls_score.weight.dtype))
 
 
 def _backbone(name: str, norm: Callable[[int], nn.Module], trained: int) -> BackboneWithFPN:
@@ -189,8 +207,8 @@ def load_detector(
 
     Args:
         name: one of :data:`NAMES`.
-        weights: a file, whose classes are those of the data, or 91 by COCO's category ids as
-            torchvision's have; or ``"pretrained"``, which torchvision has of resnet50.
+        weights: a file, whose classes are those of the data, or the 91 that torchvision's have, by
+            COCO's category ids and names; or ``"pretrained"``, which torchvision has of resnet50.
         config: its groups ``data`` and ``detection``.
         classes: names, the background first.
         category_ids: of the other classes, in their order.
@@ -209,35 +227,44 @@ def load_detector(
             else key: value
             for key, value in state.items()
         }
-        return _counted(_of_categories(state, len(classes), category_ids), model)
+        return _counted(_of_categories(state, classes, category_ids), model)
 
     if weights == PRETRAINED:
         if name != "fasterrcnn_resnet50":
             raise ValueError(f"torchvision has no weights of {name} to download; name a file")
-        chosen = detectors.FasterRCNN_ResNet50_FPN_Weights.COCO_V1
-        model.load_state_dict(adapt(_download(chosen, name)))
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eps = 0.0  # as those weights were trained
+        model.load_state_dict(adapt(_download(COCO, name)))
         digest = PRETRAINED
     else:
         load_weights(model, weights, adapt=adapt)
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
+        digest = weights_digest(Path(weights))
+    if digest == PRETRAINED or digest.startswith(COCO_DIGEST):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = 0.0  # as those weights were trained
     return model.eval().requires_grad_(False), digest
 
 
 def _of_categories(
-    state: dict[str, Tensor], classes: int, category_ids: Sequence[int]
+    state: dict[str, Tensor], classes: Sequence[str], category_ids: Sequence[int]
 ) -> dict[str, Tensor]:
     """The state with a box predictor of as many classes as the data have."""
     found = state.get(CLASSIFIER)
-    if found is None or len(found) == classes:
+    if found is None or len(found) == len(classes):
         return state
-    if len(found) != 91 or max(category_ids) > 90 or min(category_ids) < 1:
-        raise ValueError(
-            f"the detector was trained for {len(found) - 1} classes and the background, but the "
-            f"data have {classes - 1}"
-        )
+    told = (
+        f"the detector was trained for {len(found) - 1} classes and the background, but the data "
+        f"have {len(classes) - 1}"
+    )
+    known = COCO.meta["categories"]
+    if len(found) != len(known):
+        raise ValueError(told)
+    names = dict(enumerate(known))
+    for number, name in zip(category_ids, classes[1:], strict=True):
+        if names.get(number) != name:
+            raise ValueError(
+                f"{told}; these are not COCO's, whose category {number} is "
+                f"{names.get(number)!r}, not {name!r}"
+            )
     rows = torch.tensor([0, *category_ids])
     boxes = (4 * rows[:, None] + torch.arange(4)).flatten()
     chosen = {"cls_score": rows, "bbox_pred": boxes}

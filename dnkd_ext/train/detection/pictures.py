@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dnkd_ext.train.config import TrainConfig, replace
-from dnkd_ext.train.detection.data import BoxSplit, DetectionSource, Sample, _Images
-from dnkd_ext.train.detection.task import load_teacher
+from dnkd_ext.train.detection.data import BoxSplit, Sample, _Images, read_test_split
+from dnkd_ext.train.detection.task import check_settings, load_teacher
 from dnkd_ext.train.plots import COLOURS, _figure
 from dnkd_ext.train.world import World
 
@@ -111,7 +111,8 @@ def draw_run(
         data: folder of the data, where it is not that of the run any more.
 
     Raises:
-        ValueError: the run has no detector, or an id of no image.
+        ValueError: the run has no detector, its teacher is of a run with other options, or an id of
+            no image.
         FileNotFoundError: the weights or the data are not there.
     """
     config: TrainConfig = replace(TrainConfig(), settings)
@@ -119,13 +120,13 @@ def draw_run(
         raise ValueError(f"{folder} is a run of --task {config.data.task}, not of detection")
     if data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
-    source = DetectionSource.open(config)
-    split = source.test_split
+    split = read_test_split(config)
     places = _chosen(split, images, count)
-    models = {"student": load_teacher(config.model.student, str(folder), source, config, world)}
+    models = {"student": load_teacher(config.model.student, str(folder), split, config, world)}
     if config.model.teacher is not None and config.model.teacher_weights is not None:
+        check_settings(config.model.teacher_weights, config)
         models["teacher"] = load_teacher(
-            config.model.teacher, config.model.teacher_weights, source, config, world
+            config.model.teacher, config.model.teacher_weights, split, config, world
         )
     read = _Images(split)
     opened = [read[Sample(place, False)][0] for place in places]
@@ -138,5 +139,5 @@ def draw_run(
     }
     titles = [f"image {split.image_ids[place]}" for place in places]
     pixels = [image.permute(1, 2, 0).numpy() for image in opened]
-    draw_boxes(pixels, columns, source.classes, titles, out)
+    draw_boxes(pixels, columns, split.classes, titles, out)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.progress import Progress
 from dnkd_ext.train.classification import Teacher, identity, read_class_means, weights_file
-from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.detection.data import DetectionSource, TestBatches, TrainBatches
+from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.detection.data import (
+    BoxSplit,
+    DetectionSource,
+    TestBatches,
+    TrainBatches,
+    read_test_split,
+)
 from dnkd_ext.train.detection.distillation import TERMS, DetectorDistillation, make_criterion
 from dnkd_ext.train.detection.evaluation import (
     Detection,
@@ -26,12 +32,15 @@ from dnkd_ext.train.detection.evaluation import (
 )
 from dnkd_ext.train.detection.models import FEATURES, PRETRAINED, create_detector, load_detector
 from dnkd_ext.train.engine import Task
+from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.world import World
 
 __all__ = [
     "DETECTIONS",
     "DetectionTask",
+    "check_settings",
     "gather_class_means",
+    "gathering_notes",
     "load_teacher",
     "read_means",
     "run_evaluation",
@@ -41,7 +50,7 @@ DETECTIONS = "detections.json"
 
 
 def load_teacher(
-    name: str, weights: str, source: DetectionSource, config: TrainConfig, world: World
+    name: str, weights: str, source: DetectionSource | BoxSplit, config: TrainConfig, world: World
 ) -> Teacher:
     """A trained detector in evaluation mode, without gradients, on the device.
 
@@ -55,6 +64,46 @@ def load_teacher(
     if config.run.channels_last:
         model.to(memory_format=torch.channels_last)
     return Teacher(model, digest, None)
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """The options by which a detector sees images and boxes."""
+    options = config.detection
+    return {
+        "anchor_sizes": options.anchor_sizes,
+        "max_size": options.max_size,
+        "min_size": options.min_size[-1],
+        **config.data.normalisation,
+    }
+
+
+def check_settings(weights: str, config: TrainConfig) -> None:
+    """ValueError where a run whose folder ``weights`` is trained its detector by other options."""
+    path = Path(weights) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        run = replace(TrainConfig(), json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no run's: {error}") from error
+    given = _settings(config)
+    for name, value in _settings(run).items():
+        if value != given[name]:
+            raise ValueError(
+                f"{weights} is a run with --{name.replace('_', '-')} {_words(value)}, got "
+                f"{_words(given[name])}"
+            )
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def gathering_notes(config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about how they were gathered."""
+    options = config.detection
+    sampled = {"rpn_proposals": options.rpn_proposals, "proposals": options.proposals}
+    return {name: json.dumps(value) for name, value in {**_settings(config), **sampled}.items()}
 
 
 def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) -> ClassMeans:
@@ -81,39 +130,46 @@ def gather_class_means(
     world: World,
     *,
     metadata: dict[str, str] | None = None,
+    path: Path | None = None,
+    resume: bool = False,
 ) -> ClassMeans:
     """Mean box features of every class and of the background, over sampled proposals.
 
     The training images as they are, at the size of the evaluation; of each the teacher's own
     proposals with the boxes of the annotations among them, sampled as in training. What is drawn
-    depends on the seed and the image alone. The detector's modes are restored. Collective.
+    depends on the seed and the image alone. The detector's modes are restored. Collective; goes on
+    after a stop as :func:`dnkd_ext.train.gather.gather_means` says.
     """
-    means = ClassMeans(len(source.classes), FEATURES, device=world.device)
-    means.metadata = dict(metadata or {})
     batches = TestBatches(source.train_split, config, world)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     # As many proposals as in training; its head has nothing that behaves otherwise then.
     model.rpn.train()
-    shown = config.run.progress and world.is_first
     devices = [world.device] if world.device.type == "cuda" else []
     autocast = _autocast(config, world)
+
+    def look(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        images, targets, numbers = batch
+        with autocast:
+            seeds = [(config.run.seed, number) for number in numbers]
+            return sampled_features(model, images, targets, seeds)
+
     try:
-        with (
-            torch.random.fork_rng(devices),
-            Progress(len(batches), "class means", unit="batch", enabled=shown) as bar,
-        ):
-            for images, targets, numbers in batches:
-                with autocast:
-                    features, labels = sampled_features(
-                        model, images, targets, [(config.run.seed, number) for number in numbers]
-                    )
-                means.update(features, labels)
-                bar.advance()
+        with torch.random.fork_rng(devices):
+            return gather_means(
+                batches,
+                look,
+                source,
+                config,
+                world,
+                metadata=metadata,
+                path=path,
+                resume=resume,
+                width=FEATURES,
+            )
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return means.all_reduce()
 
 
 def sampled_features(
@@ -153,11 +209,11 @@ def run_evaluation(
     """COCO's figures of trained weights over the test images, in percent; writes the detections.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load_teacher` and :meth:`DetectionSource.open`.
+        FileNotFoundError, ValueError: as :func:`load_teacher` and :func:`read_test_split`.
     """
-    source = DetectionSource.open(config, progress=False)
-    network, _ = load_teacher(model, weights, source, config, world)[:2]
-    split = source.test_split
+    check_settings(weights, config)
+    split = read_test_split(config)
+    network = load_teacher(model, weights, split, config, world).model
     found = detect(
         network,
         TestBatches(split, config, world),
@@ -210,6 +266,7 @@ class DetectionTask(Task):
             teacher.model if teacher else None,
             config.method.method,
             config.method.ce_weight,
+            nd_ramp=config.method.nd_ramp,
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)
@@ -221,8 +278,9 @@ class DetectionTask(Task):
         self.identity = identity(config, source, teacher)
         self._autocast = _autocast(config, world)
         self._truth: Any = None
-        if world.is_first:
-            self._truth = ground_truth(source.test_split)
+        with world.first_alone():
+            if world.is_first:
+                self._truth = ground_truth(source.test_split)
         # Of the latest evaluation, on the first process.
         self._found: list[Detection] | None = None
 
@@ -275,10 +333,10 @@ class DetectionTask(Task):
         figures = self.world.from_first(figures)
         return {f"test_{name}": value for name, value in figures.items()}
 
-    def finish(self, out: Path) -> None:
-        """Write the detections of the last evaluation; of the last weights where there was none."""
+    def finish(self, out: Path, model: nn.Module) -> None:
+        """Write the detections of the last evaluation; where there was none, of ``model``."""
         if self.world.any(self.world.is_first and self._found is None):
-            self.evaluate(self.model)
+            self.evaluate(model)
         with self.world.first_alone():
             if self.world.is_first:
                 assert self._found is not None
