@@ -55,14 +55,14 @@ def _models(config: TrainConfig, classes: int) -> tuple[nn.Module, nn.Module]:
 
 
 @torch.no_grad()
-def _calibrate(model: nn.Module, images: Tensor) -> None:
+def _calibrate(model: nn.Module, images: list[Tensor]) -> None:
     """Give normalisations the statistics of the images, so that random weights stay finite."""
     norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum, norm.training = None, True
         norm.reset_running_stats()
-    model.backbone(images)
+    model.backbone(model.transform(images)[0].tensors)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum, norm.training = momentum, False
 
@@ -114,7 +114,7 @@ class DetectorTrainer(e2e.Trainer):
         teacher, student = _models(config, shape.classes)
         for model in (teacher, student):
             model.to(device, memory_format=layout)
-            _calibrate(model, torch.stack(self.images[:2]))
+            _calibrate(model, self.images[:2])
         self.teacher = teacher.eval().requires_grad_(False)
         # On the scale of features after a ReLU.
         self.means = torch.rand(shape.classes, FEATURES, device=device)

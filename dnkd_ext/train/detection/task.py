@@ -78,7 +78,7 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_settings(weights: str, config: TrainConfig) -> None:
-    """ValueError where a run whose folder ``weights`` is trained its detector by other options."""
+    """ValueError where ``weights`` is the folder of a run that trained its detector otherwise."""
     path = Path(weights) / "config.json"
     if not path.is_file():
         return
