@@ -25,6 +25,7 @@ from dnkd_ext.train.classification import (
     Classification,
     Teacher,
     _cast_once,
+    _try_out,
     build_model,
     fit_image_size,
     load_weights_for,
@@ -542,6 +543,38 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys, monkeypat
         assert not out.exists()
     told = refused(["train", "--data", str(folder), "--out", str(out), "--mixup", "0.5"], capsys)
     assert "--mixup is for --task imagenet" in told
+
+
+def test_a_refused_command_leaves_the_run_that_is_there(data, teacher, whole, tmp_path, capsys):
+    """Options that only the loaders or the models can judge, told before anything is removed."""
+    out = tmp_path / "run"
+    shutil.copytree(whole / "folders", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for more, *messages in (
+        (("--auto-augment", "foo"), "--auto-augment must name one of timm's policies"),
+        (("--mixup", "0.8", "--batch-size", "7"), "every process an even number"),
+        (("--student", "inception_v3"), "--student inception_v3", "32 pixels (--image-size)"),
+        (("--reader", "wds/x", "--num-classes", "4"), "--train-split must name"),
+    ):
+        arguments = options(data["folders"], out, *of(teacher), "--overwrite", *more)
+        told = refused(arguments, capsys)
+        assert all(message in told for message in messages), told
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_trying_models_out_changes_nothing(data):
+    config = settings(data["folders"], method="kd")
+    source = open_source(config, ALONE)
+    given = untrained(config, source)
+    given.model.train()  # running statistics would move
+    before = {name: value.clone() for name, value in given.model.state_dict().items()}
+    student = build_model("cifar_resnet20", len(CLASSES), 3)
+    state = torch.get_rng_state()
+    _try_out(student, "--student", config, source, reads_stages=True)
+    _try_out(given.model, "--teacher", config, source, reads_stages=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(given.model.state_dict(), before)
+    assert given.model.training
 
 
 def test_weights_that_cannot_be_downloaded(data, tmp_path, capsys, monkeypatch):

@@ -452,6 +452,34 @@ def _cast_once(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
+@torch.no_grad()
+def _try_out(
+    model: nn.Module, option: str, config: TrainConfig, source: Source, reads_stages: bool
+) -> None:
+    """Run a model as training will, on two images of noise, in evaluation mode.
+
+    Raises:
+        ValueError: it cannot take images of this size, or gives no features or maps.
+    """
+    size = source.image_size
+    # Of its own generator: what is drawn later does not depend on this.
+    noise = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
+    modes = {module: module.training for module in model.modules()}
+    try:
+        (stage_maps if reads_stages else features)(
+            model.eval(), noise.to(next(model.parameters()).device)
+        )
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        known = " (--image-size)" if config.data.task == "imagenet" else ""
+        raise ValueError(
+            f"{option} cannot be run on images of {size} x {size} pixels{known}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class Classification(Task):
     """A student, its data and its teacher, as the engine trains them."""
 
@@ -519,9 +547,13 @@ class Classification(Task):
         student = build_student(config, source)
         if config.run.activation_checkpointing:
             checkpoint_activations(student, config.model.student)
-        if config.method.method == "reviewkd":
+        reads_stages = config.method.method == "reviewkd"
+        if reads_stages:
             assert teacher is not None
             ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
+        _try_out(student, f"--student {config.model.student}", config, source, reads_stages)
+        if teacher is not None and not config.run.fsdp_teacher:
+            _try_out(teacher.model, f"--teacher {config.model.teacher}", config, source, reads_stages)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""

@@ -221,6 +221,10 @@ def run_jobs(
     for job, state in zip(ready, states, strict=True):
         source, teacher = shared.source(job.config), shared.teacher(job.config)
         _task_class(job.config).check(job.config, source, teacher)
+        if not _is_detection(job.config):
+            # What makes batches checks its options, and starts no workers before the first one.
+            source.train(job.config, world)
+            source.test(job.config, world)
         if state.identity is not None:
             told = {"identity": state.identity}
             check_identity(job.out, told, identity(job.config, source, teacher))

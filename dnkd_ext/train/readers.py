@@ -7,6 +7,7 @@ their images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -409,8 +410,10 @@ class ShardSplit:
             ValueError: a shard is no tar archive, is no local file, or all together hold another
                 number of images than was announced.
         """
-        if self.lengths is not None:
-            return self
+        return self if self.lengths is not None else self._counted
+
+    @functools.cached_property
+    def _counted(self) -> ShardSplit:
         lengths = []
         for url in self.urls:
             if not os.path.isfile(url):
