@@ -449,11 +449,34 @@ def test_checkpoints_keep_the_one_before_and_run_nothing(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch):
+def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch, capsys):
     monkeypatch.setattr(Classification, "batches", None)
     before = (whole[0] / "result.json").stat().st_mtime_ns
     run(images, whole[0], *student_options(teacher), "--resume")
     assert (whole[0] / "result.json").stat().st_mtime_ns == before
+    result = json.loads((whole[0] / "result.json").read_text())
+    told = capsys.readouterr().out
+    assert "finished before" in told
+    assert f"best top-1 {result['best_top1']:.2f} in epoch {result['best_epoch']}, last" in told
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_a_start_that_failed_leaves_no_run(images, teacher, tmp_path, monkeypatch, capsys, more):
+    """Neither while class means were gathered nor when the task was made."""
+    out, begin = tmp_path / "run", Classification.__init__
+    arguments = options(images, out, *of(teacher, "kd", 1.0))
+
+    def fail(self, *_):
+        raise ValueError("no")
+
+    monkeypatch.setattr(Classification, "__init__", fail)
+    assert "no" in refused(arguments, capsys)
+    assert not (out / "config.json").exists()
+    monkeypatch.setattr(Classification, "__init__", begin)
+    (out / "config.json").write_text('{"lr": 7.0}')  # as earlier versions left it
+    rows = run(images, out, *of(teacher, "kd", 1.0, *more), "--epochs", "1")
+    assert len(rows) == 1
+    assert json.loads((out / "config.json").read_text())["lr"] == 0.05
 
 
 # -- several processes, several runs --------------------------------------------------------------
@@ -503,6 +526,34 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     folders = [str(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)]
     assert main(["plot", *folders, "--out", str(out)]) == 0
     assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_a_series_goes_on_after_a_run_that_failed(images, tmp_path, monkeypatch, capsys):
+    batches = Classification.batches
+
+    def broken(self, epoch, start):
+        spoilt = self.step.student.conv1.weight.sum() == self.weights
+        for pixels, target in batches(self, epoch, start):
+            yield pixels * (math.nan if spoilt else 1), target
+
+    torch.manual_seed(1)
+    first = create_model("cifar_resnet20", CLASSES).conv1.weight.sum()
+    monkeypatch.setattr(Classification, "weights", first.detach(), raising=False)
+    monkeypatch.setattr(Classification, "batches", broken)
+    arguments = options(images, tmp_path, "--epochs", "1")
+    assert main([*arguments, "--seeds", "1,2"]) == 2
+    told = capsys.readouterr()
+    folder = tmp_path / "run" / "seed-1"
+    failed = f"run, seed 1, in {folder}: epoch 1, step 1 of 6: ce is not finite"
+    assert f"failed: {failed}" in told.out
+    assert "1 of 2 runs failed" in told.err
+    assert failed in told.err
+    assert json.loads((tmp_path / "run" / "seed-2" / "result.json").read_text())["seed"] == 2
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["seeds"] == "1"
+    assert main([*arguments, "--seed", "1", "--out", str(tmp_path / "one")]) == 2
+    assert f"run, seed 1, in {tmp_path / 'one'}: epoch 1" in capsys.readouterr().err
 
 
 def test_class_means_command(images, teacher, tmp_path, capsys):

@@ -199,7 +199,9 @@ def run_jobs(
         FileExistsError: a folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
         ValueError, FileNotFoundError: a wrong option or input; what can be told beforehand is told
             before the first job begins, and nothing is written then.
-        FloatingPointError, Interrupted: see :func:`dnkd_ext.train.engine.train`.
+        FloatingPointError: runs failed, see :func:`dnkd_ext.train.engine.train`; preset, seed and
+            folder are named. It is raised after the others have been trained.
+        Interrupted: likewise, at once.
     """
     ready = []
     for job in jobs:
@@ -234,16 +236,28 @@ def run_jobs(
                 # All of them, results first, so that nothing old is taken for a part of the new.
                 for job in ready:
                     _remove(job.out)
-    results = [
-        _run(job, shared, world, resume) if state.result is None else state.result
-        for job, state in zip(ready, states, strict=True)
-    ]
-    if len(jobs) > 1:
-        with world.first_alone():
+    results = []
+    failed: list[str] = []
+    for job, state in zip(ready, states, strict=True):
+        if state.result is not None:
+            results.append(state.result)
             if world.is_first:
-                rows = summary(_all_results(out))
-                write_csv(out / "summary.csv", rows)
-                print(format_summary(rows), flush=True)
+                print(f"finished before: {_line(state.result, job.out)}", flush=True)
+            continue
+        try:
+            results.append(_run(job, shared, world, resume))
+        except FloatingPointError as error:  # the same on all processes
+            name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
+            failed.append(f"{name}: {error}")
+    with world.first_alone():
+        if world.is_first and len(jobs) > 1:
+            rows = summary(_all_results(out))
+            write_csv(out / "summary.csv", rows)
+            lines = [format_summary(rows)] if rows else []
+            print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
+        if world.is_first and failed:
+            many = f"{len(failed)} of {len(jobs)} runs failed: " if len(jobs) > 1 else ""
+            raise FloatingPointError(many + "; ".join(failed))
     return results
 
 
@@ -289,8 +303,8 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
         raise ValueError(
             f"--overwrite would remove --teacher-weights {weights}, which are in --out {out}"
         )
-    # Class means alone are what a run that was killed early leaves, too.
-    if not present or overwrite or (resume and present == [CLASS_MEANS]):
+    # A run has a log or a checkpoint; what failed or was killed before is none.
+    if overwrite or set(present) <= {CONFIG, CLASS_MEANS}:
         return _State()
     if not resume:
         raise FileExistsError(
@@ -376,11 +390,10 @@ class _Shared:
             self._teachers[key] = teacher
         return self._teachers[key]
 
-    def teacher_with_means(
-        self, config: TrainConfig, out: Path, *, resume: bool = False
-    ) -> Teacher | None:
+    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
         """The teacher with its class means, gathered now unless ``out`` or a file has them.
 
+        A pass that was interrupted is gone on with, which gives the same means as a new one.
         Without the ND loss they only serve diagnostics, and are left out where gathering them is a
         matter of hours.
         """
@@ -405,7 +418,7 @@ class _Shared:
                     self.world,
                     notes,
                     path=out / CLASS_MEANS,
-                    resume=resume,
+                    resume=True,
                 )
             teacher = teacher._replace(class_means=means)
             self._teachers[self._key(config)] = teacher
@@ -445,13 +458,15 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             out.mkdir(parents=True, exist_ok=True)
             remove_temporaries(out)
             remove_unnamed(out)
-            write_json(out / CONFIG, flatten(config))
     prepare_device(config.run, world)
-    teacher = shared.teacher_with_means(config, out, resume=resume)
+    teacher = shared.teacher_with_means(config, out)
     source = shared.source(config)
     task = _task_class(config)(config, source, teacher, world)
-    if world.is_first:
-        print(_heading(job, source, world), flush=True)
+    with world.first_alone():
+        if world.is_first:
+            # From here on the folder holds a run.
+            write_json(out / CONFIG, flatten(config))
+            print(_heading(job, source, world), flush=True)
     log = train(
         task,
         config.optim,
