@@ -53,7 +53,8 @@ class Train:
     out: str
     """Folder for the results; several presets or seeds get folders of their own in it."""
     preset: str = ""
-    """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'."""
+    """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'; options
+    of the teacher are then for those that have one."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
     resume: bool = False
@@ -188,6 +189,14 @@ def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
     )
 
 
+def _without_teacher(config: TrainConfig) -> TrainConfig:
+    """The configuration without what it says of a teacher, where none has a part in it."""
+    if config.needs_teacher:
+        return config
+    none = {"teacher": None, "teacher_weights": None, "class_means": None, "fsdp_teacher": False}
+    return replace(config, none)
+
+
 def train(argv: Sequence[str]) -> int:
     """``dnkd train``."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -210,6 +219,9 @@ def train(argv: Sequence[str]) -> int:
             arguments.detection,
         )
         configs.append((config, load_preset(name).published if name else None))
+    if any(config.needs_teacher for config, _ in configs):
+        # What the options say of the teacher is for those that have one.
+        configs = [(_without_teacher(config), published) for config, published in configs]
     assert arguments is not None
     seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
     if arguments.resume and arguments.overwrite:
