@@ -758,6 +758,7 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
         ([*kd, "--teacher-weights", str(tmp_path)], "without best.safetensors"),
         ([*kd, "--class-means", str(tmp_path / "no.safetensors")], "no class-means file"),
         (["--seeds", "1,1"], "--seeds must be different"),
+        (["--limit", "2"], "--limit must be at least one image for each of 3 classes, got 2"),
         (["--mean", "0.5"], "--mean must have a value for each of 3 channels"),
     ]
     for more, message in cases:
@@ -813,6 +814,35 @@ def test_configurations_survive_json():
     ):
         with pytest.raises(ValueError, match=message):
             replace(TrainConfig(), settings)
+
+
+@pytest.mark.parametrize("command", ["eval", "class-means"])
+def test_commands_that_do_not_train_have_the_options_they_use(images, tmp_path, capsys, command):
+    out = [] if command == "eval" else ["--out", str(tmp_path / "means")]
+    own = [command, "--model", "cifar_resnet20", "--weights", "x", "--data", str(images), *out]
+    for more in (
+        ["--compile"],
+        ["--fsdp"],
+        ["--wandb"],
+        ["--cuda-graph"],
+        ["--checkpoint-every", "2"],
+        ["--hflip", "0.3"],
+        ["--pad", "2"],
+        ["--epoch-steps", "2"],
+        ["--trainable-layers", "2"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*own, *more])
+        assert stopped.value.code == 2
+        assert more[0] in capsys.readouterr().err
+    for more, message in (
+        (["--eval-batch-size", "0"], "--eval-batch-size must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--std", "1", "0", "1"], "--std must be positive"),
+    ):
+        assert message in refused([*own, *more], capsys)
+    if command == "class-means":
+        assert "--seed is for --task detection" in refused([*own, "--seed", "1"], capsys)
 
 
 def test_help_tells_every_option(capsys):

@@ -437,6 +437,33 @@ def test_class_means_go_on_where_they_stopped(data, teacher, tmp_path, monkeypat
     assert out.read_bytes() == before
 
 
+def test_class_means_by_autocast(data, tmp_path):
+    """As the step sees features; means of other options are not taken for these."""
+    config = settings(data["folders"], precision="bfloat16")
+    source = open_source(config, ALONE)
+    model = untrained(config, source).model
+    means = gather_class_means(model, source, config, ALONE)
+    wanted = ClassMeans(len(CLASSES), means.num_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for images, target, mask in source.clean(config, ALONE):
+            found, _ = features(model, images)
+            assert found.dtype == torch.bfloat16
+            wanted.update(found, target.where(mask, -100))
+    assert torch.equal(means.compute(), wanted.compute())
+    plain = gather_class_means(model, source, settings(data["folders"]), ALONE)
+    assert not torch.equal(plain.compute(), means.compute())
+
+
+def test_class_means_of_other_options_are_gathered_anew(data, teacher, tmp_path):
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--workers", "0"]
+    command += ["--out", str(tmp_path / "means.safetensors"), "--no-progress", "--device", "cpu"]
+    assert main([*command, "--image-size", str(SIZE)]) == 0
+    assert main([*command, "--image-size", str(SIZE), "--resume"]) == 0
+    for more in (["--image-size", "48"], ["--image-size", str(SIZE), "--precision", "bfloat16"]):
+        assert main([*command, *more, "--resume"]) == 2
+
+
 def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):
     config = settings(data["folders"])
     source = open_source(config, ALONE)
@@ -552,7 +579,7 @@ def test_a_refused_command_leaves_the_run_that_is_there(data, teacher, whole, tm
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for more, *messages in (
         (("--auto-augment", "foo"), "--auto-augment must name one of timm's policies"),
-        (("--mixup", "0.8", "--batch-size", "7"), "every process an even number"),
+        (("--mixup", "0.8", "--batch-size", "7"), "--batch-size must give every process an even"),
         (("--student", "inception_v3"), "--student inception_v3", "32 pixels (--image-size)"),
         (("--reader", "wds/x", "--num-classes", "4"), "--train-split must name"),
     ):
@@ -575,6 +602,33 @@ def test_trying_models_out_changes_nothing(data):
     assert torch.equal(torch.get_rng_state(), state)
     assert same(given.model.state_dict(), before)
     assert given.model.training
+
+
+def test_the_evaluation_of_published_weights(data, capsys, monkeypatch):
+    """Those that timm would download, by their name."""
+    import timm
+
+    create, made = timm.create_model, []
+
+    def published(name, pretrained=False, **more):
+        torch.manual_seed(5)
+        made.append(pretrained)
+        return create(name, **{"num_classes": len(CLASSES), **more})
+
+    monkeypatch.setattr(timm, "create_model", published)
+    command = ["eval", "--task", "imagenet", "--data", str(data["folders"]), "--device", "cpu"]
+    command += ["--image-size", str(SIZE), "--workers", "0", "--no-progress"]
+    assert main([*command, "--model", "resnet10t", "--weights", "pretrained"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert made == [True]
+    assert result["weights"] == "pretrained"
+    model, hits = published("resnet10t").eval(), []
+    with torch.no_grad():
+        for images, target, _ in open_source(settings(data["folders"]), ALONE).test(
+            settings(data["folders"]), ALONE
+        ):
+            hits += (model(images).argmax(1) == target).tolist()
+    assert result["test_top1"] == pytest.approx(100 * sum(hits) / len(hits))
 
 
 def test_weights_that_cannot_be_downloaded(data, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -40,6 +41,34 @@ from dnkd_ext.train.world import join_world
 __all__ = ["COMMANDS"]
 
 T = TypeVar("T")
+
+
+def _only(kind: type, *names: str) -> Any:
+    """A group with these options alone; the others keep their defaults."""
+    hints = get_type_hints(kind)
+    others = [
+        (one.name, tyro.conf.Fixed[hints[one.name]], dataclasses.field(default=one.default))
+        for one in dataclasses.fields(kind)
+        if one.name not in names
+    ]
+    return dataclasses.make_dataclass(kind.__name__, others, bases=(kind,), frozen=True)
+
+
+# What a pass over images as they are goes by.
+SeenData = _only(DataOptions, "task", "data", "limit", "cache", "mean", "std")
+_RUN = ("device", "precision", "channels_last", "eval_batch_size", "progress")
+SeenRun = _only(RunOptions, *_RUN)
+# Sums of features depend on the order of what is added.
+SummedRun = _only(RunOptions, *_RUN, "deterministic")
+SeenReader = _only(
+    ReaderOptions,
+    *("reader", "train_split", "val_split", "class_map", "num_classes", "image_size"),
+    *("crop_pct", "interpolation", "workers", "on_error"),
+)
+_DETECTED = ("train_set", "val_set", "min_size", "max_size", "anchor_sizes", "detect_batch_size")
+SeenDetection = _only(DetectionOptions, *_DETECTED)
+# Class means are those of sampled proposals.
+SampledDetection = _only(DetectionOptions, *_DETECTED, "rpn_proposals", "proposals")
 
 
 @dataclass
@@ -94,17 +123,20 @@ class ClassMeansArguments:
     model: str
     """The teacher: a cifar_* name, or any name that timm knows."""
     weights: str
-    """File of its weights, or the folder of the run that trained it."""
+    """File of its weights, the folder of the run that trained it, or pretrained: timm's own, for
+    detection torchvision's."""
     out: str
     """File to write (safetensors)."""
     overwrite: bool = False
     """Replace the file."""
     resume: bool = False
     """Go on with a pass that was interrupted; begin where there is none."""
-    data: DataOptions = field(default_factory=DataOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    reader: ReaderOptions = field(default_factory=ReaderOptions)
-    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    seed: int = 0
+    """Detection: of the proposals that are sampled."""
+    data: SeenData = field(default_factory=SeenData)
+    run: SummedRun = field(default_factory=SummedRun)
+    reader: SeenReader = field(default_factory=SeenReader)
+    detection: SampledDetection = field(default_factory=SampledDetection)
 
 
 @dataclass
@@ -114,13 +146,14 @@ class Eval:
     model: str
     """A cifar_* name, or any name that timm knows."""
     weights: str
-    """File of the weights, or a run's folder, whose best weights are taken."""
+    """File of the weights, a run's folder, whose best weights are taken, or pretrained: timm's own,
+    for detection torchvision's."""
     detections: str | None = None
     """Detection: file for what was found in every image, JSON in COCO's results format."""
-    data: DataOptions = field(default_factory=DataOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    reader: ReaderOptions = field(default_factory=ReaderOptions)
-    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    data: SeenData = field(default_factory=SeenData)
+    run: SeenRun = field(default_factory=SeenRun)
+    reader: SeenReader = field(default_factory=SeenReader)
+    detection: SeenDetection = field(default_factory=SeenDetection)
 
 
 @dataclass
@@ -157,7 +190,11 @@ def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = No
         description=inspect.cleandoc(kind.__doc__ or ""),
         args=list(argv),
         default=default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.SuppressFixed,
+        ),
     )
 
 
@@ -182,10 +219,10 @@ def _arguments_of(preset: str, out: str) -> Train:
 def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
     """The configuration of a command that does not train."""
     return TrainConfig(
-        data=arguments.data,
-        run=arguments.run,
-        reader=arguments.reader,
-        detection=arguments.detection,
+        data=DataOptions(**vars(arguments.data)),
+        run=RunOptions(**vars(arguments.run)),
+        reader=ReaderOptions(**vars(arguments.reader)),
+        detection=DetectionOptions(**vars(arguments.detection)),
     )
 
 
@@ -278,7 +315,9 @@ def presets(argv: Sequence[str]) -> int:
 def class_means(argv: Sequence[str]) -> int:
     """``dnkd class-means``."""
     arguments = _parse(ClassMeansArguments, "class-means", argv)
-    config = _config(arguments)
+    if arguments.seed and arguments.data.task != "detection":
+        raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
+    config = replace(_config(arguments), {"seed": arguments.seed})
     out = Path(arguments.out)
     config.check_data()
     with join_world(arguments.run.device) as world:

@@ -21,7 +21,7 @@ from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
 
-__all__ = ["find_parts", "gather_class_means", "remove_parts"]
+__all__ = ["find_parts", "gather_class_means", "gathering_notes", "remove_parts"]
 
 # Seconds between two looks at what would be lost.
 KEEP_EVERY = 60.0
@@ -47,8 +47,20 @@ def _origin(source: Source, config: TrainConfig, metadata: dict[str, str]) -> st
     options = {**dataclasses.asdict(config.data), **dataclasses.asdict(config.reader)}
     # Shards are divided between workers, too.
     kept = {n: v for n, v in options.items() if n not in FREE or n == "workers"}
-    told = [source.fingerprint(), config.run.eval_batch_size, kept, metadata]
+    run = [config.run.eval_batch_size, config.run.precision]
+    told = [source.fingerprint(), run, kept, metadata]
     return json.dumps(told, sort_keys=True)
+
+
+def gathering_notes(config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about how the images were seen."""
+    seen = {"precision": config.run.precision, **config.data.normalisation}
+    if config.data.task == "imagenet":
+        reader = config.reader
+        seen |= {name: getattr(reader, name) for name in ("image_size", "crop_pct")}
+        # What is random for training is bilinear here.
+        seen["interpolation"] = reader.interpolation.replace("random", "bilinear")
+    return {name: json.dumps(value) for name, value in seen.items()}
 
 
 def _load(path: Path, origin: str) -> tuple[int, dict[str, Any]] | None:
@@ -108,6 +120,9 @@ def gather_class_means(
             torch.save({"origin": origin, "next": done, "means": means.state_dict()}, temporary)
 
     shown = config.run.progress and world.is_first
+    autocast = torch.autocast(
+        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
+    )
     number, kept = start, time.monotonic()
     with (
         torch.no_grad(),  # a sharded model cannot run in inference mode
@@ -115,7 +130,8 @@ def gather_class_means(
     ):
         try:
             for images, target, mask in batches.batches(start):
-                found, _ = features(model, images)
+                with autocast:
+                    found, _ = features(model, images)
                 if means is None:
                     means = _begin(len(source.classes), found.shape[-1], world, state)
                 # What fills up a batch counts nowhere.

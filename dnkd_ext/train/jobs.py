@@ -26,11 +26,9 @@ from dnkd_ext.train.classification import (
     STAGE_METHODS,
     Classification,
     Teacher,
-    build_model,
     evaluate,
     identity,
     load_teacher,
-    load_weights_for,
     means_digest,
     means_notes,
     read_class_means,
@@ -39,7 +37,12 @@ from dnkd_ext.train.classification import (
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
 from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
-from dnkd_ext.train.gather import find_parts, gather_class_means, remove_parts
+from dnkd_ext.train.gather import (
+    find_parts,
+    gather_class_means,
+    gathering_notes,
+    remove_parts,
+)
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.sharding import shard_model
 from dnkd_ext.train.sources import open_source
@@ -405,7 +408,7 @@ class _Shared:
                 return teacher
             assert config.model.teacher is not None
             source, means = self.source(config), None
-            notes = means_notes(config.model.teacher, teacher.digest, source)
+            notes = _notes(config.model.teacher, teacher, source, config)
             with self.world.first_alone():
                 if self.world.is_first:
                     means = _kept_means(out / CLASS_MEANS, notes)
@@ -428,6 +431,12 @@ class _Shared:
                 teacher.class_means.save(out / CLASS_MEANS)
                 remove_parts(out / CLASS_MEANS)
         return teacher
+
+
+def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about its origin."""
+    notes = means_notes(name, teacher.digest, source)
+    return notes if _is_detection(config) else notes | gathering_notes(config)
 
 
 def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
@@ -635,7 +644,7 @@ def run_class_means(
     prepare_device(config.run, world)
     source = _open(config, world)
     teacher = _load_teacher(model, weights, source, config, world)
-    notes, done = means_notes(model, teacher.digest, source), None
+    notes, done = _notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
             done = _kept_means(out, notes)
@@ -674,7 +683,7 @@ def run_eval(
 
     Args:
         model: its name.
-        weights: a file, or a run's folder.
+        weights: a file, a run's folder, or ``"pretrained"``.
         config: its groups ``data``, ``run``, ``reader`` and ``detection``.
         world: the processes.
         detections: file for a detector's detections.
@@ -685,19 +694,14 @@ def run_eval(
     if detections is not None:
         raise ValueError(f"--detections is for --task detection, got {detections}")
     source = open_source(config, world, progress=config.run.progress)
-    path = weights_file(weights)
-    network = build_model(model, len(source.classes), source.channels)
-    load_weights_for(network, path, source.image_size)
-    network.to(world.device)
-    if config.run.channels_last:
-        network.to(memory_format=torch.channels_last)
+    network = _load_teacher(model, weights, source, config, world).model
     autocast = torch.autocast(
         world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
     )
     result = evaluate(network, source.test(config, world), len(source.classes), autocast, world)
     return {
         "model": model,
-        "weights": str(path),
+        "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
         "test_images": source.test_images,
         "test_top1": result.top1,
         "test_top5": result.top5,
