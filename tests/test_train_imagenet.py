@@ -648,9 +648,47 @@ def test_an_unreadable_image_stops_or_is_skipped(data, teacher, tmp_path, capsys
     folder = tmp_path / "broken"
     shutil.copytree(data["folders"], folder)
     (folder / "train" / "roof" / "3.png").write_bytes(b"nothing")
-    arguments = options(folder, tmp_path / "run", *of(teacher, "--epochs", "1"))
+    arguments = options(folder, tmp_path / "run", *of(teacher))
     assert "roof/3.png cannot be read" in refused(arguments, capsys)
+    (folder / "val" / "sky" / "1.png").write_bytes(b"nothing")
+    arguments += ["--on-error", "skip", "--batch-size", "7"]  # an epoch has every image
     with contextlib.ExitStack() as stack:
         told = stack.enter_context(pytest.warns(UserWarning, match=r"roof/3\.png"))
-        run([*arguments, "--on-error", "skip", "--resume"])
+        rows = run([*arguments, "--epochs", "2"])
     assert told
+    assert [row["train_unreadable"] for row in rows] == ["1", "1"]
+    assert [row["test_unreadable"] for row in rows] == ["1", "1"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["train_unreadable"], result["test_unreadable"]) == (1, 1)
+    assert result["test_images"] == 4 * VAL - 1
+    hits = float(rows[-1]["test_top1"]) / 100 * result["test_images"]
+    assert hits == pytest.approx(round(hits), abs=1e-3)
+    command = ["eval", "--task", "imagenet", "--data", str(folder), "--image-size", str(SIZE)]
+    command += ["--model", "cifar_resnet20", "--weights", str(tmp_path / "run"), "--workers", "0"]
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"sky/1\.png"):
+        assert main([*command, "--device", "cpu", "--no-progress", "--on-error", "skip"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["test_images"], told["test_unreadable"]) == (4 * VAL - 1, 1)
+
+
+def test_unreadable_images_are_counted_over_a_stop(data, tmp_path, monkeypatch):
+    folder, batches = tmp_path / "broken", Classification.batches
+    shutil.copytree(data["folders"], folder)
+    for name in ("roof/3.png", "sky/0.png", "petal2/4.png"):
+        (folder / "train" / name).write_bytes(b"nothing")
+    arguments = options(folder, tmp_path / "run", "--on-error", "skip", "--batch-size", "4")
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    with pytest.warns(UserWarning, match="could not be read"):
+        assert main(arguments) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Classification, "batches", batches)
+    with pytest.warns(UserWarning, match="could not be read"):
+        rows = run([*arguments, "--resume"])
+    assert [row["train_unreadable"] for row in rows] == ["3", "3"]

@@ -347,13 +347,15 @@ def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> di
 class Evaluated(NamedTuple):
     """Accuracies in percent over the test images of all processes, and this process's features.
 
-    ``target`` is -100 where a batch was filled up.
+    ``target`` is -100 where a batch was filled up; ``count`` is how many images there were in all
+    processes, but for those that could not be read.
     """
 
     top1: float
     top5: float
     features: Tensor
     target: Tensor
+    count: int
 
 
 @torch.no_grad()
@@ -387,6 +389,7 @@ def evaluate(
         round(100 * top5 / count, 4),
         torch.cat(taken),
         torch.cat(targets),
+        count,
     )
 
 
@@ -530,6 +533,8 @@ class Classification(Task):
         )
         self._teacher = teacher
         self._teacher_norms: Tensor | None = None
+        self._skips = config.data.task == "imagenet" and config.reader.on_error == "skip"
+        self._evaluated = source.test_images
 
     @staticmethod
     def check(config: TrainConfig, source: Source, teacher: Teacher | None) -> None:
@@ -557,12 +562,26 @@ class Classification(Task):
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""
-        return self._train.epoch(epoch, start)
+        before = self.unreadable if start else 0
+        for batch in self._train.epoch(epoch, start):
+            self.unreadable = before + self._train.unreadable
+            yield batch
+
+    def counts(self) -> dict[str, int]:
+        """Where unreadable images are skipped, how many were in the epoch and in the evaluation."""
+        if not self._skips:
+            return {}
+        count = torch.tensor(self.unreadable, device=self.world.device)
+        return {
+            "train_unreadable": int(self.world.sum(count)),
+            "test_unreadable": self.source.test_images - self._evaluated,
+        }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.source.classes)
         result = evaluate(model, self._test, classes, self._autocast, self.world)
+        self._evaluated = result.count
         figures = {"test_top1": result.top1, "test_top5": result.top5}
         if self._teacher is None or self._teacher.class_means is None:
             return figures

@@ -69,11 +69,13 @@ class Task(ABC):
         steps_per_epoch: batches of an epoch.
         batch_size: images of a batch, of all processes together.
         identity: what a checkpoint must have been made with to be gone on from.
+        unreadable: images in this process's batches of the epoch so far that could not be read.
     """
 
     step: nn.Module
     model: nn.Module
     methods: tuple[str, ...] = ()
+    unreadable: int = 0
     terms: tuple[str, ...]
     metric: str
     steps_per_epoch: int
@@ -83,6 +85,10 @@ class Task(ABC):
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's batches of an epoch, from number ``start`` on; no state is kept."""
+
+    def counts(self) -> dict[str, int]:
+        """More of the epoch that was trained and evaluated last, for the log; a collective call."""
+        return {}
 
     def split(self, batch: tuple[Tensor, ...], parts: int) -> list[tuple[Tensor, ...]]:
         """A batch in equal parts, for accumulated gradients."""
@@ -481,7 +487,11 @@ class _Training:
         if self.world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         meters = {"sums": self.meter.sums.cpu(), "bad": self.meter.bad.cpu()}
-        own: dict[str, Any] = {"random": random, "meter": meters}
+        own: dict[str, Any] = {
+            "random": random,
+            "meter": meters,
+            "unreadable": self.task.unreadable,
+        }
         if start and self.world.size > 1:
             own["buffers"] = {name: value.cpu() for name, value in self._buffers().items()}
         of_ranks = self.world.gather(own)
@@ -550,6 +560,7 @@ class _Training:
             self.meter.reset(self.start)
             self.meter.sums.copy_(own["meter"]["sums"])
             self.meter.bad.copy_(own["meter"]["bad"])
+            self.task.unreadable = own.get("unreadable", 0)
             buffers = self._buffers()
             for name, value in own.get("buffers", {}).items():
                 buffers[name].copy_(value)
@@ -732,6 +743,7 @@ class _Training:
                 "kd_ramp": ramp(self.kd_warm_up, epoch),
                 **{f"train_{n}": v for n, v in zip(self.task.terms, means, strict=True)},
                 **figures,
+                **self.task.counts(),
                 "images_per_second": round(speed, 1),
                 "seconds": round(self.seconds, 3),
             }

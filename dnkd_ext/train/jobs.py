@@ -499,7 +499,9 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         "last": last,
         "training_seconds": log["seconds"],
         "train_images": source.train_images,
-        "test_images": source.test_images,
+        # Those that the accuracies are of.
+        "test_images": source.test_images - last.get("test_unreadable", 0),
+        **{name: last[name] for name in ("train_unreadable", "test_unreadable") if name in last},
         "processes": world.size,
         "machine": machine(world),
         "config": flatten(config),
@@ -702,7 +704,8 @@ def run_eval(
     return {
         "model": model,
         "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
-        "test_images": source.test_images,
+        "test_images": result.count,
+        "test_unreadable": source.test_images - result.count,
         "test_top1": result.top1,
         "test_top5": result.top5,
     }

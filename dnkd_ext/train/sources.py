@@ -21,7 +21,14 @@ __all__ = ["Clean", "DiskSource", "Epochs", "MemorySource", "Source", "open_sour
 
 
 class Epochs(Protocol):
-    """Shuffled and augmented batches; ``len`` is how many an epoch has."""
+    """Shuffled and augmented batches; ``len`` is how many an epoch has.
+
+    Attributes:
+        unreadable: images in this process's batches of the epoch so far that were replaced, because
+            they could not be read.
+    """
+
+    unreadable: int
 
     def __len__(self) -> int:
         """Batches of an epoch."""
