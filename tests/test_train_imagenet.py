@@ -29,6 +29,7 @@ from dnkd_ext.train.classification import (
     _try_out,
     build_model,
     fit_image_size,
+    load_teacher,
     load_weights_for,
 )
 from dnkd_ext.train.config import TrainConfig, replace
@@ -278,6 +279,40 @@ def test_every_preset_trains_a_step(data, preset, tmp_path):
     projects = getattr(task.model, "num_features", 0) != getattr(given.model, "num_features", 0) \
         if given else False  # fmt: skip
     assert (task.step.projector is not None) == (projects and method.nd_weight > 0)
+
+
+def test_data_are_known_by_the_names_of_their_images(data, tmp_path):
+    """Wherever they lie, in folders or in an archive; a file of another name makes others."""
+
+    def fingerprint(folder, **more):
+        return open_source(settings(folder, **more), ALONE).fingerprint()
+
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(data["folders"], copied)
+    assert fingerprint(copied) == fingerprint(data["folders"]) == fingerprint(data["tar"])
+    (copied / "val" / "sky" / "0.png").rename(copied / "val" / "sky" / "9.png")
+    assert fingerprint(copied) != fingerprint(data["folders"])
+    shards = {"reader": "wds/x", "num_classes": 4, "val_split": "val-{0000..0003}.tar|20"}
+    seen = {fingerprint(data["shards"], **shards)}
+    for split in ("0000..0003}.tar|28", "0000..0002}.tar|28", "0000..0002}.tar|27"):
+        seen.add(fingerprint(data["shards"], **shards, train_split=f"train-{{{split}"))
+    assert len(seen) == 4
+
+
+def test_teachers_are_known_by_their_tensors(data, teacher, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def digest(path):
+        return load_teacher("resnet10t", str(path), source, torch.device("cpu")).digest
+
+    source = open_source(settings(data["folders"]), ALONE)
+    state = load_file(teacher)
+    save_file(state, tmp_path / "noted.safetensors", metadata={"epoch": "3"})
+    torch.save({"model": dict(reversed(state.items()))}, tmp_path / "same.pt")
+    assert digest(tmp_path / "noted.safetensors") == digest(tmp_path / "same.pt") == digest(teacher)
+    state["fc.bias"][0] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    assert digest(tmp_path / "other.safetensors") != digest(teacher)
 
 
 # -- targets, teachers, sizes ---------------------------------------------------------------------

@@ -28,6 +28,7 @@ from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
 from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.models.weights import read_weights
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
@@ -233,6 +234,15 @@ def weights_file(path: str) -> Path:
     return place
 
 
+def weights_digest(path: Path) -> str:
+    """By which weights are known again: of their names and values, in whatever file they are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(read_weights(path).items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def fit_image_size(model: nn.Module, size: int) -> None:
     """Prepare a transformer of timm's, made for images of one size, for those of another."""
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -280,7 +290,7 @@ def load_teacher(
         path = weights_file(weights)
         model = build_model(name, len(source.classes), source.channels)
         load_weights_for(model, path, source.image_size)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        digest = weights_digest(path)
     model = model.eval().requires_grad_(False).to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)

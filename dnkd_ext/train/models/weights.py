@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_weights"]
+__all__ = ["load_weights", "read_weights"]
 
 # Under which name checkpoints keep the state; mdistiller's say "model".
 KEYS = ("model", "state_dict")
@@ -41,9 +41,7 @@ def load_weights(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    state = _read(path)
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = read_weights(path)
     if adapt is not None:
         try:
             state = adapt(state)
@@ -64,6 +62,18 @@ def load_weights(
             f"{'; '.join(problems[:3])}{more}"
         )
     model.load_state_dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dictionary of a file, on the CPU; see :func:`load_weights`.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    state = _read(path)
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
 
 
 def _read(path: Path) -> dict[str, Tensor]:
