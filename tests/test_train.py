@@ -730,6 +730,48 @@ sys.exit(main(sys.argv[1:]))
     assert "no space left" in done.stderr
 
 
+def test_of_several_processes_one_tells_what_is_wrong(images, tmp_path):
+    """Whatever is found before or after they meet; each process ends with the same status."""
+    wrong = [
+        options(images, tmp_path / "run", *more)
+        for more in (
+            ["--seeds", "1,1"],
+            ["--no-such-option"],
+            ["--lr", "0"],
+            ["--data", str(tmp_path / "none")],
+            ["--student", "cifar_resnet21"],
+        )
+    ]
+    means = ["class-means", "--model", "x", "--weights", "y", "--out", str(tmp_path / "m")]
+    wrong += [[*means, "--data", str(images), "--device", "cpu", "--eval-batch-size", "0"]]
+    wrong += [["eval", "--model", "x", "--weights", "y", "--data", str(images), "--device", "cpu"]]
+    script = f"""
+import sys
+from dnkd_ext.cli import main
+for command in {wrong!r}:
+    print("command", file=sys.stderr)
+    try:
+        status = main(command)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2, status
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = by_two(str(tmp_path / "script.py"), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for message in (
+        "--seeds must be different",
+        "--no-such-option",
+        "--lr must be greater than 0",
+        "no data folder at",
+        "no model 'cifar_resnet21'",
+        "--eval-batch-size must be at least 1",
+        "no weights at y",
+    ):
+        lines = [line for line in done.stderr.splitlines() if message in line]
+        assert len(lines) == 1, (message, done.stderr)
+
+
 def test_overwrite_replaces_a_run_but_nothing_else(images, tmp_path):
     out = tmp_path / "run"
     run(images, out, "--epochs", "2")
@@ -755,6 +797,10 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
         (["--teacher", "cifar_resnet32"], "has no part in --method ce"),
         (["--method", "kd", "--teacher", "cifar_resnet32"], "--teacher-weights must name"),
         ([*kd, "--teacher", "cifar_resnet20"], "holds the weights of another network"),
+        (
+            [*of(teacher, "reviewkd"), "--student", "cifar_vgg8"],
+            "not there for models of different numbers of stages: with the embedding, --student",
+        ),
         ([*kd, "--teacher-weights", str(tmp_path)], "without best.safetensors"),
         ([*kd, "--class-means", str(tmp_path / "no.safetensors")], "no class-means file"),
         (["--seeds", "1,1"], "--seeds must be different"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -36,7 +37,7 @@ from dnkd_ext.train.jobs import (
     run_plot,
 )
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
-from dnkd_ext.train.world import join_world
+from dnkd_ext.train.world import OtherProcessFailed, join_world
 
 __all__ = ["COMMANDS"]
 
@@ -183,6 +184,21 @@ class Plot:
     """Where the detectors run."""
 
 
+# Of the processes on a machine, which have one command line, the first tells what is wrong with it.
+SPEAKS = int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """A look at the command line alone, before processes meet."""
+    try:
+        yield
+    except ValueError as error:
+        if SPEAKS:
+            raise
+        raise OtherProcessFailed(str(error)) from error
+
+
 def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = None) -> T:
     return tyro.cli(
         kind,
@@ -190,6 +206,7 @@ def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = No
         description=inspect.cleandoc(kind.__doc__ or ""),
         args=list(argv),
         default=default,
+        console_outputs=SPEAKS,
         config=(
             tyro.conf.OmitArgPrefixes,
             tyro.conf.OmitSubcommandPrefixes,
@@ -234,8 +251,10 @@ def _without_teacher(config: TrainConfig) -> TrainConfig:
     return replace(config, none)
 
 
-def train(argv: Sequence[str]) -> int:
-    """``dnkd train``."""
+def _read_train(
+    argv: Sequence[str],
+) -> tuple[Train, list[tuple[TrainConfig, float | None]], list[int]]:
+    """Options, a configuration and the published accuracy for every preset, and the seeds."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="")
     pattern = first.parse_known_args(argv)[0].preset
@@ -263,6 +282,13 @@ def train(argv: Sequence[str]) -> int:
     seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
+    return arguments, configs, seeds
+
+
+def train(argv: Sequence[str]) -> int:
+    """``dnkd train``."""
+    with _told_once():
+        arguments, configs, seeds = _read_train(argv)
     out = Path(arguments.out)
     resume = arguments.resume or restarted()
     with join_world(arguments.run.device) as world:
@@ -315,11 +341,11 @@ def presets(argv: Sequence[str]) -> int:
 def class_means(argv: Sequence[str]) -> int:
     """``dnkd class-means``."""
     arguments = _parse(ClassMeansArguments, "class-means", argv)
-    if arguments.seed and arguments.data.task != "detection":
-        raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
+    with _told_once():
+        if arguments.seed and arguments.data.task != "detection":
+            raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
     config = replace(_config(arguments), {"seed": arguments.seed})
     out = Path(arguments.out)
-    config.check_data()
     with join_world(arguments.run.device) as world:
         means = run_class_means(
             arguments.model,
@@ -344,7 +370,6 @@ def evaluate(argv: Sequence[str]) -> int:
     """``dnkd eval``."""
     arguments = _parse(Eval, "eval", argv)
     config = _config(arguments)
-    config.check_data()
     with join_world(arguments.run.device) as world:
         detections = None if arguments.detections is None else Path(arguments.detections)
         result = run_eval(arguments.model, arguments.weights, config, world, detections)

@@ -24,7 +24,7 @@ from dnkd_ext.criteria import (
 )
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
-from dnkd_ext.review import stage_maps
+from dnkd_ext.review import stage_channels, stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
 from dnkd_ext.train.models import create_model, load_weights, model_names
@@ -465,6 +465,28 @@ def _cast_once(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
+def _check_stages(student: nn.Module, teacher: nn.Module, config: TrainConfig) -> None:
+    """ValueError for models whose stages ReviewKD cannot compare."""
+    pair = (
+        f"--student {config.model.student}",
+        f"--teacher {config.model.teacher}",
+    )
+    widths = []
+    for model, option in zip((student, teacher), pair, strict=True):
+        try:
+            widths.append(stage_channels(model))
+        except ValueError as error:
+            raise ValueError(
+                f"--method reviewkd compares the maps of stages, which {option} does not tell; "
+                "another model is needed"
+            ) from error
+    if len(widths[0]) != len(widths[1]):
+        raise ValueError(
+            "--method reviewkd is not there for models of different numbers of stages: with the "
+            f"embedding, {pair[0]} has maps of {widths[0]} channels and {pair[1]} of {widths[1]}"
+        )
+
+
 @torch.no_grad()
 def _try_out(
     model: nn.Module, option: str, config: TrainConfig, source: Source, reads_stages: bool
@@ -565,9 +587,9 @@ class Classification(Task):
         reads_stages = config.method.method == "reviewkd"
         if reads_stages:
             assert teacher is not None
-            ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
+            _check_stages(student, teacher.model, config)
         _try_out(student, f"--student {config.model.student}", config, source, reads_stages)
-        if teacher is not None and not config.run.fsdp_teacher:
+        if teacher is not None:
             _try_out(teacher.model, f"--teacher {config.model.teacher}", config, source, reads_stages)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:

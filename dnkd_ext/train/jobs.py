@@ -206,33 +206,25 @@ def run_jobs(
             folder are named. It is raised after the others have been trained.
         Interrupted: likewise, at once.
     """
-    ready = []
-    for job in jobs:
-        job.config.check(world.size)
-        if job.config.run.tensorboard:
-            _require_tensorboard()
-        if job.config.run.wandb and importlib.util.find_spec("wandb") is None:
-            raise ModuleNotFoundError(
-                "--wandb needs Weights & Biases; install it with pip install wandb"
-            )
-        config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
-        ready.append(dataclasses.replace(job, config=config))
+    with world.together():
+        ready = [_checked(job, world) for job in jobs]
     states: list[_State] = []
     with world.first_alone():
         if world.is_first:
             states = [_look(job, resume, overwrite) for job in ready]
     states = world.from_first(states)
     shared = _Shared(world)
-    for job, state in zip(ready, states, strict=True):
-        source, teacher = shared.source(job.config), shared.teacher(job.config)
-        _task_class(job.config).check(job.config, source, teacher)
-        if not _is_detection(job.config):
-            # What makes batches checks its options, and starts no workers before the first one.
-            source.train(job.config, world)
-            source.test(job.config, world)
-        if state.identity is not None:
-            told = {"identity": state.identity}
-            check_identity(job.out, told, identity(job.config, source, teacher))
+    with world.together():
+        for job, state in zip(ready, states, strict=True):
+            source, teacher = shared.source(job.config), shared.teacher(job.config)
+            _task_class(job.config).check(job.config, source, teacher)
+            if not _is_detection(job.config):
+                # What makes batches checks its options, and starts no workers before the first.
+                source.train(job.config, world)
+                source.test(job.config, world)
+            if state.identity is not None:
+                told = {"identity": state.identity}
+                check_identity(job.out, told, identity(job.config, source, teacher))
     if overwrite:
         with world.first_alone():
             if world.is_first:
@@ -264,12 +256,20 @@ def run_jobs(
     return results
 
 
-def _require_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
+def _checked(job: Job, world: World) -> Job:
+    """The job with its automatic options resolved; an error where options are wrong."""
+    job.config.check(world.size)
+    if job.config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ModuleNotFoundError(
             "--tensorboard needs the training extras; install them with pip install "
             "'dnkd_ext[train]', or pass --no-tensorboard"
         )
+    if job.config.run.wandb and importlib.util.find_spec("wandb") is None:
+        raise ModuleNotFoundError(
+            "--wandb needs Weights & Biases; install it with pip install wandb"
+        )
+    config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
+    return dataclasses.replace(job, config=config)
 
 
 class _State(NamedTuple):
@@ -349,6 +349,7 @@ class _Shared:
         self.world = world
         self._sources: dict[Any, Any] = {}
         self._teachers: dict[Any, Teacher] = {}
+        self._sharded: set[Any] = set()
 
     def source(self, config: TrainConfig) -> Any:
         """The data set, a Source or a DetectionSource."""
@@ -366,7 +367,7 @@ class _Shared:
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
-        """The teacher, with class means where a file of them is named."""
+        """The teacher, whole, with class means where a file of them is named."""
         source = self.source(config)
         if not config.needs_teacher:
             return None
@@ -377,13 +378,6 @@ class _Shared:
             teacher = _load_teacher(
                 config.model.teacher, config.model.teacher_weights, source, config, self.world
             )
-            if config.run.fsdp_teacher:
-                shard_model(
-                    teacher.model,
-                    self.world.mesh,
-                    methods=STAGE_METHODS,
-                    compile=config.run.compile,
-                )
             if config.model.class_means is not None:
                 path, name = config.model.class_means, config.model.teacher
                 read = _detection().read_means if _is_detection(config) else read_class_means
@@ -394,7 +388,7 @@ class _Shared:
         return self._teachers[key]
 
     def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
-        """The teacher with its class means, gathered now unless ``out`` or a file has them.
+        """The teacher, sharded if asked, with its class means, gathered now unless ``out`` or a file has them.
 
         A pass that was interrupted is gone on with, which gives the same means as a new one.
         Without the ND loss they only serve diagnostics, and are left out where gathering them is a
@@ -403,6 +397,12 @@ class _Shared:
         teacher = self.teacher(config)
         if teacher is None:
             return None
+        key = self._key(config)
+        if config.run.fsdp_teacher and key not in self._sharded:
+            shard_model(
+                teacher.model, self.world.mesh, methods=STAGE_METHODS, compile=config.run.compile
+            )
+            self._sharded.add(key)
         if teacher.class_means is None:
             if config.data.task != "cifar" and not config.method.nd_weight:
                 return teacher
@@ -424,7 +424,7 @@ class _Shared:
                     resume=True,
                 )
             teacher = teacher._replace(class_means=means)
-            self._teachers[self._key(config)] = teacher
+            self._teachers[key] = teacher
         with self.world.first_alone():
             if self.world.is_first:
                 assert teacher.class_means is not None
@@ -639,13 +639,16 @@ def run_class_means(
             ``resume`` is given.
         ValueError, FileNotFoundError: a wrong option or input.
     """
-    config = dataclasses.replace(config, run=resolve(config.run, world))
+    with world.together():
+        config.check_data()
+        config = dataclasses.replace(config, run=resolve(config.run, world))
     with world.first_alone():
         if world.is_first:
             _look_at_means(out, overwrite, resume)
     prepare_device(config.run, world)
-    source = _open(config, world)
-    teacher = _load_teacher(model, weights, source, config, world)
+    with world.together():
+        source = _open(config, world)
+        teacher = _load_teacher(model, weights, source, config, world)
     notes, done = _notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
@@ -690,13 +693,16 @@ def run_eval(
         world: the processes.
         detections: file for a detector's detections.
     """
-    config = dataclasses.replace(config, run=resolve(config.run, world))
+    with world.together():
+        config.check_data()
+        config = dataclasses.replace(config, run=resolve(config.run, world))
+        if detections is not None and not _is_detection(config):
+            raise ValueError(f"--detections is for --task detection, got {detections}")
     if _is_detection(config):
         return _detection().run_evaluation(model, weights, config, world, detections)
-    if detections is not None:
-        raise ValueError(f"--detections is for --task detection, got {detections}")
-    source = open_source(config, world, progress=config.run.progress)
-    network = _load_teacher(model, weights, source, config, world).model
+    with world.together():
+        source = open_source(config, world, progress=config.run.progress)
+        network = _load_teacher(model, weights, source, config, world).model
     autocast = torch.autocast(
         world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
     )

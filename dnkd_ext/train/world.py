@@ -19,7 +19,7 @@ __all__ = ["OtherProcessFailed", "World", "join_world"]
 
 
 class OtherProcessFailed(RuntimeError):
-    """The first process raised an error, which it tells itself."""
+    """Another process raised an error, which it tells itself."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,25 @@ class World:
             raise error
         if told is not None:
             raise OtherProcessFailed(f"the first process failed: {told}")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A part that all processes do alike, without a collective call: one tells the error.
+
+        Where several fail, the first of them raises its error and the others OtherProcessFailed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = self.gather(error is not None)
+        if not any(failed):
+            return
+        first = failed.index(True)
+        if error is not None and self.rank == first:
+            raise error
+        raise OtherProcessFailed(f"process {first} failed")
 
     @torch.no_grad()
     def average_batch_norm(self, model: nn.Module) -> None:

@@ -50,17 +50,23 @@ def load_weights(
     wanted = model.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in wanted]
-    problems += [
-        f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name].shape)}"
+    shapes = {
+        name: (list(state[name].shape), list(wanted[name].shape))
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
+    }
+    # Where nothing but numbers of rows differ, and all alike, they are those of the classifier.
+    rows = {(found[0], asked[0]) for found, asked in shapes.values() if found[1:] == asked[1:]}
+    other = f"the weights of another network than {type(model).__name__}"
+    if not problems and len(rows) == 1 and all(a[1:] == b[1:] for a, b in shapes.values()):
+        ((found, asked),) = rows
+        other = f"weights for {found} classes, and not for the {asked} that are wanted"
+    problems += [
+        f"{name} has shape {found}, wanted {asked}" for name, (found, asked) in shapes.items()
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"{path} holds the weights of another network than {type(model).__name__}: "
-            f"{'; '.join(problems[:3])}{more}"
-        )
+        raise ValueError(f"{path} holds {other}: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(state)
 
 
