@@ -473,6 +473,28 @@ def test_class_means_go_on_where_they_stopped(data, teacher, tmp_path, monkeypat
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_class_means_are_kept_at_a_signal(data, teacher, tmp_path, monkeypatch, number):
+    seen = []
+
+    def stopped(model, images):
+        seen.append(len(images))
+        if len(seen) == 4:
+            os.kill(os.getpid(), number)
+        return features(model, images)
+
+    monkeypatch.setattr(gather, "features", stopped)
+    out = tmp_path / "means.safetensors"
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--image-size", str(SIZE)]
+    command += ["--eval-batch-size", "4", "--workers", "0", "--no-progress", "--device", "cpu"]
+    assert main([*command, "--out", str(out)]) == 130
+    assert len(seen) == 4
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert len(seen) == 7  # no batch a second time
+    assert ClassMeans.load(out).counts.tolist() == [TRAIN] * len(CLASSES)
+
+
 def test_class_means_by_autocast(data, tmp_path):
     """As the step sees features; means of other options are not taken for these."""
     config = settings(data["folders"], precision="bfloat16")

@@ -17,6 +17,7 @@ from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import FREE, TrainConfig
+from dnkd_ext.train.engine import Signals
 from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
@@ -97,7 +98,7 @@ def gather_class_means(
         world: the processes.
         metadata: goes into the result.
         path: file that the result is for. Beside it each process keeps what it has gathered, every
-            minute and when it is interrupted; see :func:`remove_parts`.
+            minute and when it is interrupted, by SIGINT or SIGTERM; see :func:`remove_parts`.
         resume: go on with what is kept there, where it is of the same teacher, data, batch size and
             number of processes; the result is the same as without a stop.
 
@@ -125,6 +126,7 @@ def gather_class_means(
     )
     number, kept = start, time.monotonic()
     with (
+        Signals() as signals,
         torch.no_grad(),  # a sharded model cannot run in inference mode
         Progress(len(batches), "class means", initial=start, enabled=shown) as bar,
     ):
@@ -141,6 +143,11 @@ def gather_class_means(
                 if time.monotonic() - kept > KEEP_EVERY:
                     keep(number)
                     kept = time.monotonic()
+                stop = bool(signals.received)
+                if config.run.fsdp_teacher:
+                    stop = world.any(stop)
+                if stop:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             keep(number)
             raise
