@@ -275,6 +275,7 @@ def test_the_published_numbers_of_deit(method, nd, published):
         ("vit_base-resnet18/dkd++", "ramps the ND loss, too"),
         ("resnet34-resnet18/dkd++", "ramps the ND loss, too"),
         (f"{DEIT}/kd", "300 epochs, the table of their README 200"),
+        (f"{DEIT}/kd", "the tokens and the position embedding, of three, have none either"),
         (f"{DEIT}/kd++", "mix the class means of the batch's samples, not of all classes"),
     ],
 )

@@ -393,6 +393,30 @@ def test_weights_cast_once_are_those_that_autocast_makes(name):
             assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("decays", [False, True])
+def test_tokens_have_no_weight_decay_where_vectors_have_none(data, tmp_path, decays):
+    more = {"method": "hard_kd", "student": "deit_tiny_distilled_patch16_224"}
+    more |= {"optimizer": "adamw", "decay_vectors": decays}
+    config = settings(data["folders"], **more)
+    source = open_source(config, ALONE)
+    task = Classification(config, source, untrained(config, source), ALONE)
+    engine = _Training(task, config.optim, config.run, tmp_path, ALONE, 0, {})
+    names = {id(p): name for name, p in task.step.named_parameters()}
+    found = {
+        names[id(p)]: group["weight_decay"]
+        for group in engine.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert len(found) == len(names)
+    wanted = {
+        name: config.optim.weight_decay * (decays or name.endswith("weight") and p.dim() > 1)
+        for name, p in task.step.named_parameters()
+    }
+    assert found == wanted
+    tokens = ("cls_token", "dist_token", "pos_embed")
+    assert all((found[f"student.{name}"] > 0) == decays for name in tokens)
+
+
 def test_a_transformer_fits_other_sizes(tmp_path):
     """Weights of its own size, and of the size it was trained at here."""
     from safetensors.torch import save_file

@@ -158,7 +158,8 @@ class OptimOptions:
     weight_decay: float = 5e-4
     """Of all parameters that are decayed."""
     decay_vectors: bool = True
-    """Decay biases and other parameters of one dimension, too."""
+    """Decay biases and other parameters of one dimension, too, and what timm's models name in
+    no_weight_decay(): tokens and position embeddings."""
     clip_grad: float | None = None
     """Largest norm of all gradients together."""
     schedule: Literal["multistep", "cosine"] = "multistep"

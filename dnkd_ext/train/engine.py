@@ -359,8 +359,14 @@ class _Training:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optim = self.optim
-        decayed = [p for p in self.trained if optim.decay_vectors or p.dim() > 1]
-        kept = [p for p in self.trained if not (optim.decay_vectors or p.dim() > 1)]
+        # Tokens and position embeddings are no vectors, but models of timm's name them.
+        told = getattr(self.task.model, "no_weight_decay", set)()
+        spared = {p for name, p in self.task.model.named_parameters() if name in told}
+        decayed: list[Tensor] = []
+        kept: list[Tensor] = []
+        for parameter, part in zip(self.parameters, self.trained, strict=True):
+            spares = not optim.decay_vectors and (parameter.dim() <= 1 or parameter in spared)
+            (kept if spares else decayed).append(part)
         groups: list[dict[str, Any]] = [
             {"params": parameters, "weight_decay": decay}
             for parameters, decay in ((decayed, optim.weight_decay), (kept, 0.0))
