@@ -340,7 +340,7 @@ def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsy
     # Of those that have none it is a mistake.
     planned.clear()
     assert main([*command, "--preset", f"{pair}/ce"]) == 0
-    with pytest.raises(ValueError, match="--teacher resnet34.tv_in1k has no part in --method ce"):
+    with pytest.raises(ValueError, match=r"--teacher resnet34\.tv_in1k has no part in --method ce"):
         planned[0].config.check()
 
 

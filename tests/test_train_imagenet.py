@@ -409,7 +409,7 @@ def test_tokens_have_no_weight_decay_where_vectors_have_none(data, tmp_path, dec
     }
     assert len(found) == len(names)
     wanted = {
-        name: config.optim.weight_decay * (decays or name.endswith("weight") and p.dim() > 1)
+        name: config.optim.weight_decay * (decays or (name.endswith("weight") and p.dim() > 1))
         for name, p in task.step.named_parameters()
     }
     assert found == wanted
@@ -679,8 +679,8 @@ def test_trying_models_out_changes_nothing(data):
     before = {name: value.clone() for name, value in given.model.state_dict().items()}
     student = build_model("cifar_resnet20", len(CLASSES), 3)
     state = torch.get_rng_state()
-    _try_out(student, "--student", config, source, reads_stages=True)
-    _try_out(given.model, "--teacher", config, source, reads_stages=False)
+    _try_out(student, "--student", config, source)
+    _try_out(given.model, "--teacher", config, source)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(given.model.state_dict(), before)
     assert given.model.training

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -37,7 +36,7 @@ from dnkd_ext.train.jobs import (
     run_plot,
 )
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
-from dnkd_ext.train.world import OtherProcessFailed, join_world
+from dnkd_ext.train.world import SPEAKS, join_world, told_once
 
 __all__ = ["COMMANDS"]
 
@@ -184,21 +183,6 @@ class Plot:
     """Where the detectors run."""
 
 
-# Of the processes on a machine, which have one command line, the first tells what is wrong with it.
-SPEAKS = int(os.environ.get("LOCAL_RANK", 0)) == 0
-
-
-@contextlib.contextmanager
-def _told_once() -> Iterator[None]:
-    """A look at the command line alone, before processes meet."""
-    try:
-        yield
-    except ValueError as error:
-        if SPEAKS:
-            raise
-        raise OtherProcessFailed(str(error)) from error
-
-
 def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = None) -> T:
     return tyro.cli(
         kind,
@@ -287,7 +271,7 @@ def _read_train(
 
 def train(argv: Sequence[str]) -> int:
     """``dnkd train``."""
-    with _told_once():
+    with told_once():
         arguments, configs, seeds = _read_train(argv)
     out = Path(arguments.out)
     resume = arguments.resume or restarted()
@@ -341,7 +325,7 @@ def presets(argv: Sequence[str]) -> int:
 def class_means(argv: Sequence[str]) -> int:
     """``dnkd class-means``."""
     arguments = _parse(ClassMeansArguments, "class-means", argv)
-    with _told_once():
+    with told_once():
         if arguments.seed and arguments.data.task != "detection":
             raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
     config = replace(_config(arguments), {"seed": arguments.seed})

@@ -467,10 +467,7 @@ def _cast_once(teacher: nn.Module) -> nn.Module:
 
 def _check_stages(student: nn.Module, teacher: nn.Module, config: TrainConfig) -> None:
     """ValueError for models whose stages ReviewKD cannot compare."""
-    pair = (
-        f"--student {config.model.student}",
-        f"--teacher {config.model.teacher}",
-    )
+    pair = f"--student {config.model.student}", f"--teacher {config.model.teacher}"
     widths = []
     for model, option in zip((student, teacher), pair, strict=True):
         try:
@@ -488,9 +485,7 @@ def _check_stages(student: nn.Module, teacher: nn.Module, config: TrainConfig) -
 
 
 @torch.no_grad()
-def _try_out(
-    model: nn.Module, option: str, config: TrainConfig, source: Source, reads_stages: bool
-) -> None:
+def _try_out(model: nn.Module, option: str, config: TrainConfig, source: Source) -> None:
     """Run a model as training will, on two images of noise, in evaluation mode.
 
     Raises:
@@ -500,10 +495,9 @@ def _try_out(
     # Of its own generator: what is drawn later does not depend on this.
     noise = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
     modes = {module: module.training for module in model.modules()}
+    run = stage_maps if config.method.method == "reviewkd" else features
     try:
-        (stage_maps if reads_stages else features)(
-            model.eval(), noise.to(next(model.parameters()).device)
-        )
+        run(model.eval(), noise.to(next(model.parameters()).device))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         known = " (--image-size)" if config.data.task == "imagenet" else ""
         raise ValueError(
@@ -584,13 +578,12 @@ class Classification(Task):
         student = build_student(config, source)
         if config.run.activation_checkpointing:
             checkpoint_activations(student, config.model.student)
-        reads_stages = config.method.method == "reviewkd"
-        if reads_stages:
+        if config.method.method == "reviewkd":
             assert teacher is not None
             _check_stages(student, teacher.model, config)
-        _try_out(student, f"--student {config.model.student}", config, source, reads_stages)
+        _try_out(student, f"--student {config.model.student}", config, source)
         if teacher is not None:
-            _try_out(teacher.model, f"--teacher {config.model.teacher}", config, source, reads_stages)
+            _try_out(teacher.model, f"--teacher {config.model.teacher}", config, source)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""

@@ -388,11 +388,11 @@ class _Shared:
         return self._teachers[key]
 
     def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
-        """The teacher, sharded if asked, with its class means, gathered now unless ``out`` or a file has them.
+        """The teacher, sharded if asked, with its class means.
 
-        A pass that was interrupted is gone on with, which gives the same means as a new one.
-        Without the ND loss they only serve diagnostics, and are left out where gathering them is a
-        matter of hours.
+        These are gathered now unless ``out`` or a file has them; a pass that was interrupted is
+        gone on with, which gives the same means as a new one. Without the ND loss they only serve
+        diagnostics, and are left out where gathering them is a matter of hours.
         """
         teacher = self.teacher(config)
         if teacher is None:

@@ -88,8 +88,8 @@ class _Loader(BatchShare):
         options.check()
         if len(mean) not in (1, 3) or len(std) != len(mean):
             raise ValueError(
-                "--mean and --std must have a value for each of 3 colours, or 1 for grey images, got "
-                f"{len(mean)} and {len(std)}"
+                "--mean and --std must have a value for each of 3 colours, or 1 for grey images, "
+                f"got {len(mean)} and {len(std)}"
             )
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
