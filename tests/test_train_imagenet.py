@@ -26,11 +26,11 @@ from dnkd_ext.train.classification import (
     Classification,
     Teacher,
     _cast_once,
-    _try_out,
     build_model,
     fit_image_size,
     load_teacher,
     load_weights_for,
+    try_out,
 )
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.engine import _Training
@@ -546,6 +546,28 @@ def test_class_means_of_other_options_are_gathered_anew(data, teacher, tmp_path)
         assert main([*command, *more, "--resume"]) == 2
 
 
+def test_a_refused_pass_leaves_what_an_interrupted_one_kept(data, teacher, tmp_path, capsys):
+    out, part = tmp_path / "means.safetensors", tmp_path / "means.safetensors.part-0-of-1"
+    part.write_bytes(b"kept")
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--workers", "0"]
+    command += ["--out", str(out), "--overwrite", "--no-progress", "--device", "cpu"]
+    large = tmp_path / "inception.pt"
+    torch.save(build_model("inception_v3", len(CLASSES), 3).state_dict(), large)
+    for more, message in (
+        (["--weights", str(tmp_path / "nowhere")], "no weights at"),
+        (["--eval-batch-size", "0"], "--eval-batch-size must be"),
+        (
+            ["--model", "inception_v3", "--weights", str(large), "--image-size", "32"],
+            "--image-size",
+        ),
+    ):
+        assert message in refused([*command, *more], capsys)
+        assert part.read_bytes() == b"kept"
+    assert main([*command, "--image-size", str(SIZE)]) == 0
+    assert not part.exists()
+
+
 def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):
     config = settings(data["folders"])
     source = open_source(config, ALONE)
@@ -679,8 +701,8 @@ def test_trying_models_out_changes_nothing(data):
     before = {name: value.clone() for name, value in given.model.state_dict().items()}
     student = build_model("cifar_resnet20", len(CLASSES), 3)
     state = torch.get_rng_state()
-    _try_out(student, "--student", config, source)
-    _try_out(given.model, "--teacher", config, source)
+    try_out(student, "--student", config, source)
+    try_out(given.model, "--teacher", config, source)
     assert torch.equal(torch.get_rng_state(), state)
     assert same(given.model.state_dict(), before)
     assert given.model.training

@@ -41,6 +41,7 @@ __all__ = [
     "evaluate",
     "identity",
     "load_teacher",
+    "try_out",
 ]
 
 TERMS = ("loss", "ce", "kd", "nd", "top1")
@@ -485,7 +486,7 @@ def _check_stages(student: nn.Module, teacher: nn.Module, config: TrainConfig) -
 
 
 @torch.no_grad()
-def _try_out(model: nn.Module, option: str, config: TrainConfig, source: Source) -> None:
+def try_out(model: nn.Module, option: str, config: TrainConfig, source: Source) -> None:
     """Run a model as training will, on two images of noise, in evaluation mode.
 
     Raises:
@@ -581,9 +582,9 @@ class Classification(Task):
         if config.method.method == "reviewkd":
             assert teacher is not None
             _check_stages(student, teacher.model, config)
-        _try_out(student, f"--student {config.model.student}", config, source)
+        try_out(student, f"--student {config.model.student}", config, source)
         if teacher is not None:
-            _try_out(teacher.model, f"--teacher {config.model.teacher}", config, source)
+            try_out(teacher.model, f"--teacher {config.model.teacher}", config, source)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""

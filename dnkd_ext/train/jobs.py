@@ -32,6 +32,7 @@ from dnkd_ext.train.classification import (
     means_digest,
     means_notes,
     read_class_means,
+    try_out,
     weights_file,
 )
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
@@ -222,6 +223,8 @@ def run_jobs(
                 # What makes batches checks its options, and starts no workers before the first.
                 source.train(job.config, world)
                 source.test(job.config, world)
+                if teacher and job.config.method.nd_weight and teacher.class_means is None:
+                    source.clean(job.config, world)
             if state.identity is not None:
                 told = {"identity": state.identity}
                 check_identity(job.out, told, identity(job.config, source, teacher))
@@ -649,6 +652,9 @@ def run_class_means(
     with world.together():
         source = _open(config, world)
         teacher = _load_teacher(model, weights, source, config, world)
+        if not _is_detection(config):
+            source.clean(config, world)
+            try_out(teacher.model, f"--model {model}", config, source)
     notes, done = _notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
@@ -658,6 +664,11 @@ def run_class_means(
     done = world.from_first(done)
     if done is not None:
         return done
+    with world.first_alone():
+        if world.is_first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                remove_parts(out)
     means = _gather(teacher.model, source, config, world, notes, path=out, resume=resume)
     with world.first_alone():
         if world.is_first:
@@ -676,9 +687,6 @@ def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
             f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
             "--overwrite"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        remove_parts(out)
 
 
 def run_eval(
@@ -703,10 +711,12 @@ def run_eval(
     with world.together():
         source = open_source(config, world, progress=config.run.progress)
         network = _load_teacher(model, weights, source, config, world).model
+        try_out(network, f"--model {model}", config, source)
+        batches = source.test(config, world)
     autocast = torch.autocast(
         world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
     )
-    result = evaluate(network, source.test(config, world), len(source.classes), autocast, world)
+    result = evaluate(network, batches, len(source.classes), autocast, world)
     return {
         "model": model,
         "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
