@@ -215,8 +215,8 @@ def run_jobs(
             states = [_look(job, resume, overwrite) for job in ready]
     states = world.from_first(states)
     shared = _Shared(world)
-    with world.together():
-        for job, state in zip(ready, states, strict=True):
+    for job, state in zip(ready, states, strict=True):
+        with world.together():
             source, teacher = shared.source(job.config), shared.teacher(job.config)
             _task_class(job.config).check(job.config, source, teacher)
             if not _is_detection(job.config):
