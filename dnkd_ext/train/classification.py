@@ -561,7 +561,7 @@ class Classification(Task):
         self._teacher = teacher
         self._teacher_norms: Tensor | None = None
         self._skips = config.data.task == "imagenet" and config.reader.on_error == "skip"
-        self._evaluated = source.test_images
+        self._counted = source.test_images
 
     @staticmethod
     def check(config: TrainConfig, source: Source, teacher: Teacher | None) -> None:
@@ -600,14 +600,14 @@ class Classification(Task):
         count = torch.tensor(self.unreadable, device=self.world.device)
         return {
             "train_unreadable": int(self.world.sum(count)),
-            "test_unreadable": self.source.test_images - self._evaluated,
+            "test_unreadable": self.source.test_images - self._counted,
         }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.source.classes)
         result = evaluate(model, self._test, classes, self._autocast, self.world)
-        self._evaluated = result.count
+        self._counted = result.count
         figures = {"test_top1": result.top1, "test_top5": result.top5}
         if self._teacher is None or self._teacher.class_means is None:
             return figures
