@@ -275,6 +275,7 @@ def test_the_published_numbers_of_deit(method, nd, published):
         ("vit_base-resnet18/dkd++", "ramps the ND loss, too"),
         ("resnet34-resnet18/dkd++", "ramps the ND loss, too"),
         (f"{DEIT}/kd", "300 epochs, the table of their README 200"),
+        (f"{DEIT}/kd", "the tokens and the position embedding, of three, have none either"),
         (f"{DEIT}/kd++", "mix the class means of the batch's samples, not of all classes"),
     ],
 )
@@ -314,6 +315,33 @@ def test_settings_are_those_of_a_run():
             config[key] == (list(value) if isinstance(value, tuple) else value)
             for key, value in settings.items()
         )
+
+
+def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    from dnkd_ext.cli import main
+    from dnkd_ext.train import arguments
+
+    planned = []
+    monkeypatch.setattr(arguments, "run_jobs", lambda jobs, *_, **__: planned.extend(jobs))
+    command = ["train", "--data", "x", "--out", "y", "--device", "cpu"]
+    command += ["--teacher", "resnet34.tv_in1k", "--teacher-weights", "pretrained"]
+    pair = "imagenet/resnet34-resnet18"
+    assert main([*command, "--preset", f"{pair}/{{ce,kd,kd++}}", "--class-means", "z"]) == 0
+    for job in planned:
+        job.config.check()
+    models = [job.config.model for job in planned]
+    wanted = ("resnet34.tv_in1k", "pretrained", "z")
+    assert [(m.teacher, m.teacher_weights, m.class_means) for m in models] == [
+        (None, None, None),
+        wanted,
+        wanted,
+    ]
+    # Of those that have none it is a mistake.
+    planned.clear()
+    assert main([*command, "--preset", f"{pair}/ce"]) == 0
+    with pytest.raises(ValueError, match=r"--teacher resnet34\.tv_in1k has no part in --method ce"):
+        planned[0].config.check()
 
 
 def test_names():

@@ -449,11 +449,34 @@ def test_checkpoints_keep_the_one_before_and_run_nothing(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch):
+def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch, capsys):
     monkeypatch.setattr(Classification, "batches", None)
     before = (whole[0] / "result.json").stat().st_mtime_ns
     run(images, whole[0], *student_options(teacher), "--resume")
     assert (whole[0] / "result.json").stat().st_mtime_ns == before
+    result = json.loads((whole[0] / "result.json").read_text())
+    told = capsys.readouterr().out
+    assert "finished before" in told
+    assert f"best top-1 {result['best_top1']:.2f} in epoch {result['best_epoch']}, last" in told
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_a_start_that_failed_leaves_no_run(images, teacher, tmp_path, monkeypatch, capsys, more):
+    """Neither while class means were gathered nor when the task was made."""
+    out, begin = tmp_path / "run", Classification.__init__
+    arguments = options(images, out, *of(teacher, "kd", 1.0))
+
+    def fail(self, *_):
+        raise ValueError("no")
+
+    monkeypatch.setattr(Classification, "__init__", fail)
+    assert "no" in refused(arguments, capsys)
+    assert not (out / "config.json").exists()
+    monkeypatch.setattr(Classification, "__init__", begin)
+    (out / "config.json").write_text('{"lr": 7.0}')  # as earlier versions left it
+    rows = run(images, out, *of(teacher, "kd", 1.0, *more), "--epochs", "1")
+    assert len(rows) == 1
+    assert json.loads((out / "config.json").read_text())["lr"] == 0.05
 
 
 # -- several processes, several runs --------------------------------------------------------------
@@ -503,6 +526,34 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     folders = [str(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)]
     assert main(["plot", *folders, "--out", str(out)]) == 0
     assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_a_series_goes_on_after_a_run_that_failed(images, tmp_path, monkeypatch, capsys):
+    batches = Classification.batches
+
+    def broken(self, epoch, start):
+        spoilt = self.step.student.conv1.weight.sum() == self.weights
+        for pixels, target in batches(self, epoch, start):
+            yield pixels * (math.nan if spoilt else 1), target
+
+    torch.manual_seed(1)
+    first = create_model("cifar_resnet20", CLASSES).conv1.weight.sum()
+    monkeypatch.setattr(Classification, "weights", first.detach(), raising=False)
+    monkeypatch.setattr(Classification, "batches", broken)
+    arguments = options(images, tmp_path, "--epochs", "1")
+    assert main([*arguments, "--seeds", "1,2"]) == 2
+    told = capsys.readouterr()
+    folder = tmp_path / "run" / "seed-1"
+    failed = f"run, seed 1, in {folder}: epoch 1, step 1 of 6: ce is not finite"
+    assert f"failed: {failed}" in told.out
+    assert "1 of 2 runs failed" in told.err
+    assert failed in told.err
+    assert json.loads((tmp_path / "run" / "seed-2" / "result.json").read_text())["seed"] == 2
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["seeds"] == "1"
+    assert main([*arguments, "--seed", "1", "--out", str(tmp_path / "one")]) == 2
+    assert f"run, seed 1, in {tmp_path / 'one'}: epoch 1" in capsys.readouterr().err
 
 
 def test_class_means_command(images, teacher, tmp_path, capsys):
@@ -679,6 +730,48 @@ sys.exit(main(sys.argv[1:]))
     assert "no space left" in done.stderr
 
 
+def test_of_several_processes_one_tells_what_is_wrong(images, tmp_path):
+    """Whatever is found before or after they meet; each process ends with the same status."""
+    wrong = [
+        options(images, tmp_path / "run", *more)
+        for more in (
+            ["--seeds", "1,1"],
+            ["--no-such-option"],
+            ["--lr", "0"],
+            ["--data", str(tmp_path / "none")],
+            ["--student", "cifar_resnet21"],
+        )
+    ]
+    means = ["class-means", "--model", "x", "--weights", "y", "--out", str(tmp_path / "m")]
+    wrong += [[*means, "--data", str(images), "--device", "cpu", "--eval-batch-size", "0"]]
+    wrong += [["eval", "--model", "x", "--weights", "y", "--data", str(images), "--device", "cpu"]]
+    script = f"""
+import sys
+from dnkd_ext.cli import main
+for command in {wrong!r}:
+    print("command", file=sys.stderr)
+    try:
+        status = main(command)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2, status
+"""
+    (tmp_path / "script.py").write_text(script)
+    done = by_two(str(tmp_path / "script.py"), timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for message in (
+        "--seeds must be different",
+        "--no-such-option",
+        "--lr must be greater than 0",
+        "no data folder at",
+        "no model 'cifar_resnet21'",
+        "--eval-batch-size must be at least 1",
+        "no weights at y",
+    ):
+        lines = [line for line in done.stderr.splitlines() if message in line]
+        assert len(lines) == 1, (message, done.stderr)
+
+
 def test_overwrite_replaces_a_run_but_nothing_else(images, tmp_path):
     out = tmp_path / "run"
     run(images, out, "--epochs", "2")
@@ -704,9 +797,14 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
         (["--teacher", "cifar_resnet32"], "has no part in --method ce"),
         (["--method", "kd", "--teacher", "cifar_resnet32"], "--teacher-weights must name"),
         ([*kd, "--teacher", "cifar_resnet20"], "holds the weights of another network"),
+        (
+            [*of(teacher, "reviewkd"), "--student", "cifar_vgg8"],
+            "not there for models of different numbers of stages: with the embedding, --student",
+        ),
         ([*kd, "--teacher-weights", str(tmp_path)], "without best.safetensors"),
         ([*kd, "--class-means", str(tmp_path / "no.safetensors")], "no class-means file"),
         (["--seeds", "1,1"], "--seeds must be different"),
+        (["--limit", "2"], "--limit must be at least one image for each of 3 classes, got 2"),
         (["--mean", "0.5"], "--mean must have a value for each of 3 channels"),
     ]
     for more, message in cases:
@@ -762,6 +860,35 @@ def test_configurations_survive_json():
     ):
         with pytest.raises(ValueError, match=message):
             replace(TrainConfig(), settings)
+
+
+@pytest.mark.parametrize("command", ["eval", "class-means"])
+def test_commands_that_do_not_train_have_the_options_they_use(images, tmp_path, capsys, command):
+    out = [] if command == "eval" else ["--out", str(tmp_path / "means")]
+    own = [command, "--model", "cifar_resnet20", "--weights", "x", "--data", str(images), *out]
+    for more in (
+        ["--compile"],
+        ["--fsdp"],
+        ["--wandb"],
+        ["--cuda-graph"],
+        ["--checkpoint-every", "2"],
+        ["--hflip", "0.3"],
+        ["--pad", "2"],
+        ["--epoch-steps", "2"],
+        ["--trainable-layers", "2"],
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main([*own, *more])
+        assert stopped.value.code == 2
+        assert more[0] in capsys.readouterr().err
+    for more, message in (
+        (["--eval-batch-size", "0"], "--eval-batch-size must be at least 1, got 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--std", "1", "0", "1"], "--std must be positive"),
+    ):
+        assert message in refused([*own, *more], capsys)
+    if command == "class-means":
+        assert "--seed is for --task detection" in refused([*own, "--seed", "1"], capsys)
 
 
 def test_help_tells_every_option(capsys):

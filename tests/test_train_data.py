@@ -352,7 +352,7 @@ def test_limit(tmp_path):
     other = load_images(tmp_path, limit=41, seed=1, progress=False)
     assert torch.equal(data.train.pixels, again.train.pixels)
     assert not torch.equal(data.train.pixels, other.train.pixels)
-    with pytest.raises(ValueError, match="limit must be at least one image for each of 4 classes"):
+    with pytest.raises(ValueError, match="--limit must be at least one image for each of 4"):
         load_images(tmp_path, limit=3, progress=False)
 
 

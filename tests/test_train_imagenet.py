@@ -21,13 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
 from dnkd_ext.train import gather
+from dnkd_ext.train.checkpoint import load_checkpoint
 from dnkd_ext.train.classification import (
     Classification,
     Teacher,
     _cast_once,
     build_model,
     fit_image_size,
+    load_teacher,
     load_weights_for,
+    try_out,
 )
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.engine import _Training
@@ -278,6 +281,40 @@ def test_every_preset_trains_a_step(data, preset, tmp_path):
     assert (task.step.projector is not None) == (projects and method.nd_weight > 0)
 
 
+def test_data_are_known_by_the_names_of_their_images(data, tmp_path):
+    """Wherever they lie, in folders or in an archive; a file of another name makes others."""
+
+    def fingerprint(folder, **more):
+        return open_source(settings(folder, **more), ALONE).fingerprint()
+
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(data["folders"], copied)
+    assert fingerprint(copied) == fingerprint(data["folders"]) == fingerprint(data["tar"])
+    (copied / "val" / "sky" / "0.png").rename(copied / "val" / "sky" / "9.png")
+    assert fingerprint(copied) != fingerprint(data["folders"])
+    shards = {"reader": "wds/x", "num_classes": 4, "val_split": "val-{0000..0003}.tar|20"}
+    seen = {fingerprint(data["shards"], **shards)}
+    for split in ("0000..0003}.tar|28", "0000..0002}.tar|28", "0000..0002}.tar|27"):
+        seen.add(fingerprint(data["shards"], **shards, train_split=f"train-{{{split}"))
+    assert len(seen) == 4
+
+
+def test_teachers_are_known_by_their_tensors(data, teacher, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def digest(path):
+        return load_teacher("resnet10t", str(path), source, torch.device("cpu")).digest
+
+    source = open_source(settings(data["folders"]), ALONE)
+    state = load_file(teacher)
+    save_file(state, tmp_path / "noted.safetensors", metadata={"epoch": "3"})
+    torch.save({"model": dict(reversed(state.items()))}, tmp_path / "same.pt")
+    assert digest(tmp_path / "noted.safetensors") == digest(tmp_path / "same.pt") == digest(teacher)
+    state["fc.bias"][0] += 1
+    save_file(state, tmp_path / "other.safetensors")
+    assert digest(tmp_path / "other.safetensors") != digest(teacher)
+
+
 # -- targets, teachers, sizes ---------------------------------------------------------------------
 
 
@@ -354,6 +391,30 @@ def test_weights_cast_once_are_those_that_autocast_makes(name):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for one, two in zip(features(model, images), features(cast, images), strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("decays", [False, True])
+def test_tokens_have_no_weight_decay_where_vectors_have_none(data, tmp_path, decays):
+    more = {"method": "hard_kd", "student": "deit_tiny_distilled_patch16_224"}
+    more |= {"optimizer": "adamw", "decay_vectors": decays}
+    config = settings(data["folders"], **more)
+    source = open_source(config, ALONE)
+    task = Classification(config, source, untrained(config, source), ALONE)
+    engine = _Training(task, config.optim, config.run, tmp_path, ALONE, 0, {})
+    names = {id(p): name for name, p in task.step.named_parameters()}
+    found = {
+        names[id(p)]: group["weight_decay"]
+        for group in engine.optimizer.param_groups
+        for p in group["params"]
+    }
+    assert len(found) == len(names)
+    wanted = {
+        name: config.optim.weight_decay * (decays or (name.endswith("weight") and p.dim() > 1))
+        for name, p in task.step.named_parameters()
+    }
+    assert found == wanted
+    tokens = ("cls_token", "dist_token", "pos_embed")
+    assert all((found[f"student.{name}"] > 0) == decays for name in tokens)
 
 
 def test_a_transformer_fits_other_sizes(tmp_path):
@@ -434,6 +495,77 @@ def test_class_means_go_on_where_they_stopped(data, teacher, tmp_path, monkeypat
     before = out.read_bytes()
     assert main([*command, "--resume"]) == 0  # there is nothing left to do
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_class_means_are_kept_at_a_signal(data, teacher, tmp_path, monkeypatch, number):
+    seen = []
+
+    def stopped(model, images):
+        seen.append(len(images))
+        if len(seen) == 4:
+            os.kill(os.getpid(), number)
+        return features(model, images)
+
+    monkeypatch.setattr(gather, "features", stopped)
+    out = tmp_path / "means.safetensors"
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--image-size", str(SIZE)]
+    command += ["--eval-batch-size", "4", "--workers", "0", "--no-progress", "--device", "cpu"]
+    assert main([*command, "--out", str(out)]) == 130
+    assert len(seen) == 4
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert len(seen) == 7  # no batch a second time
+    assert ClassMeans.load(out).counts.tolist() == [TRAIN] * len(CLASSES)
+
+
+def test_class_means_by_autocast(data, tmp_path):
+    """As the step sees features; means of other options are not taken for these."""
+    config = settings(data["folders"], precision="bfloat16")
+    source = open_source(config, ALONE)
+    model = untrained(config, source).model
+    means = gather_class_means(model, source, config, ALONE)
+    wanted = ClassMeans(len(CLASSES), means.num_features)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for images, target, mask in source.clean(config, ALONE):
+            found, _ = features(model, images)
+            assert found.dtype == torch.bfloat16
+            wanted.update(found, target.where(mask, -100))
+    assert torch.equal(means.compute(), wanted.compute())
+    plain = gather_class_means(model, source, settings(data["folders"]), ALONE)
+    assert not torch.equal(plain.compute(), means.compute())
+
+
+def test_class_means_of_other_options_are_gathered_anew(data, teacher, tmp_path):
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--workers", "0"]
+    command += ["--out", str(tmp_path / "means.safetensors"), "--no-progress", "--device", "cpu"]
+    assert main([*command, "--image-size", str(SIZE)]) == 0
+    assert main([*command, "--image-size", str(SIZE), "--resume"]) == 0
+    for more in (["--image-size", "48"], ["--image-size", str(SIZE), "--precision", "bfloat16"]):
+        assert main([*command, *more, "--resume"]) == 2
+
+
+def test_a_refused_pass_leaves_what_an_interrupted_one_kept(data, teacher, tmp_path, capsys):
+    out, part = tmp_path / "means.safetensors", tmp_path / "means.safetensors.part-0-of-1"
+    part.write_bytes(b"kept")
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--workers", "0"]
+    command += ["--out", str(out), "--overwrite", "--no-progress", "--device", "cpu"]
+    large = tmp_path / "inception.pt"
+    torch.save(build_model("inception_v3", len(CLASSES), 3).state_dict(), large)
+    for more, message in (
+        (["--weights", str(tmp_path / "nowhere")], "no weights at"),
+        (["--eval-batch-size", "0"], "--eval-batch-size must be"),
+        (
+            ["--model", "inception_v3", "--weights", str(large), "--image-size", "32"],
+            "--image-size",
+        ),
+    ):
+        assert message in refused([*command, *more], capsys)
+        assert part.read_bytes() == b"kept"
+    assert main([*command, "--image-size", str(SIZE)]) == 0
+    assert not part.exists()
 
 
 def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):
@@ -528,7 +660,7 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys, monkeypat
     shutil.rmtree(missing / "val" / "sky")
     folder = data["folders"]
     cases = [
-        (fewer, of(teacher), "fc.weight has shape [4, 512], wanted [3, 512]"),
+        (fewer, of(teacher), "holds weights for 4 classes, and not for the 3 that are wanted"),
         (folder, of(teacher, "--class-means", str(tmp_path / "other.safetensors")), "7 classes"),
         (missing, of(teacher), "sky"),
         (folder, of(tmp_path / "nowhere.safetensors"), "no weights at"),
@@ -542,6 +674,65 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys, monkeypat
         assert not out.exists()
     told = refused(["train", "--data", str(folder), "--out", str(out), "--mixup", "0.5"], capsys)
     assert "--mixup is for --task imagenet" in told
+
+
+def test_a_refused_command_leaves_the_run_that_is_there(data, teacher, whole, tmp_path, capsys):
+    """Options that only the loaders or the models can judge, told before anything is removed."""
+    out = tmp_path / "run"
+    shutil.copytree(whole / "folders", out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for more, *messages in (
+        (("--auto-augment", "foo"), "--auto-augment must name one of timm's policies"),
+        (("--mixup", "0.8", "--batch-size", "7"), "--batch-size must give every process an even"),
+        (("--student", "inception_v3"), "--student inception_v3", "32 pixels (--image-size)"),
+        (("--reader", "wds/x", "--num-classes", "4"), "--train-split must name"),
+    ):
+        arguments = options(data["folders"], out, *of(teacher), "--overwrite", *more)
+        told = refused(arguments, capsys)
+        assert all(message in told for message in messages), told
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_trying_models_out_changes_nothing(data):
+    config = settings(data["folders"], method="kd")
+    source = open_source(config, ALONE)
+    given = untrained(config, source)
+    given.model.train()  # running statistics would move
+    before = {name: value.clone() for name, value in given.model.state_dict().items()}
+    student = build_model("cifar_resnet20", len(CLASSES), 3)
+    state = torch.get_rng_state()
+    try_out(student, "--student", config, source)
+    try_out(given.model, "--teacher", config, source)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(given.model.state_dict(), before)
+    assert given.model.training
+
+
+def test_the_evaluation_of_published_weights(data, capsys, monkeypatch):
+    """Those that timm would download, by their name."""
+    import timm
+
+    create, made = timm.create_model, []
+
+    def published(name, pretrained=False, **more):
+        torch.manual_seed(5)
+        made.append(pretrained)
+        return create(name, **{"num_classes": len(CLASSES), **more})
+
+    monkeypatch.setattr(timm, "create_model", published)
+    command = ["eval", "--task", "imagenet", "--data", str(data["folders"]), "--device", "cpu"]
+    command += ["--image-size", str(SIZE), "--workers", "0", "--no-progress"]
+    assert main([*command, "--model", "resnet10t", "--weights", "pretrained"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert made == [True]
+    assert result["weights"] == "pretrained"
+    model, hits = published("resnet10t").eval(), []
+    with torch.no_grad():
+        for images, target, _ in open_source(settings(data["folders"]), ALONE).test(
+            settings(data["folders"]), ALONE
+        ):
+            hits += (model(images).argmax(1) == target).tolist()
+    assert result["test_top1"] == pytest.approx(100 * sum(hits) / len(hits))
 
 
 def test_weights_that_cannot_be_downloaded(data, tmp_path, capsys, monkeypatch):
@@ -561,9 +752,47 @@ def test_an_unreadable_image_stops_or_is_skipped(data, teacher, tmp_path, capsys
     folder = tmp_path / "broken"
     shutil.copytree(data["folders"], folder)
     (folder / "train" / "roof" / "3.png").write_bytes(b"nothing")
-    arguments = options(folder, tmp_path / "run", *of(teacher, "--epochs", "1"))
+    arguments = options(folder, tmp_path / "run", *of(teacher))
     assert "roof/3.png cannot be read" in refused(arguments, capsys)
+    (folder / "val" / "sky" / "1.png").write_bytes(b"nothing")
+    arguments += ["--on-error", "skip", "--batch-size", "7"]  # an epoch has every image
     with contextlib.ExitStack() as stack:
         told = stack.enter_context(pytest.warns(UserWarning, match=r"roof/3\.png"))
-        run([*arguments, "--on-error", "skip", "--resume"])
+        rows = run([*arguments, "--epochs", "2"])
     assert told
+    assert [row["train_unreadable"] for row in rows] == ["1", "1"]
+    assert [row["test_unreadable"] for row in rows] == ["1", "1"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["train_unreadable"], result["test_unreadable"]) == (1, 1)
+    assert result["test_images"] == 4 * VAL - 1
+    hits = float(rows[-1]["test_top1"]) / 100 * result["test_images"]
+    assert hits == pytest.approx(round(hits), abs=1e-3)
+    command = ["eval", "--task", "imagenet", "--data", str(folder), "--image-size", str(SIZE)]
+    command += ["--model", "cifar_resnet20", "--weights", str(tmp_path / "run"), "--workers", "0"]
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=r"sky/1\.png"):
+        assert main([*command, "--device", "cpu", "--no-progress", "--on-error", "skip"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["test_images"], told["test_unreadable"]) == (4 * VAL - 1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+def test_unreadable_images_are_counted_over_a_stop(data, tmp_path, monkeypatch):
+    folder, batches = tmp_path / "broken", Classification.batches
+    shutil.copytree(data["folders"], folder)
+    for name in ("roof/3.png", "sky/0.png", "petal2/4.png"):
+        (folder / "train" / name).write_bytes(b"nothing")
+    arguments = options(folder, tmp_path / "run", "--on-error", "skip", "--batch-size", "4")
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    assert main(arguments) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert 0 < load_checkpoint(tmp_path / "run")["ranks"][0]["unreadable"] < 3
+    rows = run([*arguments, "--resume"])
+    assert [row["train_unreadable"] for row in rows] == ["3", "3"]

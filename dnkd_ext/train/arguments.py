@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -35,11 +36,39 @@ from dnkd_ext.train.jobs import (
     run_plot,
 )
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
-from dnkd_ext.train.world import join_world
+from dnkd_ext.train.world import SPEAKS, join_world, told_once
 
 __all__ = ["COMMANDS"]
 
 T = TypeVar("T")
+
+
+def _only(kind: type, *names: str) -> Any:
+    """A group with these options alone; the others keep their defaults."""
+    hints = get_type_hints(kind)
+    others = [
+        (one.name, tyro.conf.Fixed[hints[one.name]], dataclasses.field(default=one.default))
+        for one in dataclasses.fields(kind)
+        if one.name not in names
+    ]
+    return dataclasses.make_dataclass(kind.__name__, others, bases=(kind,), frozen=True)
+
+
+# What a pass over images as they are goes by.
+SeenData = _only(DataOptions, "task", "data", "limit", "cache", "mean", "std")
+_RUN = ("device", "precision", "channels_last", "eval_batch_size", "progress")
+SeenRun = _only(RunOptions, *_RUN)
+# Sums of features depend on the order of what is added.
+SummedRun = _only(RunOptions, *_RUN, "deterministic")
+SeenReader = _only(
+    ReaderOptions,
+    *("reader", "train_split", "val_split", "class_map", "num_classes", "image_size"),
+    *("crop_pct", "interpolation", "workers", "on_error"),
+)
+_DETECTED = ("train_set", "val_set", "min_size", "max_size", "anchor_sizes", "detect_batch_size")
+SeenDetection = _only(DetectionOptions, *_DETECTED)
+# Class means are those of sampled proposals.
+SampledDetection = _only(DetectionOptions, *_DETECTED, "rpn_proposals", "proposals")
 
 
 @dataclass
@@ -53,7 +82,8 @@ class Train:
     out: str
     """Folder for the results; several presets or seeds get folders of their own in it."""
     preset: str = ""
-    """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'."""
+    """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'; options
+    of the teacher are then for those that have one."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
     resume: bool = False
@@ -102,10 +132,12 @@ class ClassMeansArguments:
     """Replace the file."""
     resume: bool = False
     """Go on with a pass that was interrupted; begin where there is none."""
-    data: DataOptions = field(default_factory=DataOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    reader: ReaderOptions = field(default_factory=ReaderOptions)
-    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    seed: int = 0
+    """Detection: of the proposals that are sampled."""
+    data: SeenData = field(default_factory=SeenData)
+    run: SummedRun = field(default_factory=SummedRun)
+    reader: SeenReader = field(default_factory=SeenReader)
+    detection: SampledDetection = field(default_factory=SampledDetection)
 
 
 @dataclass
@@ -116,14 +148,14 @@ class Eval:
     """A cifar_* name, or any name that timm knows; for detection fasterrcnn_resnet18, _resnet50,
     _resnet101 or _mobilenet_v2."""
     weights: str
-    """File of the weights, or a run's folder, whose best weights are taken; for detection also
-    pretrained, torchvision's own."""
+    """File of the weights, a run's folder, whose best weights are taken, or pretrained: timm's own,
+    for detection torchvision's."""
     detections: str | None = None
     """Detection: file for what was found in every image, JSON in COCO's results format."""
-    data: DataOptions = field(default_factory=DataOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    reader: ReaderOptions = field(default_factory=ReaderOptions)
-    detection: DetectionOptions = field(default_factory=DetectionOptions)
+    data: SeenData = field(default_factory=SeenData)
+    run: SeenRun = field(default_factory=SeenRun)
+    reader: SeenReader = field(default_factory=SeenReader)
+    detection: SeenDetection = field(default_factory=SeenDetection)
 
 
 @dataclass
@@ -160,7 +192,12 @@ def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = No
         description=inspect.cleandoc(kind.__doc__ or ""),
         args=list(argv),
         default=default,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        console_outputs=SPEAKS,
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.SuppressFixed,
+        ),
     )
 
 
@@ -185,15 +222,25 @@ def _arguments_of(preset: str, out: str) -> Train:
 def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
     """The configuration of a command that does not train."""
     return TrainConfig(
-        data=arguments.data,
-        run=arguments.run,
-        reader=arguments.reader,
-        detection=arguments.detection,
+        data=DataOptions(**vars(arguments.data)),
+        run=RunOptions(**vars(arguments.run)),
+        reader=ReaderOptions(**vars(arguments.reader)),
+        detection=DetectionOptions(**vars(arguments.detection)),
     )
 
 
-def train(argv: Sequence[str]) -> int:
-    """``dnkd train``."""
+def _without_teacher(config: TrainConfig) -> TrainConfig:
+    """The configuration without what it says of a teacher, where none has a part in it."""
+    if config.needs_teacher:
+        return config
+    none = {"teacher": None, "teacher_weights": None, "class_means": None, "fsdp_teacher": False}
+    return replace(config, none)
+
+
+def _read_train(
+    argv: Sequence[str],
+) -> tuple[Train, list[tuple[TrainConfig, float | None]], list[int]]:
+    """Options, a configuration and the published accuracy for every preset, and the seeds."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="")
     pattern = first.parse_known_args(argv)[0].preset
@@ -214,10 +261,20 @@ def train(argv: Sequence[str]) -> int:
             arguments.detection,
         )
         configs.append((config, load_preset(name).published if name else None))
+    if any(config.needs_teacher for config, _ in configs):
+        # What the options say of the teacher is for those that have one.
+        configs = [(_without_teacher(config), published) for config, published in configs]
     assert arguments is not None
     seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
+    return arguments, configs, seeds
+
+
+def train(argv: Sequence[str]) -> int:
+    """``dnkd train``."""
+    with told_once():
+        arguments, configs, seeds = _read_train(argv)
     out = Path(arguments.out)
     resume = arguments.resume or restarted()
     with join_world(arguments.run.device) as world:
@@ -270,9 +327,11 @@ def presets(argv: Sequence[str]) -> int:
 def class_means(argv: Sequence[str]) -> int:
     """``dnkd class-means``."""
     arguments = _parse(ClassMeansArguments, "class-means", argv)
-    config = _config(arguments)
+    with told_once():
+        if arguments.seed and arguments.data.task != "detection":
+            raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
+    config = replace(_config(arguments), {"seed": arguments.seed})
     out = Path(arguments.out)
-    config.check_data()
     with join_world(arguments.run.device) as world:
         means = run_class_means(
             arguments.model,
@@ -297,7 +356,6 @@ def evaluate(argv: Sequence[str]) -> int:
     """``dnkd eval``."""
     arguments = _parse(Eval, "eval", argv)
     config = _config(arguments)
-    config.check_data()
     with join_world(arguments.run.device) as world:
         detections = None if arguments.detections is None else Path(arguments.detections)
         result = run_eval(arguments.model, arguments.weights, config, world, detections)

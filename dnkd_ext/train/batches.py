@@ -45,6 +45,9 @@ class BatchShare:
         ValueError: a value out of range.
     """
 
+    # What is in memory has been read.
+    unreadable = 0
+
     def __init__(
         self,
         batch_size: int,

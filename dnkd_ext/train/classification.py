@@ -24,10 +24,11 @@ from dnkd_ext.criteria import (
 )
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
-from dnkd_ext.review import stage_maps
+from dnkd_ext.review import stage_channels, stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task
 from dnkd_ext.train.models import create_model, load_weights, model_names
+from dnkd_ext.train.models.weights import read_weights
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "identity",
     "load_teacher",
+    "try_out",
 ]
 
 TERMS = ("loss", "ce", "kd", "nd", "top1")
@@ -234,8 +236,12 @@ def weights_file(path: str) -> Path:
 
 
 def weights_digest(path: Path) -> str:
-    """By which a file of weights is known again wherever it lies."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    """By which weights are known again: of their names and values, in whatever file they are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(read_weights(path).items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def fit_image_size(model: nn.Module, size: int) -> None:
@@ -355,13 +361,15 @@ def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> di
 class Evaluated(NamedTuple):
     """Accuracies in percent over the test images of all processes, and this process's features.
 
-    ``target`` is -100 where a batch was filled up.
+    ``target`` is -100 where a batch was filled up; ``count`` is how many images there were in all
+    processes, but for those that could not be read.
     """
 
     top1: float
     top5: float
     features: Tensor
     target: Tensor
+    count: int
 
 
 @torch.no_grad()
@@ -395,6 +403,7 @@ def evaluate(
         round(100 * top5 / count, 4),
         torch.cat(taken),
         torch.cat(targets),
+        count,
     )
 
 
@@ -460,6 +469,50 @@ def _cast_once(teacher: nn.Module) -> nn.Module:
     return teacher
 
 
+def _check_stages(student: nn.Module, teacher: nn.Module, config: TrainConfig) -> None:
+    """ValueError for models whose stages ReviewKD cannot compare."""
+    pair = f"--student {config.model.student}", f"--teacher {config.model.teacher}"
+    widths = []
+    for model, option in zip((student, teacher), pair, strict=True):
+        try:
+            widths.append(stage_channels(model))
+        except ValueError as error:
+            raise ValueError(
+                f"--method reviewkd compares the maps of stages, which {option} does not tell; "
+                "another model is needed"
+            ) from error
+    if len(widths[0]) != len(widths[1]):
+        raise ValueError(
+            "--method reviewkd is not there for models of different numbers of stages: with the "
+            f"embedding, {pair[0]} has maps of {widths[0]} channels and {pair[1]} of {widths[1]}"
+        )
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, option: str, config: TrainConfig, source: Source) -> None:
+    """Run a model as training will, on two images of noise, in evaluation mode.
+
+    Raises:
+        ValueError: it cannot take images of this size, or gives no features or maps.
+    """
+    size = source.image_size
+    # Of its own generator: what is drawn later does not depend on this.
+    noise = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
+    modes = {module: module.training for module in model.modules()}
+    run = stage_maps if config.method.method == "reviewkd" else features
+    try:
+        run(model.eval(), noise.to(next(model.parameters()).device))
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        known = " (--image-size)" if config.data.task == "imagenet" else ""
+        raise ValueError(
+            f"{option} cannot be run on images of {size} x {size} pixels{known}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class Classification(Task):
     """A student, its data and its teacher, as the engine trains them."""
 
@@ -510,6 +563,8 @@ class Classification(Task):
         )
         self._teacher = teacher
         self._teacher_norms: Tensor | None = None
+        self._skips = config.data.task == "imagenet" and config.reader.on_error == "skip"
+        self._counted = source.test_images
 
     @staticmethod
     def check(config: TrainConfig, source: Source, teacher: Teacher | None) -> None:
@@ -529,16 +584,33 @@ class Classification(Task):
             checkpoint_activations(student, config.model.student)
         if config.method.method == "reviewkd":
             assert teacher is not None
-            ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
+            _check_stages(student, teacher.model, config)
+        try_out(student, f"--student {config.model.student}", config, source)
+        if teacher is not None:
+            try_out(teacher.model, f"--teacher {config.model.teacher}", config, source)
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""
-        return self._train.epoch(epoch, start)
+        before = self.unreadable if start else 0
+        for batch in self._train.epoch(epoch, start):
+            self.unreadable = before + self._train.unreadable
+            yield batch
+
+    def counts(self) -> dict[str, int]:
+        """Where unreadable images are skipped, how many were in the epoch and in the evaluation."""
+        if not self._skips:
+            return {}
+        count = torch.tensor(self.unreadable, device=self.world.device)
+        return {
+            "train_unreadable": int(self.world.sum(count)),
+            "test_unreadable": self.source.test_images - self._counted,
+        }
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.source.classes)
         result = evaluate(model, self._test, classes, self._autocast, self.world)
+        self._counted = result.count
         figures = {"test_top1": result.top1, "test_top5": result.top5}
         if self._teacher is None or self._teacher.class_means is None:
             return figures

@@ -158,7 +158,8 @@ class OptimOptions:
     weight_decay: float = 5e-4
     """Of all parameters that are decayed."""
     decay_vectors: bool = True
-    """Decay biases and other parameters of one dimension, too."""
+    """Decay biases and other parameters of one dimension, too, and what timm's models name in
+    no_weight_decay(): tokens and position embeddings."""
     clip_grad: float | None = None
     """Largest norm of all gradients together."""
     schedule: Literal["multistep", "cosine"] = "multistep"
@@ -285,11 +286,8 @@ class TrainConfig:
 
     def check(self, world_size: int = 1) -> None:
         """ValueError for values out of range or at odds with each other, naming the option."""
+        self.check_data()
         flat = flatten(self)
-        for name, least in LEAST.items():
-            value = flat[name]
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(f"--{_option(name)} must be at least {least:g}, got {value}")
         for name in ("lr", "lr_decay", "temperature"):
             if not (math.isfinite(flat[name]) and flat[name] > 0):
                 raise ValueError(f"--{_option(name)} must be greater than 0, got {flat[name]}")
@@ -320,6 +318,11 @@ class TrainConfig:
                 f"--batch-size must be a multiple of {world_size} processes times --accumulate "
                 f"{self.optim.accumulate}, got {self.optim.batch_size}"
             )
+        if self.reader.mixes and self.optim.batch_size // world_size % 2:
+            raise ValueError(
+                "--batch-size must give every process an even number of images to mix by --mixup "
+                f"and --cutmix, got {self.optim.batch_size} for {world_size} processes"
+            )
         if self.run.fsdp and world_size == 1:
             raise ValueError("--fsdp is for several processes, started by torchrun; got one")
         if self.run.fsdp and self.run.cuda_graph:
@@ -328,7 +331,6 @@ class TrainConfig:
             raise ValueError("--fsdp-teacher goes with --fsdp only")
         if self.run.fsdp_teacher and not self.needs_teacher:
             raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
-        self.check_data()
         if self.data.task == "detection":
             self._check_detection()
         if self.needs_teacher:
@@ -372,7 +374,14 @@ class TrainConfig:
                 )
 
     def check_data(self) -> None:
-        """What is wrong with the data's options alone."""
+        """What is wrong with the data's options alone, and with numbers of any."""
+        flat = flatten(self)
+        for name, least in LEAST.items():
+            value = flat[name]
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"--{_option(name)} must be at least {least:g}, got {value}")
+        if min(self.data.normalisation["std"], default=0) <= 0:
+            raise ValueError(f"--std must be positive numbers, got {self.data.std}")
         task = self.data.task
         if task == "detection":
             self.detection.check()

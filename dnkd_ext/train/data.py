@@ -199,7 +199,7 @@ def load_image_folder(
         )
     if limit is not None and limit < len(classes):
         raise ValueError(
-            f"limit must be at least one image for each of {len(classes)} classes, got {limit}"
+            f"--limit must be at least one image for each of {len(classes)} classes, got {limit}"
         )
     per_class = None if limit is None else limit // len(classes)
     files = [

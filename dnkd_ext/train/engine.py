@@ -39,7 +39,7 @@ from dnkd_ext.train.sharding import (
 )
 from dnkd_ext.train.world import World
 
-__all__ = ["Interrupted", "Task", "check_identity", "learning_rate", "ramp", "train"]
+__all__ = ["Interrupted", "Signals", "Task", "check_identity", "learning_rate", "ramp", "train"]
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -69,11 +69,13 @@ class Task(ABC):
         steps_per_epoch: batches of an epoch.
         batch_size: images of a batch, of all processes together.
         identity: what a checkpoint must have been made with to be gone on from.
+        unreadable: images in this process's batches of the epoch so far that could not be read.
     """
 
     step: nn.Module
     model: nn.Module
     methods: tuple[str, ...] = ()
+    unreadable: int = 0
     terms: tuple[str, ...]
     metric: str
     steps_per_epoch: int
@@ -83,6 +85,10 @@ class Task(ABC):
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's batches of an epoch, from number ``start`` on; no state is kept."""
+
+    def counts(self) -> dict[str, int]:
+        """More of the epoch that was trained and evaluated last, for the log; a collective call."""
+        return {}
 
     def split(self, batch: tuple[Tensor, ...], parts: int) -> list[tuple[Tensor, ...]]:
         """A batch in equal parts, for accumulated gradients."""
@@ -179,7 +185,7 @@ class _Recorded:
         self.graph.replay()
 
 
-class _Signals:
+class Signals:
     """SIGINT and SIGTERM as a wish to stop, while the context lasts; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
@@ -191,7 +197,7 @@ class _Signals:
             raise KeyboardInterrupt
         self.received = number
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: nothing is caught
                 self._before[number] = signal.signal(number, self._note)
@@ -353,8 +359,14 @@ class _Training:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optim = self.optim
-        decayed = [p for p in self.trained if optim.decay_vectors or p.dim() > 1]
-        kept = [p for p in self.trained if not (optim.decay_vectors or p.dim() > 1)]
+        # Tokens and position embeddings are no vectors, but models of timm's name them.
+        told = getattr(self.task.model, "no_weight_decay", set)()
+        spared = {p for name, p in self.task.model.named_parameters() if name in told}
+        decayed: list[Tensor] = []
+        kept: list[Tensor] = []
+        for parameter, part in zip(self.parameters, self.trained, strict=True):
+            spares = not optim.decay_vectors and (parameter.dim() <= 1 or parameter in spared)
+            (kept if spares else decayed).append(part)
         groups: list[dict[str, Any]] = [
             {"params": parameters, "weight_decay": decay}
             for parameters, decay in ((decayed, optim.weight_decay), (kept, 0.0))
@@ -481,7 +493,11 @@ class _Training:
         if self.world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
         meters = {"sums": self.meter.sums.cpu(), "bad": self.meter.bad.cpu()}
-        own: dict[str, Any] = {"random": random, "meter": meters}
+        own: dict[str, Any] = {
+            "random": random,
+            "meter": meters,
+            "unreadable": self.task.unreadable,
+        }
         if start and self.world.size > 1:
             own["buffers"] = {name: value.cpu() for name, value in self._buffers().items()}
         of_ranks = self.world.gather(own)
@@ -550,6 +566,7 @@ class _Training:
             self.meter.reset(self.start)
             self.meter.sums.copy_(own["meter"]["sums"])
             self.meter.bad.copy_(own["meter"]["bad"])
+            self.task.unreadable = own.get("unreadable", 0)
             buffers = self._buffers()
             for name, value in own.get("buffers", {}).items():
                 buffers[name].copy_(value)
@@ -639,7 +656,7 @@ class _Training:
         writer = self._tensorboard()
         dashboard = self._wandb()
         with (
-            _Signals() as signals,
+            Signals() as signals,
             Progress(total, "train", unit="step", initial=done, enabled=shown) as bar,
             contextlib.closing(writer) if writer else contextlib.nullcontext(),
             dashboard or contextlib.nullcontext(),
@@ -663,7 +680,7 @@ class _Training:
             "model": self._model,
         }
 
-    def _epoch(self, epoch: int, bar: Progress, signals: _Signals) -> None:
+    def _epoch(self, epoch: int, bar: Progress, signals: Signals) -> None:
         task, world = self.task, self.world
         start = self.start if epoch == self.epoch else 0
         if not start:
@@ -710,7 +727,7 @@ class _Training:
         if stop and not last:
             self._stop(signals, f"after epoch {epoch + 1}")
 
-    def _stop(self, signals: _Signals, where: str) -> None:
+    def _stop(self, signals: Signals, where: str) -> None:
         number = signals.received or signal.SIGTERM
         raise Interrupted(
             f"stopped by {signal.Signals(number).name} {where}; the checkpoint is in {self.out}, "
@@ -733,6 +750,7 @@ class _Training:
                 "kd_ramp": ramp(self.kd_warm_up, epoch),
                 **{f"train_{n}": v for n, v in zip(self.task.terms, means, strict=True)},
                 **figures,
+                **self.task.counts(),
                 "images_per_second": round(speed, 1),
                 "seconds": round(self.seconds, 3),
             }

@@ -18,11 +18,12 @@ from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import FREE, TrainConfig
+from dnkd_ext.train.engine import Signals
 from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
 
-__all__ = ["find_parts", "gather_class_means", "gather_means", "remove_parts"]
+__all__ = ["find_parts", "gather_class_means", "gather_means", "gathering_notes", "remove_parts"]
 
 # Seconds between two looks at what would be lost.
 KEEP_EVERY = 60.0
@@ -50,9 +51,21 @@ def _origin(source: Any, config: TrainConfig, metadata: dict[str, str]) -> str:
         options |= dataclasses.asdict(group)
     # Shards are divided between workers, too.
     kept = {n: v for n, v in options.items() if n not in FREE or n == "workers"}
+    sizes = [config.run.eval_batch_size, config.detection.detect_batch_size]
     # Which proposals are sampled depends on the seed.
-    sizes = [config.run.eval_batch_size, config.detection.detect_batch_size, config.run.seed]
-    return json.dumps([source.fingerprint(), sizes, kept, metadata], sort_keys=True)
+    run = [*sizes, config.run.precision, config.run.seed]
+    return json.dumps([source.fingerprint(), run, kept, metadata], sort_keys=True)
+
+
+def gathering_notes(config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about how the images were seen."""
+    seen = {"precision": config.run.precision, **config.data.normalisation}
+    if config.data.task == "imagenet":
+        reader = config.reader
+        seen |= {name: getattr(reader, name) for name in ("image_size", "crop_pct")}
+        # What is random for training is bilinear here.
+        seen["interpolation"] = reader.interpolation.replace("random", "bilinear")
+    return {name: json.dumps(value) for name, value in seen.items()}
 
 
 def _load(path: Path, origin: str) -> tuple[int, dict[str, Any]] | None:
@@ -92,11 +105,16 @@ def gather_class_means(
         resume: go on with what is kept there.
     """
     batches = source.clean(config, world)
+    autocast = torch.autocast(
+        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
+    )
 
     def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, target, mask = batch
+        with autocast:
+            found, _ = features(model, images)
         # What fills up a batch counts nowhere.
-        return features(model, images)[0], target.where(mask, -100)
+        return found, target.where(mask, -100)
 
     return gather_means(
         batches, look, source, config, world, metadata=metadata, path=path, resume=resume
@@ -125,7 +143,7 @@ def gather_means(
         world: the processes.
         metadata: goes into the result.
         path: file that the result is for. Beside it each process keeps what it has gathered, every
-            minute and when it is interrupted; see :func:`remove_parts`.
+            minute and when it is interrupted, by SIGINT or SIGTERM; see :func:`remove_parts`.
         resume: go on with what is kept there, where it is of the same teacher, data, batch size and
             number of processes; the result is the same as without a stop.
         width: D, where a process may have no batch.
@@ -151,6 +169,7 @@ def gather_means(
     shown = config.run.progress and world.is_first
     number, kept = start, time.monotonic()
     with (
+        Signals() as signals,
         torch.no_grad(),  # a sharded model cannot run in inference mode
         Progress(len(batches), "class means", initial=start, enabled=shown) as bar,
     ):
@@ -165,6 +184,11 @@ def gather_means(
                 if time.monotonic() - kept > KEEP_EVERY:
                     keep(number)
                     kept = time.monotonic()
+                stop = bool(signals.received)
+                if config.run.fsdp_teacher:
+                    stop = world.any(stop)
+                if stop:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             keep(number)
             raise

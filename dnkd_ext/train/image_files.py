@@ -120,7 +120,7 @@ def _load_cifar100(folder: Path, limit: int | None, seed: int) -> ImageSet:
         raise ValueError(f"{folder / 'meta'} holds no list fine_label_names")
     if limit is not None and limit < len(classes):
         raise ValueError(
-            f"limit must be at least one image for each of {len(classes)} classes, got {limit}"
+            f"--limit must be at least one image for each of {len(classes)} classes, got {limit}"
         )
     splits = []
     for name, share in (("train", 1), ("test", 3)):

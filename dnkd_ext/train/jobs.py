@@ -26,20 +26,24 @@ from dnkd_ext.train.classification import (
     STAGE_METHODS,
     Classification,
     Teacher,
-    build_model,
     evaluate,
     identity,
     load_teacher,
-    load_weights_for,
     means_digest,
     means_notes,
     read_class_means,
+    try_out,
     weights_file,
 )
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
 from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
-from dnkd_ext.train.gather import find_parts, gather_class_means, remove_parts
+from dnkd_ext.train.gather import (
+    find_parts,
+    gather_class_means,
+    gathering_notes,
+    remove_parts,
+)
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.sharding import shard_model
 from dnkd_ext.train.sources import open_source
@@ -196,19 +200,12 @@ def run_jobs(
         FileExistsError: a folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
         ValueError, FileNotFoundError: a wrong option or input; what can be told beforehand is told
             before the first job begins, and nothing is written then.
-        FloatingPointError, Interrupted: see :func:`dnkd_ext.train.engine.train`.
+        FloatingPointError: runs failed, see :func:`dnkd_ext.train.engine.train`; preset, seed and
+            folder are named. It is raised after the others have been trained.
+        Interrupted: likewise, at once.
     """
-    ready = []
-    for job in jobs:
-        job.config.check(world.size)
-        if job.config.run.tensorboard:
-            _require_tensorboard()
-        if job.config.run.wandb and importlib.util.find_spec("wandb") is None:
-            raise ModuleNotFoundError(
-                "--wandb needs Weights & Biases; install it with pip install wandb"
-            )
-        config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
-        ready.append(dataclasses.replace(job, config=config))
+    with world.together():
+        ready = [_checked(job, world) for job in jobs]
     states: list[_State] = []
     with world.first_alone():
         if world.is_first:
@@ -216,36 +213,63 @@ def run_jobs(
     states = world.from_first(states)
     shared = _Shared(world)
     for job, state in zip(ready, states, strict=True):
-        source, teacher = shared.source(job.config), shared.teacher(job.config)
-        _task_class(job.config).check(job.config, source, teacher)
-        if state.identity is not None:
-            told = {"identity": state.identity}
-            check_identity(job.out, told, identity(job.config, source, teacher))
+        with world.together():
+            source, teacher = shared.source(job.config), shared.teacher(job.config)
+            _task_class(job.config).check(job.config, source, teacher)
+            if not _is_detection(job.config):
+                # What makes batches checks its options, and starts no workers before the first.
+                source.train(job.config, world)
+                source.test(job.config, world)
+                if teacher and job.config.method.nd_weight and teacher.class_means is None:
+                    source.clean(job.config, world)
+            if state.identity is not None:
+                told = {"identity": state.identity}
+                check_identity(job.out, told, identity(job.config, source, teacher))
     if overwrite:
         with world.first_alone():
             if world.is_first:
                 # All of them, results first, so that nothing old is taken for a part of the new.
                 for job in ready:
                     _remove(job.out)
-    results = [
-        _run(job, shared, world, resume) if state.result is None else state.result
-        for job, state in zip(ready, states, strict=True)
-    ]
-    if len(jobs) > 1:
-        with world.first_alone():
+    results = []
+    failed: list[str] = []
+    for job, state in zip(ready, states, strict=True):
+        if state.result is not None:
+            results.append(state.result)
             if world.is_first:
-                rows = summary(_all_results(out))
-                write_csv(out / "summary.csv", rows)
-                print(format_summary(rows), flush=True)
+                print(f"finished before: {_line(state.result, job.out)}", flush=True)
+            continue
+        try:
+            results.append(_run(job, shared, world, resume))
+        except FloatingPointError as error:  # the same on all processes
+            name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
+            failed.append(f"{name}: {error}")
+    with world.first_alone():
+        if world.is_first and len(jobs) > 1:
+            rows = summary(_all_results(out))
+            write_csv(out / "summary.csv", rows)
+            lines = [format_summary(rows)] if rows else []
+            print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
+        if world.is_first and failed:
+            many = f"{len(failed)} of {len(jobs)} runs failed: " if len(jobs) > 1 else ""
+            raise FloatingPointError(many + "; ".join(failed))
     return results
 
 
-def _require_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
+def _checked(job: Job, world: World) -> Job:
+    """The job with its automatic options resolved; an error where options are wrong."""
+    job.config.check(world.size)
+    if job.config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ModuleNotFoundError(
             "--tensorboard needs the training extras; install them with pip install "
             "'dnkd_ext[train]', or pass --no-tensorboard"
         )
+    if job.config.run.wandb and importlib.util.find_spec("wandb") is None:
+        raise ModuleNotFoundError(
+            "--wandb needs Weights & Biases; install it with pip install wandb"
+        )
+    config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
+    return dataclasses.replace(job, config=config)
 
 
 class _State(NamedTuple):
@@ -282,8 +306,8 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
         raise ValueError(
             f"--overwrite would remove --teacher-weights {weights}, which are in --out {out}"
         )
-    # Class means alone are what a run that was killed early leaves, too.
-    if not present or overwrite or (resume and present == [CLASS_MEANS]):
+    # A run has a log or a checkpoint; what failed or was killed before is none.
+    if overwrite or set(present) <= {CONFIG, CLASS_MEANS}:
         return _State()
     if not resume:
         raise FileExistsError(
@@ -325,6 +349,7 @@ class _Shared:
         self.world = world
         self._sources: dict[Any, Any] = {}
         self._teachers: dict[Any, Teacher] = {}
+        self._sharded: set[Any] = set()
 
     def source(self, config: TrainConfig) -> Any:
         """The data set, a Source or a DetectionSource."""
@@ -342,7 +367,7 @@ class _Shared:
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
-        """The teacher, with class means where a file of them is named."""
+        """The teacher, whole, with class means where a file of them is named."""
         source = self.source(config)
         if not config.needs_teacher:
             return None
@@ -353,13 +378,6 @@ class _Shared:
             teacher = _load_teacher(
                 config.model.teacher, config.model.teacher_weights, source, config, self.world
             )
-            if config.run.fsdp_teacher:
-                shard_model(
-                    teacher.model,
-                    self.world.mesh,
-                    methods=STAGE_METHODS,
-                    compile=config.run.compile,
-                )
             if config.model.class_means is not None:
                 path, name = config.model.class_means, config.model.teacher
                 read = _detection().read_means if _is_detection(config) else read_class_means
@@ -369,17 +387,22 @@ class _Shared:
             self._teachers[key] = teacher
         return self._teachers[key]
 
-    def teacher_with_means(
-        self, config: TrainConfig, out: Path, *, resume: bool = False
-    ) -> Teacher | None:
-        """The teacher with its class means, gathered now unless ``out`` or a file has them.
+    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
+        """The teacher, sharded if asked, with its class means.
 
-        Without the ND loss they only serve diagnostics, and are left out where gathering them is a
-        matter of hours.
+        These are gathered now unless ``out`` or a file has them; a pass that was interrupted is
+        gone on with, which gives the same means as a new one. Without the ND loss they only serve
+        diagnostics, and are left out where gathering them is a matter of hours.
         """
         teacher = self.teacher(config)
         if teacher is None:
             return None
+        key = self._key(config)
+        if config.run.fsdp_teacher and key not in self._sharded:
+            shard_model(
+                teacher.model, self.world.mesh, methods=STAGE_METHODS, compile=config.run.compile
+            )
+            self._sharded.add(key)
         if teacher.class_means is None:
             if config.data.task != "cifar" and not config.method.nd_weight:
                 return teacher
@@ -398,10 +421,10 @@ class _Shared:
                     self.world,
                     notes,
                     path=out / CLASS_MEANS,
-                    resume=resume,
+                    resume=True,
                 )
             teacher = teacher._replace(class_means=means)
-            self._teachers[self._key(config)] = teacher
+            self._teachers[key] = teacher
         with self.world.first_alone():
             if self.world.is_first:
                 assert teacher.class_means is not None
@@ -413,7 +436,8 @@ class _Shared:
 def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
     """What a file of class means says about its origin."""
     notes = means_notes(name, teacher.digest, source)
-    return notes | _detection().gathering_notes(config) if _is_detection(config) else notes
+    own = _detection().gathering_notes if _is_detection(config) else gathering_notes
+    return notes | own(config)
 
 
 def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
@@ -446,13 +470,15 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             out.mkdir(parents=True, exist_ok=True)
             remove_temporaries(out)
             remove_unnamed(out)
-            write_json(out / CONFIG, flatten(config))
     prepare_device(config, world)
-    teacher = shared.teacher_with_means(config, out, resume=resume)
+    teacher = shared.teacher_with_means(config, out)
     source = shared.source(config)
     task = _task_class(config)(config, source, teacher, world)
-    if world.is_first:
-        print(_heading(job, source, world), flush=True)
+    with world.first_alone():
+        if world.is_first:
+            # From here on the folder holds a run.
+            write_json(out / CONFIG, flatten(config))
+            print(_heading(job, source, world), flush=True)
     log = train(
         task,
         config.optim,
@@ -476,7 +502,9 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         "last": last,
         "training_seconds": log["seconds"],
         "train_images": source.train_images,
-        "test_images": source.test_images,
+        # Those that the accuracies are of.
+        "test_images": source.test_images - last.get("test_unreadable", 0),
+        **{name: last[name] for name in ("train_unreadable", "test_unreadable") if name in last},
         "processes": world.size,
         "machine": machine(world),
         "config": flatten(config),
@@ -614,15 +642,21 @@ def run_class_means(
             ``resume`` is given.
         ValueError, FileNotFoundError: a wrong option or input.
     """
-    config = dataclasses.replace(config, run=resolve(config.run, world))
+    with world.together():
+        config.check_data()
+        config = dataclasses.replace(config, run=resolve(config.run, world))
     with world.first_alone():
         if world.is_first:
             _look_at_means(out, overwrite, resume)
     prepare_device(config, world)
-    if _is_detection(config):
-        _detection().check_settings(weights, config)
-    source = _open(config, world)
-    teacher = _load_teacher(model, weights, source, config, world)
+    with world.together():
+        if _is_detection(config):
+            _detection().check_settings(weights, config)
+        source = _open(config, world)
+        teacher = _load_teacher(model, weights, source, config, world)
+        if not _is_detection(config):
+            source.clean(config, world)
+            try_out(teacher.model, f"--model {model}", config, source)
     notes, done = _notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
@@ -632,6 +666,11 @@ def run_class_means(
     done = world.from_first(done)
     if done is not None:
         return done
+    with world.first_alone():
+        if world.is_first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                remove_parts(out)
     means = _gather(teacher.model, source, config, world, notes, path=out, resume=resume)
     with world.first_alone():
         if world.is_first:
@@ -650,9 +689,6 @@ def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
             f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
             "--overwrite"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        remove_parts(out)
 
 
 def run_eval(
@@ -662,31 +698,32 @@ def run_eval(
 
     Args:
         model: its name.
-        weights: a file, or a run's folder.
+        weights: a file, a run's folder, or ``"pretrained"``.
         config: its groups ``data``, ``run``, ``reader`` and ``detection``.
         world: the processes.
         detections: file for a detector's detections.
     """
-    config = dataclasses.replace(config, run=resolve(config.run, world))
+    with world.together():
+        config.check_data()
+        config = dataclasses.replace(config, run=resolve(config.run, world))
+        if detections is not None and not _is_detection(config):
+            raise ValueError(f"--detections is for --task detection, got {detections}")
     if _is_detection(config):
         return _detection().run_evaluation(model, weights, config, world, detections)
-    if detections is not None:
-        raise ValueError(f"--detections is for --task detection, got {detections}")
-    source = open_source(config, world, progress=config.run.progress)
-    path = weights_file(weights)
-    network = build_model(model, len(source.classes), source.channels)
-    load_weights_for(network, path, source.image_size)
-    network.to(world.device)
-    if config.run.channels_last:
-        network.to(memory_format=torch.channels_last)
+    with world.together():
+        source = open_source(config, world, progress=config.run.progress)
+        network = _load_teacher(model, weights, source, config, world).model
+        try_out(network, f"--model {model}", config, source)
+        batches = source.test(config, world)
     autocast = torch.autocast(
         world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
     )
-    result = evaluate(network, source.test(config, world), len(source.classes), autocast, world)
+    result = evaluate(network, batches, len(source.classes), autocast, world)
     return {
         "model": model,
-        "weights": str(path),
-        "test_images": source.test_images,
+        "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
+        "test_images": result.count,
+        "test_unreadable": source.test_images - result.count,
         "test_top1": result.top1,
         "test_top5": result.top5,
     }

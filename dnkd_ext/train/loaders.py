@@ -102,8 +102,8 @@ class _Loader(BatchShare):
         options.check()
         if len(mean) not in (1, 3) or len(std) != len(mean):
             raise ValueError(
-                "mean and std must have a value for each of 3 colours, or 1 for grey images, got "
-                f"{len(mean)} and {len(std)}"
+                "--mean and --std must have a value for each of 3 colours, or 1 for grey images, "
+                f"got {len(mean)} and {len(std)}"
             )
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
@@ -197,7 +197,7 @@ class _Loader(BatchShare):
         """
         self._turn += 1
         turn = self._turn
-        self.unreadable = 0
+        self.unreadable = count = 0
         first = ""
         batches: Iterator[Any] | None = None
         while True:
@@ -239,13 +239,13 @@ class _Loader(BatchShare):
                     raise batch
                 finally:
                     del batch
-            self.unreadable += len(batch.failed)
+            count += len(batch.failed)
             first = first or next(iter(batch.failed), "")
             yield batch
-        if self.unreadable:
+        if count:
             done = "replaced by the next" if self._maker.is_training else "left out"
             warnings.warn(
-                f"{self.unreadable} images could not be read and were {done}; one is {first}",
+                f"{count} images could not be read and were {done}; one is {first}",
                 stacklevel=3,
             )
 
@@ -262,22 +262,26 @@ class _Loader(BatchShare):
         """
         if self.device.type != "cuda":
             for number, batch in enumerate(batches):
+                self.unreadable += len(batch.failed)
                 yield finish(number, batch)
             return
         if self._stream is None:
             # One for all epochs: the allocator keeps memory for each stream apart.
             self._stream = torch.cuda.Stream(self.device)
         ready: tuple[Tensor, ...] | None = None
+        failed = 0
         for number, batch in enumerate(batches):
             # What the user has freed may be written anew only when the work on it is done.
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 coming = finish(number, batch)
             if ready is not None:
+                self.unreadable += failed
                 yield ready
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            ready = coming
+            ready, failed = coming, len(batch.failed)
         if ready is not None:
+            self.unreadable += failed
             yield ready
 
 
@@ -316,7 +320,8 @@ class TrainLoader(_Loader):
         dtype: of the images.
 
     Attributes:
-        unreadable: images of this process that were replaced, in the epoch that was begun last.
+        unreadable: images of this process that were replaced in the batches that it has had of the
+            epoch that was begun last.
 
     Raises:
         ValueError: a value out of range; no whole batch; parts of a batch that cannot be mixed in

@@ -7,6 +7,7 @@ their images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -274,6 +275,11 @@ class FileSplit:
         inside = f"{child.name}:{member.name}" if child is not None else member.name
         return f"{os.path.join(self._place, archive) if archive else self._place}:{inside}"
 
+    def names(self) -> Iterator[str]:
+        """Paths of the images within the folder or archive, in order; wherever that lies."""
+        for index in range(len(self)):
+            yield self.path(index).removeprefix(self._place).lstrip("/:")
+
     def load(self, index: int, mode: str) -> Image.Image:
         """The picture, converted to ``mode``.
 
@@ -361,6 +367,12 @@ class ShardSplit:
     def __len__(self) -> int:
         return self.count
 
+    def names(self) -> Iterator[str]:
+        """Names of the shards, and how many images are in each, or in all, in order."""
+        for place, url in enumerate(self.urls):
+            count = self.lengths[place] if self.lengths else self.count
+            yield f"{url.rpartition('/')[2]} {count}"
+
     def read(self, url: str) -> Iterator[RawImage]:
         """The images of a shard, undecoded.
 
@@ -409,8 +421,10 @@ class ShardSplit:
             ValueError: a shard is no tar archive, is no local file, or all together hold another
                 number of images than was announced.
         """
-        if self.lengths is not None:
-            return self
+        return self if self.lengths is not None else self._counted
+
+    @functools.cached_property
+    def _counted(self) -> ShardSplit:
         lengths = []
         for url in self.urls:
             if not os.path.isfile(url):

@@ -21,7 +21,14 @@ __all__ = ["Clean", "DiskSource", "Epochs", "MemorySource", "Source", "open_sour
 
 
 class Epochs(Protocol):
-    """Shuffled and augmented batches; ``len`` is how many an epoch has."""
+    """Shuffled and augmented batches; ``len`` is how many an epoch has.
+
+    Attributes:
+        unreadable: images in this process's batches of the epoch so far that were replaced, because
+            they could not be read.
+    """
+
+    unreadable: int
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -139,11 +146,16 @@ class DiskSource(Source):
         self.name, self.classes, self.channels = name, splits.classes, channels
         self.image_size = image_size
         self.train_images, self.test_images = len(splits.train), len(splits.val)
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for split in (splits.train, splits.val):
+            for name in split.names():
+                digest.update(f"{name}\n".encode())
+            digest.update(b"\n")
+        self._digest = digest.hexdigest()[:16]
 
     def fingerprint(self) -> str:
-        """By numbers and names, not by what is in the files."""
-        digest = hashlib.sha256(json.dumps(self.classes).encode()).hexdigest()[:16]
-        return f"{self.train_images} + {self.test_images} images, classes {digest}"
+        """By the images' paths, or the shards' names and lengths, not by what is in them."""
+        return f"{self.train_images} + {self.test_images} images {self._digest}"
 
     def train(self, config: TrainConfig, world: World) -> Epochs:
         """By the options of the reader: crops, colours, Mixup and so on."""

@@ -15,11 +15,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["OtherProcessFailed", "World", "join_world"]
+__all__ = ["SPEAKS", "OtherProcessFailed", "World", "join_world", "told_once"]
+
+
+# Of the processes on a machine, which have one command line, the first tells what is wrong with it.
+SPEAKS = int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 class OtherProcessFailed(RuntimeError):
-    """The first process raised an error, which it tells itself."""
+    """Another process raised an error, which it tells itself."""
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """A look at the command line and the machine alone, before processes meet."""
+    try:
+        yield
+    except ValueError as error:
+        if SPEAKS:
+            raise
+        raise OtherProcessFailed(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,25 @@ class World:
         if told is not None:
             raise OtherProcessFailed(f"the first process failed: {told}")
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A part that all processes do alike, without a collective call: one tells the error.
+
+        Where several fail, the first of them raises its error and the others OtherProcessFailed.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = self.gather(error is not None)
+        if not any(failed):
+            return
+        first = failed.index(True)
+        if error is not None and self.rank == first:
+            raise error
+        raise OtherProcessFailed(f"process {first} failed")
+
     @torch.no_grad()
     def average_batch_norm(self, model: nn.Module) -> None:
         """Give all processes the mean of their running statistics, each of which saw its part.
@@ -129,8 +163,9 @@ def join_world(device: str) -> Iterator[World]:
     Raises:
         ValueError: no GPU where one is asked for, or fewer than processes on this machine.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but torch.cuda.is_available() is False")
+    with told_once():
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda, but torch.cuda.is_available() is False")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     size = int(os.environ.get("WORLD_SIZE", 1))
     if "RANK" not in os.environ or size == 1:

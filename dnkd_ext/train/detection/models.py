@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -233,11 +234,14 @@ def load_detector(
         if name != "fasterrcnn_resnet50":
             raise ValueError(f"torchvision has no weights of {name} to download; name a file")
         model.load_state_dict(adapt(_download(COCO, name)))
-        digest = PRETRAINED
+        digest, is_torchvisions = PRETRAINED, True
     else:
-        load_weights(model, weights, adapt=adapt)
-        digest = weights_digest(Path(weights))
-    if digest == PRETRAINED or digest.startswith(COCO_DIGEST):
+        path = Path(weights)
+        load_weights(model, path, adapt=adapt)
+        digest = weights_digest(path)
+        file = hashlib.sha256(path.read_bytes()).hexdigest()
+        is_torchvisions = file.startswith(COCO_DIGEST)
+    if is_torchvisions:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 0.0  # as those weights were trained

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_weights"]
+__all__ = ["load_weights", "read_weights"]
 
 # Under which name checkpoints keep the state; mdistiller's say "model".
 KEYS = ("model", "state_dict")
@@ -41,9 +41,7 @@ def load_weights(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    state = _read(path)
-    if state and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = read_weights(path)
     if adapt is not None:
         try:
             state = adapt(state)
@@ -52,18 +50,36 @@ def load_weights(
     wanted = model.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in wanted]
-    problems += [
-        f"{name} has shape {list(state[name].shape)}, wanted {list(wanted[name].shape)}"
+    shapes = {
+        name: (list(state[name].shape), list(wanted[name].shape))
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
+    }
+    # Where nothing but numbers of rows differ, and all alike, they are those of the classifier.
+    rows = {(found[0], asked[0]) for found, asked in shapes.values() if found[1:] == asked[1:]}
+    other = f"the weights of another network than {type(model).__name__}"
+    if not problems and len(rows) == 1 and all(a[1:] == b[1:] for a, b in shapes.values()):
+        ((found, asked),) = rows
+        other = f"weights for {found} classes, and not for the {asked} that are wanted"
+    problems += [
+        f"{name} has shape {found}, wanted {asked}" for name, (found, asked) in shapes.items()
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"{path} holds the weights of another network than {type(model).__name__}: "
-            f"{'; '.join(problems[:3])}{more}"
-        )
+        raise ValueError(f"{path} holds {other}: {'; '.join(problems[:3])}{more}")
     model.load_state_dict(state)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dictionary of a file, on the CPU; see :func:`load_weights`.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    state = _read(path)
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
 
 
 def _read(path: Path) -> dict[str, Tensor]:
