@@ -385,7 +385,7 @@ def measure_preset(
 
     progress.say("evaluation")
     try:
-        seconds = _seconds(lambda: task.evaluate(task.model), device, size.repeats)
+        seconds = _seconds(lambda: task.evaluate(*task.evaluated), device, size.repeats)
     except ModuleNotFoundError as error:
         print(f"{config.preset}: evaluation not run, {error}", file=sys.stderr)
     else:

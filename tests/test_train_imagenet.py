@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnkd_ext import ClassMeans, features
@@ -482,12 +483,38 @@ class _Reads(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
+class _Moves(TorchFunctionMode):
+    """Calls that may send a tensor between host and GPU, which here are one.
+
+    Not those of clip_grad_norm_, which collects norms from all GPUs that there are.
+    """
+
+    NAMES = ("cpu", "cuda", "numpy", "tolist", "item", "tensor", "as_tensor", "from_numpy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function, kinds, arguments=(), named=None):
+        name, named = getattr(function, "__name__", ""), named or {}
+        given = (*arguments[1:], *named.values())
+        moves = name == "to" and any(
+            isinstance(x, str | torch.device | torch.Tensor) for x in given
+        )
+        places = {frame.name for frame in traceback.extract_stack()}
+        is_own = not _Reads._of_the_losses() and "clip_grad_norm_" not in places
+        if is_own and (moves or name in self.NAMES):
+            self.found.append(name)
+        return function(*arguments, **named)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd", "hard_kd"])
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_a_step_reads_nothing_back(data, method, mixup, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9, "accumulate": 2}], ids=["", "average"])
+def test_a_step_reads_nothing_back(data, method, mixup, more, tmp_path):
     """What would make the host wait for a GPU in every step. One value that is read is found."""
     student = "cifar_resnet20" if method != "reviewkd" else "resnet18"
-    more = {"method": method, "mixup": mixup, "clip_grad": 5.0, "student": student}
+    more = {**more, "method": method, "mixup": mixup, "clip_grad": 5.0, "student": student}
     if method == "reviewkd":
         more["teacher"] = "resnet34"
     config = settings(data["folders"], **more)
@@ -496,13 +523,14 @@ def test_a_step_reads_nothing_back(data, method, mixup, tmp_path):
     engine = _Training(task, config.optim, config.run, tmp_path, ALONE, 0, {})
     batch = next(iter(task.batches(0, 0)))
     engine._step(batch)
-    with _Reads() as reads:
+    with _Reads() as reads, _Moves() as moves:
         engine._step(batch)
-    assert reads.found == []
+    assert reads.found == moves.found == []
     engine.meter.add, add = lambda terms: add(terms * terms[0].item()), engine.meter.add
-    with _Reads() as reads:
+    with _Reads() as reads, _Moves() as moves:
         engine._step(batch)
     assert reads.found == ["_local_scalar_dense"]
+    assert moves.found == ["item"]
 
 
 # -- refused --------------------------------------------------------------------------------------

@@ -148,6 +148,31 @@ def test_untrained_teachers_stay_finite():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_the_average_is_that_of_student_and_projector():
+    """Updated by hand; what is evaluated for it has nothing of the weights as they are."""
+    engine = ready("kd++", student="cifar_wrn_16_2", ema_decay=0.75)
+    student, projector = engine.task.evaluated
+    kept: dict[str, torch.Tensor] = {}
+    for batch in itertools.islice(engine.task.batches(0, 0), 3):
+        engine.do_step(batch)
+        for place, module in enumerate((student, projector)):
+            for name, value in module.state_dict().items():
+                key = f"{place}.{name}"
+                whole = key not in kept or not value.is_floating_point()
+                kept[key] = value.clone() if whole else 0.75 * kept[key] + 0.25 * value
+    found = engine.average.state_dict()
+    assert found.keys() == kept.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(found[name], value)
+    assert {found[name].item() for name in found if "num_batches" in name} == {3}
+    wanted = engine.task.evaluate(*engine.average)
+    with torch.no_grad():
+        projector.linear.weight.zero_()
+    assert engine.task.evaluate(*engine.average) == wanted
+    assert engine.task.evaluate(*engine.task.evaluated) != wanted
+    assert engine.task.feature_figures(*engine.average)[1]["student"].any()
+
+
 # -- presets and settings -------------------------------------------------------------------------
 
 
@@ -259,7 +284,7 @@ def test_resumption_leaves_out_what_is_there(measured, tmp_path, capsys):
 
 
 def test_without_torchmetrics_only_the_evaluation_is_missing(monkeypatch, capsys):
-    def evaluate(self, model):
+    def evaluate(self, *_):
         raise ModuleNotFoundError("No module named 'torchmetrics'")
 
     monkeypatch.setattr(Classification, "evaluate", evaluate)

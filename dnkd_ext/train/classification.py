@@ -527,7 +527,12 @@ class Classification(Task):
         """Cut, mirrored and normalised images, and their classes."""
         return self._train.epoch(epoch, start)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    @property
+    def evaluated(self) -> tuple[nn.Module, ...]:
+        """The student, and its projector."""
+        return self.model, *filter(None, [self.step.projector])
+
+    def evaluate(self, model: nn.Module, projector: nn.Module | None = None) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.source.classes)
         result = evaluate(model, self._test, classes, self._autocast, self.world)
@@ -539,25 +544,27 @@ class Classification(Task):
                 self._teacher.model, self._test, classes, self._autocast, self.world
             )
             self._teacher_norms = of_teacher.features.norm(dim=1)
-        return {**figures, **self._diagnostics(result)}
+        return {**figures, **self._diagnostics(result, projector)}
 
+    @staticmethod
     @torch.no_grad()
-    def _projected(self, student: Tensor) -> Tensor:
+    def _projected(student: Tensor, projector: nn.Module | None) -> Tensor:
         """The student's features as the loss sees them."""
-        projector = self.step.projector
         if projector is None:
             return student
+        was_training = projector.training
         projector.eval()
         try:
             dtype = next(projector.parameters()).dtype  # the evaluation gives float32
             return projector(student.to(dtype)).float()
         finally:
-            projector.train()
+            projector.train(was_training)
 
     @torch.no_grad()
-    def _diagnostics(self, result: Evaluated) -> dict[str, float]:
+    def _diagnostics(self, result: Evaluated, projector: nn.Module | None) -> dict[str, float]:
         assert self._teacher_norms is not None
-        student, means = self._projected(result.features), self.step.criterion.class_means
+        student = self._projected(result.features, projector)
+        means = self.step.criterion.class_means
         if student.shape[1] != means.shape[1]:
             return {}  # the widths differ, and nothing projects one to the other
         own = feature_diagnostics(student, result.target, means, teacher_norms=self._teacher_norms)
@@ -577,21 +584,24 @@ class Classification(Task):
             "reached": reached / total,
         }
 
-    def feature_figures(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def feature_figures(
+        self, model: nn.Module, projector: nn.Module | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Norms, and cosines to the class means, of the test images' features, by model.
 
-        Empty without class means. Of this process's images only.
+        Of the teacher, and of the student or its average. Empty without class means. Of this
+        process's images only.
         """
         if self._teacher is None or self._teacher.class_means is None:
             return {}, {}
         means = self._teacher.class_means.compute().to(self.world.device)
         norms, cosines = {}, {}
-        for name, model in (("teacher", self._teacher.model), ("student", self.model)):
+        for name, network in (("teacher", self._teacher.model), ("student", model)):
             classes = len(self.source.classes)
-            result = evaluate(model, self._test, classes, self._autocast, self.world)
+            result = evaluate(network, self._test, classes, self._autocast, self.world)
             own = result.features
             if name == "student":
-                own = self._projected(own)
+                own = self._projected(own, projector)
             kept = result.target != -100
             norms[name] = own[kept].norm(dim=1).cpu().numpy()
             if own.shape[1] == means.shape[1]:

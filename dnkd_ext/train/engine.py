@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dnkd_ext.progress import Progress
+from dnkd_ext.train.average import MovingAverage
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.config import OptimOptions, RunOptions
 from dnkd_ext.train.files import write_csv, write_tensors
@@ -66,6 +66,7 @@ class Task(ABC):
             every child of ``step`` are run by their call or these methods alone.
         terms: what ``step`` returns, by name; means over the batch.
         metric: which of the figures of :meth:`evaluate` is to become large.
+        evaluated: ``model`` and, behind it, what is trained beside it and evaluated with it.
         steps_per_epoch: batches of an epoch.
         batch_size: images of a batch, of all processes together.
         identity: what a checkpoint must have been made with to be gone on from.
@@ -80,6 +81,11 @@ class Task(ABC):
     batch_size: int
     identity: dict[str, str]
 
+    @property
+    def evaluated(self) -> tuple[nn.Module, ...]:
+        """The arguments of :meth:`evaluate`, of which a moving average may be kept."""
+        return (self.model,)
+
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's batches of an epoch, from number ``start`` on; no state is kept."""
@@ -90,7 +96,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Figures of ``model`` or of a copy of it, the same on all processes; a collective call."""
+        """Figures of ``evaluated`` or of copies, the same on all processes; a collective call."""
 
 
 def learning_rate(options: OptimOptions, time: float) -> float:
@@ -235,9 +241,9 @@ def train(
 
     Returns:
         ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
-        ``best_epoch``, and ``seconds`` of training, evaluation left out, over all parts of the run.
-        With a moving average of the weights, that is what is evaluated for it and written as
-        weights.
+        ``best_epoch``, ``seconds`` of training, evaluation left out, over all parts of the run, and
+        ``judged``, the task's ``evaluated`` modules. With a moving average of the weights, that is
+        what is evaluated for it, written as weights and returned.
 
     Raises:
         FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
@@ -261,16 +267,6 @@ def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -
     ]
     if differs:
         raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
-
-
-def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """The moving average of lists of tensors, sharded ones among them."""
-    average = get_ema_multi_avg_fn(decay)
-
-    def of_parts(averages: list[Tensor], current: list[Tensor], number: Any) -> None:
-        average([local(one) for one in averages], [local(one) for one in current], number)
-
-    return of_parts
 
 
 def _distributed(step: nn.Module, device: torch.device) -> nn.Module:
@@ -305,20 +301,18 @@ class _Training:
         device = world.device
         self.lr = torch.tensor(optim.lr, device=device)
         self.ramp = torch.tensor(1.0, device=device)
-        self.average: AveragedModel | None = None
+        self.average: MovingAverage | None = None
         self.metric = task.metric
         if optim.ema_decay is not None:
-            self.average = AveragedModel(
-                task.model, multi_avg_fn=_averaging(optim.ema_decay), use_buffers=True
-            )
+            self.average = MovingAverage(task.evaluated, optim.ema_decay)
             self.metric = f"ema_{task.metric}"
         self.meter = _Meter(len(task.terms), device)
         self.module = task.step
         if run.fsdp:
             # The average is a copy from before, as what is sharded cannot be copied; it is sharded
             # alike, so that a process averages the shards it has.
-            if self.average is not None:
-                shard_model(self.average.module, world.mesh, keep=False)
+            for module in self.average or ():
+                shard_model(module, world.mesh, keep=False)
             shard_step(task.step, task.model, world.mesh, methods=task.methods, compile=run.compile)
         elif run.compile:
             task.step.compile()
@@ -406,7 +400,7 @@ class _Training:
                 part.grad = None if parameter.grad is None else local(parameter.grad)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.task.model)
+            self.average.update(self.task.evaluated)
         self.meter.add(terms / len(parts))
 
     def _check_finite(self, epoch: int) -> list[float]:
@@ -539,6 +533,8 @@ class _Training:
         self.rows, self.seconds = state["rows"], state["seconds"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.best_weights = state["best_weights"]
+        if self.average is not None:
+            self.average.begun = True  # there is no checkpoint before the first step
         self.wandb_id = state.get("wandb", "")
         if self.start:
             if len(state["ranks"]) != self.world.size:
@@ -660,6 +656,7 @@ class _Training:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
+            "judged": self._judged(),
         }
 
     def _epoch(self, epoch: int, bar: Progress, signals: _Signals) -> None:
@@ -696,10 +693,10 @@ class _Training:
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
         self._check_weights(epoch)
         world.average_batch_norm(task.step)
-        figures = task.evaluate(task.model)
+        figures = task.evaluate(*task.evaluated)
         if self.average is not None:
             world.average_batch_norm(self.average)
-            of_average = task.evaluate(self.average.module)
+            of_average = task.evaluate(*self.average)
             figures.update({f"ema_{name}": value for name, value in of_average.items()})
         self._finish(epoch, means, figures, speed)
         stop = world.any(bool(signals.received))
@@ -748,8 +745,12 @@ class _Training:
 
     def _weights(self) -> dict[str, Tensor]:
         """The model's state, or its average's, on the CPU; empty but on the first process."""
-        model = self.task.model if self.average is None else self.average.module
+        model, *_ = self._judged()
         return gather_whole(model.state_dict(), self.world)
+
+    def _judged(self) -> tuple[nn.Module, ...]:
+        """What decides which weights are the best, and is evaluated in the end."""
+        return self.task.evaluated if self.average is None else tuple(self.average)
 
     def _write_weights(self, name: str) -> None:
         weights, epoch = self.best_weights, self.best_epoch

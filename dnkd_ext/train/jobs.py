@@ -480,7 +480,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     norms: dict[str, Any] = {}
     cosines: dict[str, Any] = {}
     if isinstance(task, Classification):
-        norms, cosines = task.feature_figures()
+        norms, cosines = task.feature_figures(*log["judged"])
     else:
         task.finish(out)
     with world.first_alone():
