@@ -440,6 +440,8 @@ def test_options_that_do_not_go_together(images, tmp_path, capsys):
     for more, message in (
         (["--fsdp"], "--fsdp is for several processes"),
         (["--fsdp-teacher"], "--fsdp-teacher goes with --fsdp only"),
+        (["--activation-checkpointing", "--compile"], "--compile cannot follow what --activation"),
+        (["--activation-checkpointing", "--cuda-graph"], "--cuda-graph cannot follow what --act"),
         (["--wandb"], "--wandb needs Weights & Biases"),
     ):
         if more == ["--wandb"] and importlib.util.find_spec("wandb"):

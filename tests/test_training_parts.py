@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from benchmarks.__main__ import main
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import batches, classification
 from dnkd_ext.train.classification import Classification
-from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.engine import _Recorded, _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
@@ -108,13 +110,70 @@ def test_a_slow_part_is_found(monkeypatch):
 
 def test_what_is_compiled_is_one_part(monkeypatch):
     """And none of it is replaced, which would be compiled instead."""
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
     engine = ready("kd++", compile=True)
     marks = training.Marks("cpu")
     training.block(engine, training.endless(engine.task), 1, marks)
     assert {*marks.read()} == {
         *parts.DATA, "forward", "backward", "optimiser", "metering"
     }  # fmt: skip
+
+
+def test_a_recorded_step(monkeypatch):
+    """Three steps are run, one recorded beside other threads' work, and all after that replayed."""
+    calls, seen = [], []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    def record(graph, *, stream, capture_error_mode):
+        calls.append(capture_error_mode)
+        return contextlib.nullcontext()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("CUDAGraph", Graph),
+        ("stream", lambda stream: contextlib.nullcontext()), ("graph", record),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def body(batch):
+        seen.append(batch[0])
+        warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
+
+    recorded = _Recorded(body)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(3):
+            recorded((torch.tensor(number),))
+    assert told == []
+    with pytest.warns(UserWarning, match="constructed"):
+        recorded((torch.tensor(3),))
+    recorded((torch.tensor(4),))
+    assert calls == ["thread_local", "replay", "replay"]
+    assert len(seen) == 4
+    assert seen[3] == 4  # what was recorded is given every batch
+
+
+def test_runs_one_after_another_are_all_compiled(monkeypatch):
+    """Dynamo gives a function up, silently, when it has compiled it so many times."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile",
+        lambda module, **named: compiled(module, backend="eager", **named),
+    )  # fmt: skip
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    for number in range(4):
+        counted.clear()
+        engine = ready("kd", student="cifar_resnet8x4" if number % 2 else "cifar_resnet20",
+                       teacher="cifar_resnet20", compile=True)  # fmt: skip
+        engine.do_step(next(engine.task.batches(0, 0)))
+        assert counted["stats"]["unique_graphs"] == 1, number
+        assert not counted["graph_break"]
+        engine.release()
 
 
 def test_marks_on_a_gpu_are_events(monkeypatch):

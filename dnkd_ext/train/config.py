@@ -324,6 +324,13 @@ class TrainConfig:
             raise ValueError("--fsdp is for several processes, started by torchrun; got one")
         if self.run.fsdp and self.run.cuda_graph:
             raise ValueError("--cuda-graph cannot record the messages of --fsdp; pass one of them")
+        if self.run.activation_checkpointing:
+            for name in ("compile", "cuda_graph"):
+                if getattr(self.run, name):
+                    raise ValueError(
+                        f"--{_option(name)} cannot follow what --activation-checkpointing computes "
+                        "again; pass one of them"
+                    )
         if self.run.fsdp_teacher and not self.run.fsdp:
             raise ValueError("--fsdp-teacher goes with --fsdp only")
         if self.run.fsdp_teacher and not self.needs_teacher:

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import uuid
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,14 +171,17 @@ class _Recorded:
         if self.runs < self.EAGER:
             self.runs += 1
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                # An optimiser that can be recorded says that it is not being.
+                warnings.filterwarnings("ignore", message="This instance was constructed with capt")
                 self.body(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.graph is None:
             self.static = tuple(tensor.clone() for tensor in batch)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
+            # The threads that pin the next batches' memory go on meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.body(self.static)
             self.graph = graph
         for own, given in zip(self.static, batch, strict=True):
@@ -315,7 +319,7 @@ class _Training:
                 shard_model(module, world.mesh, keep=False)
             shard_step(task.step, task.model, world.mesh, methods=task.methods, compile=run.compile)
         elif run.compile:
-            task.step.compile()
+            task.step.compile(dynamic=False)
         if world.size > 1 and not run.fsdp:
             self.module = _distributed(task.step, device)
         self.names = [n for n, p in task.step.named_parameters() if p.requires_grad]
@@ -366,6 +370,10 @@ class _Training:
     def release(self) -> None:
         """Let go of what would otherwise wait for the garbage collector: processes, GPU memory."""
         del self.do_step, self.module, self.optimizer
+        if self.run.compile:
+            # Dynamo counts what it has compiled by code, not by model: the next run's step would
+            # some time not be compiled any more.
+            torch.compiler.reset()
 
     # -- a step --------------------------------------------------------------------------------
 
