@@ -239,7 +239,7 @@ class ClassMeans:
             if device is None and self._merged is not None:
                 device = self._merged[0].device
             sums, counts = self._zeros(device or torch.device("cpu"))
-        nccl = distributed and torch.distributed.get_backend(group) == "nccl"
+        nccl = distributed and "nccl" in torch.distributed.get_backend(group)
         if nccl and not self._placed:  # without features to tell the device: NCCL wants a GPU
             device = torch.device("cuda", torch.cuda.current_device())
             sums, counts = sums.to(device), counts.to(device)

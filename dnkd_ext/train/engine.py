@@ -279,7 +279,12 @@ def _distributed(step: nn.Module, device: torch.device) -> nn.Module:
     # By its older name up to torch 2.12.
     names = inspect.signature(kind.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return kind(step, device_ids=[device] if device.type == "cuda" else None, **{option: False})
+    return kind(
+        step,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # else gradients are in memory twice
+        **{option: False},
+    )
 
 
 class _Training:

@@ -181,13 +181,21 @@ class DiskSource(Source):
 
 
 def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> Source:
-    """The data set that the configuration names.
+    """The data set that the configuration names; collective.
+
+    The first process opens it first: what it keeps, the index of an archive or a file of decoded
+    images, is there for the others.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
         ModuleNotFoundError: timm is needed and not installed.
         ValueError: a broken data set, or options that do not fit it.
+        OtherProcessFailed: the first process could not open it.
     """
+    return world.first_ahead(lambda: _open(config, world, progress))
+
+
+def _open(config: TrainConfig, world: World, progress: bool) -> Source:
     options = config.data
     if config.data.task == "imagenet":
         from pathlib import Path
