@@ -25,7 +25,7 @@ from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
 from dnkd_ext.train import sources
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
-from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, learning_rate, ramp
@@ -315,9 +315,11 @@ def test_accumulated_parts_are_one_batch(images, tmp_path):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
-def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
-    from dnkd_ext.train.classification import load_teacher
+@pytest.mark.parametrize(
+    ("method", "momentum"),
+    [("ce", None), ("kd", None), ("dkd", None), ("dist", None), ("reviewkd", None), ("kd", 0.5)],
+)
+def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method, momentum):
     from dnkd_ext.train.gather import gather_class_means
 
     config = replace(
@@ -328,6 +330,8 @@ def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
             "batch_size": 12,
             "method": method,
             "nd_weight": 1.0,
+            "teacher": "cifar_resnet32",
+            "class_means_momentum": momentum,
             "progress": False,
         },
     )
@@ -339,9 +343,18 @@ def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
     task.step.eval()
     wanted = [value.item() for value in task.step(*batch, torch.tensor(0.5))]
     torch._dynamo.reset()
-    compiled = torch.compile(task.step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(task.step, fullgraph=True, dynamic=False, backend="aot_eager")
+    if momentum is not None:
+        moved = {name: value.clone() for name, value in task.step.running.state_dict().items()}
+        for value in task.step.running.state_dict().values():
+            value.zero_()
+        task.class_means.zero_()
     got = [value.item() for value in compiled(*batch, torch.tensor(0.5))]
     assert got == pytest.approx(wanted, rel=1e-4)
+    if momentum is not None:
+        for name, value in task.step.running.state_dict().items():
+            torch.testing.assert_close(value, moved[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(task.class_means, task.step.running.means.compute())
 
 
 # -- interrupted ----------------------------------------------------------------------------------
@@ -364,7 +377,7 @@ def test_goes_on_exactly_after_kill(images, teacher, whole, tmp_path):
     script = """
 import sys, time
 from dnkd_ext.cli import main
-from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.classification import Classification, load_teacher
 batches = Classification.batches
 def slow(self, epoch, start):
     for batch in batches(self, epoch, start):
@@ -521,6 +534,121 @@ def test_class_means_command(images, teacher, tmp_path, capsys):
     run(images, tmp_path / "run", *more)
     kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
     assert torch.equal(kept.compute(), ClassMeans.load(out).compute())
+
+
+# -- class means while training -------------------------------------------------------------------
+
+RUNNING = ("--class-means-momentum", "0.7", "--epochs", "2", "--log-every", "1")
+
+
+def moved_by_hand(images: Path, teacher: Path, epochs: int) -> torch.Tensor:
+    """The moving average over the training's own batches of 12."""
+    other = create_model("cifar_resnet32", CLASSES).eval()
+    load_weights(other, teacher / "best.safetensors")
+    data, config = load_image_folder(images, progress=False), TrainConfig().data
+    batches = sources.TrainBatches(data.train, 12, **config.normalisation, seed=0, pad=2)
+    means: dict[int, torch.Tensor] = {}
+    for epoch in range(epochs):
+        for x, target in batches.epoch(epoch):
+            with torch.no_grad():
+                found = other.forward_head(other.forward_features(x), True).double()
+            for c in target.unique().tolist():
+                mean = found[target == c].mean(0)
+                means[c] = 0.7 * means[c] + 0.3 * mean if c in means else mean
+    return torch.stack([means[c] for c in range(CLASSES)])
+
+
+def test_class_means_may_follow_the_teacher(images, teacher, tmp_path, monkeypatch, double):
+    """In every step, before its loss, without a pass of their own; the run goes on exactly."""
+
+    def refuse(*_, **__):
+        raise AssertionError("class means were gathered")
+
+    monkeypatch.setattr(dnkd_ext.train.jobs, "_gather", refuse)
+    more = of(teacher, "kd", 1.0, *RUNNING)
+    rows = run(images, tmp_path / "run", *more)
+    kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
+    wanted = moved_by_hand(images, teacher, 2)
+    torch.testing.assert_close(kept.compute().double(), wanted, rtol=1e-6, atol=1e-7)
+    assert kept.momentum == 0.7
+    assert kept.counts.tolist() == [2 * TRAIN] * CLASSES
+    assert kept.metadata["teacher"].startswith("cifar_resnet32 ")
+    state = load_checkpoint(tmp_path / "run")["step"]
+    assert torch.equal(state["running.averages"][:-1].float(), kept.compute())
+    assert torch.equal(state["criterion.class_means"], kept.compute())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["config"]["class_means_momentum"] == 0.7
+    assert {"cosine", "norm_ratio"} <= rows[0].keys()
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    assert main(options(images, tmp_path / "again", *more)) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert run(images, tmp_path / "again", *more, "--resume") == rows
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "run"))
+    again = ClassMeans.load(tmp_path / "again" / "class_means.safetensors")
+    assert torch.equal(again.compute(), kept.compute())
+
+
+def test_class_means_follow_the_whole_batch_of_two_processes(images, teacher, tmp_path):
+    more = of(teacher, "kd", 1.0, *RUNNING)
+    done = by_two_in_float64(tmp_path, options(images, tmp_path / "both", *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = ClassMeans.load(tmp_path / "both" / "class_means.safetensors")
+    with in_float64():
+        wanted = moved_by_hand(images, teacher, 2)
+    torch.testing.assert_close(kept.compute().double(), wanted, rtol=1e-6, atol=1e-7)
+    assert kept.counts.tolist() == [2 * TRAIN] * CLASSES
+
+
+def test_classes_not_seen_yet_are_no_trouble(images, teacher, tmp_path):
+    """A class without a mean has a loss of 1 and no gradient, and its diagnostics are finite."""
+    settings = {
+        "data": str(images),
+        "student": "cifar_resnet20",
+        "batch_size": 12,
+        "nd_weight": 1.0,
+    }
+    settings |= {"teacher": "cifar_resnet32", "class_means_momentum": 0.5, "progress": False}
+    config = replace(TrainConfig(), settings)
+    source = open_source(config, ALONE, progress=False)
+    given = load_teacher("cifar_resnet32", str(teacher), source, torch.device("cpu"))
+    task = Classification(config, source, given, ALONE)
+    images, _ = next(task.batches(0, 0))
+    target = torch.zeros(len(images), dtype=torch.int64)
+    loss = task.step(images, target, torch.tensor(1.0))[0]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in task.step.parameters())
+    assert task.class_means[0].any()
+    assert not task.class_means[1:].any()
+    assert all(math.isfinite(value) for value in task.evaluate(*task.evaluated).values())
+    norms, cosines = task.feature_figures(*task.evaluated)
+    assert all(np.isfinite(values).all() for values in (*norms.values(), *cosines.values()))
+    # Of soft targets the larger share; rows of another class alone find no mean to point at.
+    soft = torch.tensor([[0.3, 0.7, 0.0]]).expand(len(images), -1)
+    assert task.step(images, soft, torch.tensor(1.0))[3].isfinite()
+    assert task.step.running.counts.tolist() == [12, 12, 0, 0]
+
+
+def test_class_means_that_follow_are_refused_where_they_have_no_part():
+    base = {"data": "x", "teacher": "y", "teacher_weights": "z", "nd_weight": 1.0, "method": "kd"}
+    replace(TrainConfig(), {**base, "class_means_momentum": 0.9}).check()
+    for more, message in (
+        ({"class_means_momentum": 1.0}, "must be between 0 and 1"),
+        ({"class_means": "file"}, "pass one of them"),
+        ({"nd_weight": 0.0}, "has no part in --nd-weight 0"),
+        ({"task": "detection"}, "is not there for --task detection"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TrainConfig(), {**base, "class_means_momentum": 0.9, **more}).check()
 
 
 # -- refused --------------------------------------------------------------------------------------

@@ -50,6 +50,36 @@ STAGE_METHODS = ("forward_stages", "forward_intermediates")
 # -- the step -------------------------------------------------------------------------------------
 
 
+class RunningMeans(nn.Module):
+    """Class means that follow the teacher while it runs, as a part of a step.
+
+    What they hold lies in buffers: checkpoints have it, and a step that is compiled or recorded
+    changes it in place.
+
+    Args:
+        means: with a momentum, on the step's device.
+        process_group: processes whose batches count as one.
+    """
+
+    def __init__(self, means: ClassMeans, process_group: Any = None) -> None:
+        super().__init__()
+        self.means = means
+        self.process_group = process_group
+        averages, counts = means.tensors()
+        self.register_buffer("averages", averages)
+        self.register_buffer("counts", counts)
+
+    def forward(self, features: Tensor, target: Tensor, table: Tensor) -> None:
+        """Move the means by a batch, and write them to ``table``.
+
+        A mixed image counts for the class with the larger share.
+        """
+        if target.dim() == 2:
+            target = target.argmax(1)
+        self.means.update(features.detach(), target, process_group=self.process_group)
+        table.copy_(self.means.compute())
+
+
 class Distillation(nn.Module):
     """A student with all that is trained beside it, from images to the terms of the loss.
 
@@ -61,6 +91,7 @@ class Distillation(nn.Module):
         method: as the configuration names it.
         label_smoothing: of the cross entropy alone; a criterion has its own.
         nd_ramp: let the ramp be that of the ND loss, too.
+        running: class means that are the criterion's in every step, with the step's images in them.
 
     Shape:
         images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
@@ -76,6 +107,7 @@ class Distillation(nn.Module):
         method: str,
         label_smoothing: float = 0.0,
         nd_ramp: bool = False,
+        running: RunningMeans | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -84,6 +116,7 @@ class Distillation(nn.Module):
         self.method = method
         self.label_smoothing = label_smoothing
         self.nd_ramp = nd_ramp
+        self.running = running
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
         self._teacher = (teacher,)
 
@@ -113,6 +146,8 @@ class Distillation(nn.Module):
             else:
                 student_features, logits = features(self.student, images)
             compared = (logits, teacher_logits)
+        if self.running is not None:
+            self.running(teacher_features, target, self.criterion.class_means)
         if self.projector is not None:
             student_features = self.projector(student_features)
         terms = self.criterion(
@@ -295,6 +330,11 @@ def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:
     }
 
 
+def feature_width(model: nn.Module) -> int | None:
+    """Of the features of timm's models and ours; None for those that do not tell."""
+    return getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+
+
 def read_class_means(path: str, name: str, teacher: Teacher, source: Source) -> ClassMeans:
     """Class means from a file, of as many classes as the data have and of the teacher.
 
@@ -309,7 +349,7 @@ def read_class_means(path: str, name: str, teacher: Teacher, source: Source) -> 
             f"--class-means {path} has {means.num_classes} classes, but the data have "
             f"{len(source.classes)}"
         )
-    width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+    width = feature_width(model)
     if width is not None and means.num_features != width:
         raise ValueError(
             f"--class-means {path} is {means.num_features} wide, but the teacher's features are "
@@ -337,7 +377,9 @@ def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> di
     if teacher:
         result["teacher"] = f"{config.model.teacher} {teacher.digest}"
         if config.method.nd_weight:
-            result["class_means"] = teacher.means_origin
+            momentum = config.model.class_means_momentum
+            origin = teacher.means_origin if momentum is None else f"running, momentum {momentum}"
+            result["class_means"] = origin
     return result
 
 
@@ -440,6 +482,26 @@ def _criterion(
     return makers[options.method]()
 
 
+def _running_means(
+    config: TrainConfig, source: Source, teacher: Teacher, world: World
+) -> RunningMeans:
+    width = feature_width(teacher.model)
+    if width is None:
+        raise ValueError(
+            f"--class-means-momentum is for teachers that tell the width of their features, "
+            f"{config.model.teacher} does not"
+        )
+    means = ClassMeans(
+        len(source.classes),
+        width,
+        momentum=config.model.class_means_momentum,
+        device=world.device,
+    )
+    assert config.model.teacher is not None
+    means.metadata = means_notes(config.model.teacher, teacher.digest, source)
+    return RunningMeans(means, torch.distributed.group.WORLD if world.size > 1 else None)
+
+
 def _cast_once(teacher: nn.Module) -> nn.Module:
     """A copy whose weights are what autocast would make of them in every step again.
 
@@ -469,13 +531,16 @@ class Classification(Task):
         student = build_student(config, source)
         if run.activation_checkpointing:
             checkpoint_activations(student, config.model.student)
-        criterion = projector = guide = None
+        criterion = projector = guide = running = None
         mixes = config.data.task == "imagenet" and config.reader.mixes
         # Where images are mixed their targets are smoothed, which all terms of the loss read.
         smoothing = 0.0 if mixes else config.method.label_smoothing
         if config.needs_teacher:
             assert teacher is not None
             means = None if teacher.class_means is None else teacher.class_means.compute()
+            if config.model.class_means_momentum is not None:
+                running = _running_means(config, source, teacher, world)
+                means = running.means.compute()
             if config.method.nd_weight:
                 assert means is not None
                 width = getattr(student, "head_hidden_size", None) or student.num_features
@@ -487,7 +552,7 @@ class Classification(Task):
                 guide = _cast_once(guide)
         method = config.method
         self.step = Distillation(
-            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp
+            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp, running
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)
@@ -523,6 +588,11 @@ class Classification(Task):
             assert teacher is not None
             ReviewKDPlusPlus.from_models(student, teacher.model, None, nd_weight=0.0)
 
+    @property
+    def class_means(self) -> Tensor | None:
+        """Those of the criterion, (classes, features)."""
+        return None if self.step.criterion is None else self.step.criterion.class_means
+
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""
         return self._train.epoch(epoch, start)
@@ -537,8 +607,9 @@ class Classification(Task):
         classes = len(self.source.classes)
         result = evaluate(model, self._test, classes, self._autocast, self.world)
         figures = {"test_top1": result.top1, "test_top5": result.top5}
-        if self._teacher is None or self._teacher.class_means is None:
+        if self.class_means is None:
             return figures
+        assert self._teacher is not None
         if self._teacher_norms is None:
             of_teacher = evaluate(
                 self._teacher.model, self._test, classes, self._autocast, self.world
@@ -563,8 +634,7 @@ class Classification(Task):
     @torch.no_grad()
     def _diagnostics(self, result: Evaluated, projector: nn.Module | None) -> dict[str, float]:
         assert self._teacher_norms is not None
-        student = self._projected(result.features, projector)
-        means = self.step.criterion.class_means
+        student, means = self._projected(result.features, projector), self.class_means
         if student.shape[1] != means.shape[1]:
             return {}  # the widths differ, and nothing projects one to the other
         own = feature_diagnostics(student, result.target, means, teacher_norms=self._teacher_norms)
@@ -592,9 +662,10 @@ class Classification(Task):
         Of the teacher, and of the student or its average. Empty without class means. Of this
         process's images only.
         """
-        if self._teacher is None or self._teacher.class_means is None:
+        means = self.class_means
+        if means is None:
             return {}, {}
-        means = self._teacher.class_means.compute().to(self.world.device)
+        assert self._teacher is not None
         norms, cosines = {}, {}
         for name, network in (("teacher", self._teacher.model), ("student", model)):
             classes = len(self.source.classes)

@@ -89,6 +89,11 @@ class ModelOptions:
     class_means: str | None = None
     """File of the teacher's class means (dnkd class-means, or the authors' JSON); without one they
     are gathered first and kept in the run's folder."""
+    class_means_momentum: float | None = None
+    """Let class means be a moving average of the features that the teacher has while training, with
+    this share of the old mean in every step, instead of gathering them in a pass of their own; a
+    mixed image counts for the class with the larger share, and with accumulate every part moves
+    them. All processes have the same."""
     dropout: float = 0.5
     """Of the projector, which is there where student and class means differ in width."""
     drop_path: float = 0.0
@@ -335,6 +340,7 @@ class TrainConfig:
             raise ValueError("--fsdp-teacher goes with --fsdp only")
         if self.run.fsdp_teacher and not self.needs_teacher:
             raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
+        self._check_class_means()
         self.check_data()
         if self.data.task == "detection":
             self._check_detection()
@@ -354,6 +360,25 @@ class TrainConfig:
                 f"--teacher {self.model.teacher} has no part in --method ce with --nd-weight 0; "
                 "name a --method"
             )
+
+    def _check_class_means(self) -> None:
+        """The moving average, and what it does not go with."""
+        momentum = self.model.class_means_momentum
+        if momentum is None:
+            return
+        if not 0 < momentum < 1:
+            raise ValueError(
+                f"--class-means-momentum must be between 0 and 1, both excluded, got {momentum}"
+            )
+        if self.model.class_means is not None:
+            raise ValueError(
+                "--class-means are read and --class-means-momentum gathers them while training; "
+                "pass one of them"
+            )
+        if not self.method.nd_weight:
+            raise ValueError("--class-means-momentum has no part in --nd-weight 0")
+        if self.data.task == "detection":
+            raise ValueError("--class-means-momentum is not there for --task detection")
 
     def _check_detection(self) -> None:
         """What detection has no part in."""

@@ -381,8 +381,8 @@ class _Shared:
         matter of hours.
         """
         teacher = self.teacher(config)
-        if teacher is None:
-            return None
+        if teacher is None or config.model.class_means_momentum is not None:
+            return teacher
         if teacher.class_means is None:
             if config.data.task != "cifar" and not config.method.nd_weight:
                 return teacher
@@ -490,6 +490,8 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             if norms:
                 title = f"{name}: features of the test images"
                 plot_features(norms, cosines, title, out / FEATURES)
+            if isinstance(task, Classification) and task.step.running is not None:
+                task.step.running.means.save(out / CLASS_MEANS)
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
             print(_line(result, out), flush=True)
