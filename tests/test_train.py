@@ -29,6 +29,7 @@ from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, learning_rate, ramp
+from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
@@ -428,6 +429,36 @@ def test_goes_on_exactly_within_an_epoch(
     monkeypatch.setattr(Classification, "batches", batches)
     assert run(images, out, *student_options(teacher), "--resume") == whole[1]
     assert same(weights(out), weights(whole[0]))
+
+
+def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_path, monkeypatch):
+    """By time, of a step at which the loss is looked at; what was killed goes on exactly there."""
+    out = tmp_path / "run"
+    more = [*student_options(teacher), "--log-every", "2", "--checkpoint-minutes", "1e-9"]
+    batches = Classification.batches
+
+    def killed(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 5):
+                raise KeyboardInterrupt  # nothing is written any more
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", killed)
+    assert main(options(images, out, *more)) == 130
+    state = load_checkpoint(out)
+    assert (state["epoch"], state["start"]) == (1, 4)
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert run(images, out, *more, "--resume") == whole[1]
+    assert same(weights(out), weights(whole[0]))
+    # Without, and long before it is time, there are those of the epochs alone.
+    for minutes in ("0", "30"):
+        saved = []
+        monkeypatch.setattr(
+            dnkd_ext.train.engine._Training, "_save",
+            lambda self, epoch, start, saved=saved: saved.append((epoch, start)),
+        )  # fmt: skip
+        run(images, tmp_path / minutes, "--checkpoint-minutes", minutes, "--log-every", "1")
+        assert saved == [(1, 0), (2, 0), (3, 0)]
 
 
 def test_a_damaged_checkpoint_leaves_the_one_before(images, teacher, whole, tmp_path, monkeypatch):
@@ -904,6 +935,40 @@ def test_help_tells_every_option(capsys):
         assert f"--{name.replace('_', '-')}" in text, name
 
 
+def test_defaults_are_those_of_the_device_and_the_task():
+    gpu, two = World(0, 1, torch.device("cuda")), World(0, 2, torch.device("cuda", 0))
+    for place, task, more, wanted in (
+        (ALONE, "cifar", {}, (False, 500, 1)),
+        (gpu, "cifar", {}, (True, 2000, 10)),
+        (two, "cifar", {}, (False, 2000, 10)),
+        (gpu, "imagenet", {}, (False, 500, 1)),
+        (gpu, "detection", {}, (False, 500, 1)),
+        (gpu, "cifar", {"activation_checkpointing": True}, (False, 2000, 10)),
+        (gpu, "cifar", {"cuda_graph": False, "eval_batch_size": 7}, (False, 7, 10)),
+        (two, "imagenet", {"checkpoint_every": 3, "eval_batch_size": 7}, (False, 8, 3)),
+    ):
+        run_options = replace(TrainConfig(), {"precision": "float32", **more}).run
+        found = resolve(run_options, place, task)
+        assert (found.cuda_graph, found.eval_batch_size, found.checkpoint_every) == wanted
+        assert found.compile is False
+        assert resolve(found, place, task) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], None), (["--cuda-graph"], True), (["--no-cuda-graph"], False),
+        (["--cuda_graph", "--epochs", "3"], True), (["--cuda-graph", "None"], None),
+        (["--no-cuda-graph", "--cuda-graph"], True),
+    ],
+)  # fmt: skip
+def test_a_switch_may_be_left_alone(words, wanted):
+    arguments = dnkd_ext.train.arguments._parse(
+        dnkd_ext.train.arguments.Train, "train", ["--out", "x", *words]
+    )
+    assert arguments.run.cuda_graph is wanted
+
+
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -911,6 +976,7 @@ def test_help_tells_every_option(capsys):
 @pytest.mark.parametrize("more", [["--cuda-graph"], ["--compile"], ["--precision", "bfloat16"]])
 def test_faster_ways_train_alike(images, teacher, tmp_path, more):
     base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0)]
+    base.append("--no-cuda-graph")
     plain = run(images, tmp_path / "plain", *base)
     other = run(images, tmp_path / "other", *base, *more)
     for one, two in zip(plain, other, strict=True):

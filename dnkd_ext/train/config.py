@@ -198,8 +198,9 @@ class RunOptions:
     """Memory format of images and weights; faster on CPUs, too."""
     compile: bool = False
     """torch.compile of teacher, student and loss."""
-    cuda_graph: bool = False
-    """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
+    cuda_graph: bool | None = None
+    """Record the step (teacher, student, loss, optimiser) after three, and replay it; by default
+    where --task cifar runs on one GPU. --no-cuda-graph: not there, either."""
     fsdp: bool = False
     """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
     instead of having copies; torch.compile is then that of the student's blocks."""
@@ -210,10 +211,15 @@ class RunOptions:
     models of timm that know how to."""
     deterministic: bool = False
     """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
-    eval_batch_size: int = 500
-    """Images per step of the evaluation, of all processes together; made a multiple of these."""
-    checkpoint_every: int = 1
-    """Epochs between checkpoints; the last epoch always has one."""
+    eval_batch_size: int | None = None
+    """Images per step of the evaluation, of all processes together; made a multiple of these. By
+    default 500, and 2000 for --task cifar on a GPU."""
+    checkpoint_every: int | None = None
+    """Epochs between checkpoints, by default 1, and 10 for --task cifar on a GPU, whose epochs are
+    short; the last epoch always has one."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which a checkpoint is written within an epoch, where the loss is looked at; 0:
+    never."""
     log_every: int = 50
     """Steps between looks at the loss, which wait for the device."""
     tensorboard: bool = True
@@ -460,6 +466,7 @@ LEAST = {
     "rpn_proposals": 1,
     "proposals": 1,
     "checkpoint_every": 1,
+    "checkpoint_minutes": 0,
     "log_every": 1,
 }
 
@@ -481,6 +488,7 @@ FREE = {
     "eval_batch_size",
     "detect_batch_size",
     "checkpoint_every",
+    "checkpoint_minutes",
     "log_every",
     "tensorboard",
     "wandb",

@@ -230,7 +230,7 @@ def train(
     ``last.safetensors`` hold the model's weights, ``checkpoint.pt`` all that is needed to go on,
     where the step is sharded together with the folder that it names.
     With ``resume`` the run continues from there as if it had never stopped: after a signal at the
-    very step, otherwise at the last epoch that was kept.
+    very step, otherwise at the last epoch, or step of a long one, that was kept.
 
     Args:
         task: what is trained; a sharded run leaves its modules sharded.
@@ -351,6 +351,8 @@ class _Training:
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
         self.seconds = 0.0
+        # When the last checkpoint was written, or this part of the run begun.
+        self.saved = time.monotonic()
         # Of the run at Weights & Biases, which goes on when this one does.
         self.wandb_id = ""
 
@@ -366,7 +368,11 @@ class _Training:
         # Fused, they take a learning rate that is a tensor without reading it back.
         if optim.optimizer == "adamw":
             return torch.optim.AdamW(
-                groups, lr=self.lr, betas=optim.betas, fused=True, capturable=self.run.cuda_graph
+                groups,
+                lr=self.lr,
+                betas=optim.betas,
+                fused=True,
+                capturable=bool(self.run.cuda_graph),
             )
         return torch.optim.SGD(
             groups, lr=self.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
@@ -522,6 +528,7 @@ class _Training:
                     },
                 )
         self.epoch, self.start = epoch, start
+        self.saved = time.monotonic()
 
     def _load(self) -> bool:
         """Go on from a checkpoint, if there is one."""
@@ -698,11 +705,12 @@ class _Training:
             stop = bool(signals.received) and world.size == 1
             if looks and world.size > 1:
                 stop = world.any(bool(signals.received))
-            if stop and step < task.steps_per_epoch:
+            if (stop or (looks and self._is_due())) and step < task.steps_per_epoch:
                 self._check_finite(epoch)
                 self._check_weights(epoch)
                 self.seconds = before + time.perf_counter() - began
                 self._save(epoch, step)
+            if stop and step < task.steps_per_epoch:
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
         self._check_weights(epoch)
         world.average_batch_norm(task.step)
@@ -714,10 +722,19 @@ class _Training:
         self._finish(epoch, means, figures, speed)
         stop = world.any(bool(signals.received))
         last = epoch + 1 == self.optim.epochs
-        if stop or last or (epoch + 1) % self.run.checkpoint_every == 0:
+        if stop or last or (epoch + 1) % (self.run.checkpoint_every or 1) == 0:
             self._save(epoch + 1, 0)
         if stop and not last:
             self._stop(signals, f"after epoch {epoch + 1}")
+
+    def _is_due(self) -> bool:
+        """Whether the last checkpoint is so old that one is written within the epoch; collective.
+
+        By the first process's clock.
+        """
+        minutes = self.run.checkpoint_minutes
+        passed = time.monotonic() - self.saved
+        return minutes > 0 and self.world.any(self.world.is_first and passed >= 60 * minutes)
 
     def _stop(self, signals: _Signals, where: str) -> None:
         number = signals.received or signal.SIGTERM

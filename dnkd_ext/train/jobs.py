@@ -143,13 +143,20 @@ def _gather(
     )
 
 
-def resolve(options: RunOptions, world: World) -> RunOptions:
-    """The options with what the automatic ones come to on this device.
+def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOptions:
+    """The options with what the automatic ones come to on this device, for this task.
 
     Raises:
         ValueError: an option that this device or number of processes does not allow.
     """
     on_gpu = world.device.type == "cuda"
+    # There a step is bound by its launches, and an epoch over in seconds.
+    is_short = on_gpu and task == "cifar"
+    cuda_graph, eval_batch = options.cuda_graph, options.eval_batch_size
+    if cuda_graph is None:
+        cuda_graph = is_short and world.size == 1 and not options.activation_checkpointing
+    if eval_batch is None:
+        eval_batch = 2000 if is_short else 500
     precision = options.precision
     if precision == "auto":
         precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32"
@@ -161,7 +168,9 @@ def resolve(options: RunOptions, world: World) -> RunOptions:
         options,
         device=world.device.type,
         precision=precision,
-        eval_batch_size=-(-options.eval_batch_size // world.size) * world.size,
+        cuda_graph=cuda_graph,
+        eval_batch_size=-(-eval_batch // world.size) * world.size,
+        checkpoint_every=options.checkpoint_every or (10 if is_short else 1),
         channels_last=options.channels_last,
     )
 
@@ -210,7 +219,9 @@ def run_jobs(
             raise ModuleNotFoundError(
                 "--wandb needs Weights & Biases; install it with pip install wandb"
             )
-        config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
+        config = dataclasses.replace(
+            job.config, run=resolve(job.config.run, world, job.config.data.task)
+        )
         ready.append(dataclasses.replace(job, config=config))
     states: list[_State] = []
     with world.first_alone():
@@ -611,7 +622,7 @@ def run_class_means(
             ``resume`` is given.
         ValueError, FileNotFoundError: a wrong option or input.
     """
-    config = dataclasses.replace(config, run=resolve(config.run, world))
+    config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
     with world.first_alone():
         if world.is_first:
             _look_at_means(out, overwrite, resume)
@@ -662,7 +673,7 @@ def run_eval(
         world: the processes.
         detections: file for a detector's detections.
     """
-    config = dataclasses.replace(config, run=resolve(config.run, world))
+    config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
     if _is_detection(config):
         return _detection().run_evaluation(model, weights, config, world, detections)
     if detections is not None:

@@ -93,6 +93,11 @@ def _shared(config: TrainConfig, world: World) -> dict[str, Any]:
     }
 
 
+def _at_once(config: TrainConfig) -> int:
+    """Images of an evaluation's batch, in a configuration that nobody has resolved, too."""
+    return config.run.eval_batch_size or 500
+
+
 class MemorySource(Source):
     """Images in memory, on the device."""
 
@@ -124,11 +129,11 @@ class MemorySource(Source):
 
     def test(self, config: TrainConfig, world: World) -> EvalBatches:
         """In order."""
-        return EvalBatches(self.images.test, config.run.eval_batch_size, **_shared(config, world))
+        return EvalBatches(self.images.test, _at_once(config), **_shared(config, world))
 
     def clean(self, config: TrainConfig, world: World) -> EvalBatches:
         """In order."""
-        return EvalBatches(self.images.train, config.run.eval_batch_size, **_shared(config, world))
+        return EvalBatches(self.images.train, _at_once(config), **_shared(config, world))
 
 
 class DiskSource(Source):
@@ -165,7 +170,7 @@ class DiskSource(Source):
 
         return EvalLoader(
             split,
-            config.run.eval_batch_size,
+            _at_once(config),
             config.reader,
             device=world.device,
             **_shared(config, world),
