@@ -34,7 +34,7 @@ from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
-from tests.runs import by_two, by_two_in_float64, log, same, weights
+from tests.runs import by_two, by_two_in_float64, environment, log, same, weights
 
 MISSING = [
     name for name in ("tyro", "yaml", "tensorboard") if importlib.util.find_spec(name) is None
@@ -547,6 +547,60 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     folders = [str(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)]
     assert main(["plot", *folders, "--out", str(out)]) == 0
     assert (out / "curves.png").stat().st_size > 10_000
+
+
+def test_runs_at_once_are_those_one_after_another(images, teacher, tmp_path, capfd, monkeypatch):
+    """The same figures; class means are gathered and images decoded once, for all of them."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    torch.set_num_threads(1)
+    more = of(teacher, "kd", 1.0, "--epochs", "1", "--kd-warm-up", "0", "--seeds", "0,4")
+    run_all = lambda name, *own: main(options(images, tmp_path / name, *more, *own))  # noqa: E731
+    assert run_all("alone") == 0
+    assert run_all("both", "--at-once", "2") == 0
+    for seed in ("seed-0", "seed-4"):
+        one, two = (tmp_path / name / "run" / seed for name in ("alone", "both"))
+        assert log(one) == log(two)
+        assert same(weights(one), weights(two))
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"run", "summary.csv"}
+    assert capfd.readouterr().out.count("accuracies in percent") == 2
+    # One that fails leaves the others alone, and is named.
+    (tmp_path / "both" / "run" / "seed-0" / "result.json").unlink()
+    (tmp_path / "both" / "run" / "seed-4" / "result.json").unlink()
+    (tmp_path / "both" / "run" / "seed-4" / "last.safetensors").unlink()
+    (tmp_path / "both" / "run" / "seed-4" / "last.safetensors").mkdir()
+    assert run_all("both", "--at-once", "2", "--resume") == 2
+    told = capfd.readouterr().err
+    assert "1 of 2 runs failed" in told
+    assert "seed-4 (exit status 2)" in told
+    assert (tmp_path / "both" / "run" / "seed-0" / "result.json").exists()
+    assert "--at-once must be at least 1" in refused(
+        options(images, tmp_path / "none", *more, "--at-once", "0"), capfd
+    )
+
+
+def test_runs_at_once_stop_together_and_go_on(images, tmp_path):
+    """A signal to the one process, of which the others know nothing."""
+    more = ("--epochs", "40", "--seeds", "0,1", "--at-once", "2")
+    command = [sys.executable, "-m", "dnkd_ext", *options(images, tmp_path, *more)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    folders = [tmp_path / "run" / f"seed-{seed}" for seed in (0, 1)]
+    try:
+        end = time.monotonic() + 120
+        while not all((folder / "checkpoint.pt").exists() for folder in folders):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.count("the checkpoint is in") == 2
+    assert "--resume goes on with all runs" in told
+    for folder in folders:
+        assert load_checkpoint(folder)["epoch"] < 40
+        assert not (folder / "result.json").exists()
 
 
 def test_class_means_command(images, teacher, tmp_path, capsys):

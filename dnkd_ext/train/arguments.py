@@ -56,6 +56,8 @@ class Train:
     """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
+    at_once: int = 1
+    """How many of several runs are trained at a time, in processes of their own on one device."""
     resume: bool = False
     """Go on with what --out holds, exactly where it stopped; begin where there is nothing."""
     overwrite: bool = False
@@ -240,6 +242,7 @@ def train(argv: Sequence[str]) -> int:
                 world,
                 resume=resume,
                 overwrite=arguments.overwrite and not resume,
+                at_once=arguments.at_once,
             )
         except Interrupted as stopped:
             if world.is_first:

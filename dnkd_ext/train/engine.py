@@ -40,7 +40,7 @@ from dnkd_ext.train.sharding import (
 )
 from dnkd_ext.train.world import World
 
-__all__ = ["Interrupted", "Task", "check_identity", "learning_rate", "ramp", "train"]
+__all__ = ["Interrupted", "Signals", "Task", "check_identity", "learning_rate", "ramp", "train"]
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -189,7 +189,7 @@ class _Recorded:
         self.graph.replay()
 
 
-class _Signals:
+class Signals:
     """SIGINT and SIGTERM as a wish to stop, while the context lasts; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
@@ -201,7 +201,7 @@ class _Signals:
             raise KeyboardInterrupt
         self.received = number
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: nothing is caught
                 self._before[number] = signal.signal(number, self._note)
@@ -655,7 +655,7 @@ class _Training:
         writer = self._tensorboard()
         dashboard = self._wandb()
         with (
-            _Signals() as signals,
+            Signals() as signals,
             Progress(total, "train", unit="step", initial=done, enabled=shown) as bar,
             contextlib.closing(writer) if writer else contextlib.nullcontext(),
             dashboard or contextlib.nullcontext(),
@@ -679,7 +679,7 @@ class _Training:
             "judged": self._judged(),
         }
 
-    def _epoch(self, epoch: int, bar: Progress, signals: _Signals) -> None:
+    def _epoch(self, epoch: int, bar: Progress, signals: Signals) -> None:
         task, world = self.task, self.world
         start = self.start if epoch == self.epoch else 0
         if not start:
@@ -736,7 +736,7 @@ class _Training:
         passed = time.monotonic() - self.saved
         return minutes > 0 and self.world.any(self.world.is_first and passed >= 60 * minutes)
 
-    def _stop(self, signals: _Signals, where: str) -> None:
+    def _stop(self, signals: Signals, where: str) -> None:
         number = signals.received or signal.SIGTERM
         raise Interrupted(
             f"stopped by {signal.Signals(number).name} {where}; the checkpoint is in {self.out}, "

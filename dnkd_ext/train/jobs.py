@@ -19,6 +19,7 @@ import torch
 
 import dnkd_ext
 from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.classification import (
@@ -197,9 +198,15 @@ def plan_jobs(
 
 
 def run_jobs(
-    jobs: list[Job], out: Path, world: World, *, resume: bool = False, overwrite: bool = False
+    jobs: list[Job],
+    out: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    at_once: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train one after another; data, teachers and class means are read once.
+    """Train one after another, or some at a time; data, teachers and class means are read once.
 
     Returns:
         What the ``result.json`` of every job holds.
@@ -210,6 +217,10 @@ def run_jobs(
             before the first job begins, and nothing is written then.
         FloatingPointError, Interrupted: see :func:`dnkd_ext.train.engine.train`.
     """
+    if at_once < 1 or (at_once > 1 and world.size > 1):
+        raise ValueError(
+            f"--at-once must be at least 1, and 1 for several processes of torchrun, got {at_once}"
+        )
     ready = []
     for job in jobs:
         job.config.check(world.size)
@@ -241,6 +252,10 @@ def run_jobs(
                 # All of them, results first, so that nothing old is taken for a part of the new.
                 for job in ready:
                     _remove(job.out)
+    if at_once > 1:
+        todo = [job for job, state in zip(ready, states, strict=True) if state.result is None]
+        _run_at_once(todo, shared, out, at_once)
+        states = [_look(job, True, False) for job in ready]
     results = [
         _run(job, shared, world, resume) if state.result is None else state.result
         for job, state in zip(ready, states, strict=True)
@@ -339,6 +354,13 @@ class _Shared:
         self.world = world
         self._sources: dict[Any, Any] = {}
         self._teachers: dict[Any, Teacher] = {}
+
+    def forget(self) -> None:
+        """Give the memory back that others are to have."""
+        self._sources.clear()
+        self._teachers.clear()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def source(self, config: TrainConfig) -> Any:
         """The data set, a Source or a DetectionSource."""
@@ -507,6 +529,33 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             write_json(out / RESULT, result)
             print(_line(result, out), flush=True)
     return result
+
+
+def _run_at_once(jobs: list[Job], shared: _Shared, out: Path, number: int) -> None:
+    """Train jobs in processes of their own, for which images are decoded and means gathered here.
+
+    Raises:
+        ChildProcessError: some failed, and have told why; the others have been trained.
+        Interrupted: see :func:`dnkd_ext.train.at_once.train_at_once`.
+    """
+    cache = out / "images.safetensors"
+    given = []
+    for job in jobs:
+        job.out.mkdir(parents=True, exist_ok=True)
+        config = job.config
+        if config.data.task == "cifar" and config.data.cache is None:
+            config = replace(config, {"cache": os.fspath(cache)})
+        shared.source(config)
+        prepare_device(config.run, shared.world)
+        shared.teacher_with_means(config, job.out, resume=True)
+        given.append(dataclasses.replace(job, config=config))
+    shared.forget()
+    try:
+        failed = train_at_once(given, number)
+    finally:
+        cache.unlink(missing_ok=True)
+    if failed:
+        raise ChildProcessError(f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}")
 
 
 def _heading(job: Job, source: Any, world: World) -> str:
