@@ -25,8 +25,8 @@ from dnkd_ext.train import gather
 from dnkd_ext.train.classification import (
     Classification,
     Teacher,
-    _cast_once,
     build_model,
+    cast_once,
     fit_image_size,
     load_weights_for,
 )
@@ -342,14 +342,14 @@ def test_hard_labels_go_to_the_distillation_token(data):
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "test_convnext"])
-def test_weights_cast_once_are_those_that_autocast_makes(name):
+def test_weightscast_once_are_those_that_autocast_makes(name):
     """The same features to the bit, without a cast in every step."""
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     fit_image_size(model, SIZE)
-    cast, images = _cast_once(model), torch.randn(2, 3, SIZE, SIZE)
+    cast, images = cast_once(model), torch.randn(2, 3, SIZE, SIZE)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

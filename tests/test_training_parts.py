@@ -207,6 +207,21 @@ def test_untrained_teachers_stay_finite():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.parametrize(("preset", "kept"), [("ce", [None]), ("kd++", [64, 64])])
+def test_features_of_test_images_are_kept_for_class_means_alone(preset, kept, monkeypatch):
+    found, evaluate = [], classification.evaluate
+
+    def seen(*arguments, **named):
+        result = evaluate(*arguments, **named)
+        found.append(None if result.features is None else result.features.shape[1])
+        return result
+
+    monkeypatch.setattr(classification, "evaluate", seen)
+    task = ready(preset).task
+    assert "test_top1" in task.evaluate(*task.evaluated)
+    assert found == kept
+
+
 def test_the_average_is_that_of_student_and_projector():
     """Updated by hand; what is evaluated for it has nothing of the weights as they are."""
     engine = ready("kd++", student="cifar_wrn_16_2", ema_decay=0.75)

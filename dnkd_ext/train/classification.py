@@ -37,6 +37,7 @@ __all__ = [
     "Distillation",
     "Teacher",
     "build_model",
+    "cast_once",
     "evaluate",
     "identity",
     "load_teacher",
@@ -389,20 +390,28 @@ def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> di
 class Evaluated(NamedTuple):
     """Accuracies in percent over the test images of all processes, and this process's features.
 
-    ``target`` is -100 where a batch was filled up.
+    The latter where they are wanted; ``target`` is -100 where a batch was filled up.
     """
 
     top1: float
     top5: float
-    features: Tensor
-    target: Tensor
+    features: Tensor | None = None
+    target: Tensor | None = None
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Clean, classes: int, autocast: Any, world: World
+    model: nn.Module,
+    batches: Clean,
+    classes: int,
+    autocast: Any,
+    world: World,
+    *,
+    keep: bool = False,
 ) -> Evaluated:
     """A model in evaluation mode over test images; its modes are restored. Collective.
+
+    With ``keep`` the features of all images of this process stay on the device.
 
     The hits are counted on the device: torchmetrics, where some rows are to be left out, waits for
     it in every batch.
@@ -418,18 +427,15 @@ def evaluate(
             best = logits.topk(min(5, classes), dim=1).indices == target[:, None]
             hits = torch.stack([best[:, 0], best.any(1), torch.ones_like(mask)], 1)
             counts += (hits & mask[:, None]).sum(0)
-            taken.append(feature.float())
-            targets.append(target.where(mask, -100))
+            if keep:
+                taken.append(feature.float())
+                targets.append(target.where(mask, -100))
     finally:
         for module, mode in modes.items():
             module.training = mode
     top1, top5, count = world.sum(counts).tolist()
-    return Evaluated(
-        round(100 * top1 / count, 4),
-        round(100 * top5 / count, 4),
-        torch.cat(taken),
-        torch.cat(targets),
-    )
+    kept = (torch.cat(taken), torch.cat(targets)) if keep else ()
+    return Evaluated(round(100 * top1 / count, 4), round(100 * top5 / count, 4), *kept)
 
 
 # -- the task -------------------------------------------------------------------------------------
@@ -502,7 +508,7 @@ def _running_means(
     return RunningMeans(means, torch.distributed.group.WORLD if world.size > 1 else None)
 
 
-def _cast_once(teacher: nn.Module) -> nn.Module:
+def cast_once(teacher: nn.Module) -> nn.Module:
     """A copy whose weights are what autocast would make of them in every step again.
 
     Normalisations keep theirs in float32, in which autocast uses them.
@@ -549,7 +555,7 @@ class Classification(Task):
             criterion = _criterion(config.method, means, student, teacher.model, world, smoothing)
             guide = teacher.model
             if run.precision == "bfloat16" and not run.fsdp_teacher:
-                guide = _cast_once(guide)
+                guide = cast_once(guide)
         method = config.method
         self.step = Distillation(
             student, criterion, guide, projector, method.method, smoothing, method.nd_ramp, running
@@ -605,14 +611,15 @@ class Classification(Task):
     def evaluate(self, model: nn.Module, projector: nn.Module | None = None) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.source.classes)
-        result = evaluate(model, self._test, classes, self._autocast, self.world)
+        keeps = self.class_means is not None
+        result = evaluate(model, self._test, classes, self._autocast, self.world, keep=keeps)
         figures = {"test_top1": result.top1, "test_top5": result.top5}
         if self.class_means is None:
             return figures
         assert self._teacher is not None
         if self._teacher_norms is None:
             of_teacher = evaluate(
-                self._teacher.model, self._test, classes, self._autocast, self.world
+                self._teacher.model, self._test, classes, self._autocast, self.world, keep=True
             )
             self._teacher_norms = of_teacher.features.norm(dim=1)
         return {**figures, **self._diagnostics(result, projector)}
@@ -669,7 +676,7 @@ class Classification(Task):
         norms, cosines = {}, {}
         for name, network in (("teacher", self._teacher.model), ("student", model)):
             classes = len(self.source.classes)
-            result = evaluate(network, self._test, classes, self._autocast, self.world)
+            result = evaluate(network, self._test, classes, self._autocast, self.world, keep=True)
             own = result.features
             if name == "student":
                 own = self._projected(own, projector)

@@ -28,6 +28,7 @@ from dnkd_ext.train.classification import (
     Classification,
     Teacher,
     build_model,
+    cast_once,
     evaluate,
     identity,
     load_teacher,
@@ -374,7 +375,7 @@ class _Shared:
         return (
             (model.teacher, model.teacher_weights, model.class_means),
             (config.data, config.reader, config.detection),
-            (config.run.channels_last, config.run.fsdp_teacher),
+            (config.run.channels_last, config.run.fsdp_teacher and config.run.precision),
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
@@ -390,6 +391,8 @@ class _Shared:
                 config.model.teacher, config.model.teacher_weights, source, config, self.world
             )
             if config.run.fsdp_teacher:
+                if _casts_sharded_teacher(config):
+                    teacher = teacher._replace(model=cast_once(teacher.model))
                 shard_model(
                     teacher.model,
                     self.world.mesh,
@@ -444,6 +447,18 @@ class _Shared:
                 teacher.class_means.save(out / CLASS_MEANS)
                 remove_parts(out / CLASS_MEANS)
         return teacher
+
+
+def _casts_sharded_teacher(config: TrainConfig) -> bool:
+    """Whether a teacher is sharded as autocast would cast it in every step.
+
+    Half of it is sent then. Not where its class means, which are those of float32, are still to be
+    gathered.
+    """
+    model = config.model
+    gathers = model.class_means is None and model.class_means_momentum is None
+    gathers &= bool(config.method.nd_weight) or config.data.task == "cifar"
+    return config.run.precision == "bfloat16" and not gathers
 
 
 def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
