@@ -200,7 +200,7 @@ class RunOptions:
     """torch.compile of teacher, student and loss."""
     cuda_graph: bool | None = None
     """Record the step (teacher, student, loss, optimiser) after three, and replay it; by default
-    where --task cifar runs on one GPU. --no-cuda-graph: not there, either."""
+    where --task cifar runs on one GPU, and not with --no-cuda-graph."""
     fsdp: bool = False
     """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
     instead of having copies; torch.compile is then that of the student's blocks."""
