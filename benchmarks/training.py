@@ -132,7 +132,9 @@ def configure(preset: str, world: World, settings: dict[str, Any], data: str = "
         ValueError: an unknown preset, or settings that do not fit it or the device.
     """
     given = {
-        **load_preset(preset).settings, **settings, "preset": preset, "data": data or SYNTHETIC,
+        # A recorded step shows its parts to nobody: only when it is asked for.
+        "cuda_graph": False, **load_preset(preset).settings, **settings,
+        "preset": preset, "data": data or SYNTHETIC,
         "teacher_weights": "untrained", "progress": False, "tensorboard": False,
     }  # fmt: skip
     config = replace(TrainConfig(), given)
@@ -385,7 +387,7 @@ def measure_preset(
 
     progress.say("evaluation")
     try:
-        seconds = _seconds(lambda: task.evaluate(task.model), device, size.repeats)
+        seconds = _seconds(lambda: task.evaluate(*task.evaluated), device, size.repeats)
     except ModuleNotFoundError as error:
         print(f"{config.preset}: evaluation not run, {error}", file=sys.stderr)
     else:

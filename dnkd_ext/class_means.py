@@ -109,7 +109,8 @@ class ClassMeans:
             features: ``(..., D)``, float16, bfloat16, float32 or float64.
             target: ``(...)`` class indices in int64 or int32 on the same device. An index outside
                 ``[0, C)`` other than ``ignore_index`` raises IndexError on the CPU, before anything
-                is added; on other devices it is counted in :attr:`out_of_range` and left out.
+                is added; on other devices, and in code that ``torch.compile`` has traced, it is
+                counted in :attr:`out_of_range` and left out.
             process_group: with a momentum, processes of ``torch.distributed`` whose batches count
                 as one: their sums are added in one all-reduce of ``(C + 1) (D + 1)`` float64 and
                 every process moves its table by the whole batch, so that tables which were equal
@@ -148,7 +149,9 @@ class ClassMeans:
         target = target.reshape(-1).long()
         counted = target != self.ignore_index
         bad = counted & ((target < 0) | (target >= self.num_classes))
-        if features.device.type == "cpu" and bool(bad.any()):
+        # Traced code, which has no values to look at, leaves them out, too.
+        looks = features.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and bool(bad.any()):
             position = int(bad.nonzero()[0])
             raise IndexError(
                 f"target[{position}] = {int(target[position])} is out of range for "
@@ -201,6 +204,14 @@ class ClassMeans:
             )
         return self._local
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """What :meth:`update` changes in place, to be kept as a module's buffers.
+
+        Sums, or with a momentum averages, ``(C + 1, D)`` float64 and counts ``(C + 1,)`` int64; the
+        last row is of targets that name no class. They are on ``device``, or else on the CPU.
+        """
+        return self._local_sums(self._device or torch.device("cpu"))
+
     def _totals(self) -> tuple[Tensor, Tensor]:
         """Sums and counts of everything, merged parts included; may share memory with them."""
         parts = [part for part in (self._local, self._merged) if part is not None]
@@ -239,7 +250,7 @@ class ClassMeans:
             if device is None and self._merged is not None:
                 device = self._merged[0].device
             sums, counts = self._zeros(device or torch.device("cpu"))
-        nccl = distributed and torch.distributed.get_backend(group) == "nccl"
+        nccl = distributed and "nccl" in torch.distributed.get_backend(group)
         if nccl and not self._placed:  # without features to tell the device: NCCL wants a GPU
             device = torch.device("cuda", torch.cuda.current_device())
             sums, counts = sums.to(device), counts.to(device)

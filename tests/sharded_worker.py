@@ -68,7 +68,7 @@ class Trouble:
             begin(task, *arguments)
 
         # The compiler proper takes a minute, and is torch's matter.
-        own_compile = lambda module: compiled(module, backend="aot_eager")  # noqa: E731
+        own_compile = lambda module, **more: compiled(module, backend="aot_eager", **more)  # noqa: E731
         restarted = told.get("restarted") == self.rank
         self.patches = [
             mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": "1"} if restarted else {}),

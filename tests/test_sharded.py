@@ -19,12 +19,24 @@ import pytest
 import torch
 from torch import nn
 
+from dnkd_ext import features
 from dnkd_ext.cli import main
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint, shard_folders
+from dnkd_ext.train.classification import STAGE_METHODS, cast_once
+from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.jobs import _casts_sharded_teacher
 from dnkd_ext.train.models import create_model, model_names
 from dnkd_ext.train.recompute import checkpoint_activations
-from dnkd_ext.train.sharding import blocks, read_shards, shapes_of_shards, write_shards
+from dnkd_ext.train.sharding import (
+    blocks,
+    read_shards,
+    shapes_of_shards,
+    shard_model,
+    write_shards,
+)
+from dnkd_ext.train.world import World
 from tests.runs import environment, log, same, weights
+from tests.test_distributed import in_processes
 from tests.test_train import (  # noqa: F401
     ALONE,
     LOSS,
@@ -365,6 +377,46 @@ def test_blocks_of_timms_models_hold_the_bulk():
         check_blocks(model)
 
 
+def of_a_cast_teacher(rank: int, size: int) -> list:
+    """Features under autocast, whole and sharded, and the types of what this process has of it."""
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet20", 3).eval().requires_grad_(False)
+    images = torch.randn(2, 3, 16, 16)
+    mesh = World(rank, size, torch.device("cpu")).mesh
+    found = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found += features(model, images)
+        model = cast_once(model)
+        shard_model(model, mesh, methods=STAGE_METHODS)
+        for _ in range(2):
+            found += features(model, images)
+    return [found, sorted({str(p.dtype) for p in model.parameters()})]
+
+
+def test_a_teacher_is_sharded_as_bfloat16(tmp_path):
+    for found, kinds in in_processes(of_a_cast_teacher, tmp_path):
+        assert kinds == ["torch.bfloat16", "torch.float32"]
+        for one, two, again in zip(found[:2], found[2:4], found[4:], strict=True):
+            assert torch.equal(one, two)
+            assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"nd_weight": 1.0, "class_means": "file"}, True),
+        ({"nd_weight": 1.0, "class_means_momentum": 0.9}, True),
+        ({"nd_weight": 0.0}, True),
+        ({"nd_weight": 1.0}, False),
+        ({"nd_weight": 0.0, "task": "cifar"}, False),
+        ({"nd_weight": 0.0, "precision": "float32"}, False),
+    ],
+)
+def test_class_means_are_gathered_of_a_teacher_in_float32(more, wanted):
+    base = {"task": "imagenet", "precision": "bfloat16", "fsdp_teacher": True}
+    assert _casts_sharded_teacher(replace(TrainConfig(), {**base, **more})) is wanted
+
+
 # -- activations ----------------------------------------------------------------------------------
 
 
@@ -440,6 +492,8 @@ def test_options_that_do_not_go_together(images, tmp_path, capsys):
     for more, message in (
         (["--fsdp"], "--fsdp is for several processes"),
         (["--fsdp-teacher"], "--fsdp-teacher goes with --fsdp only"),
+        (["--activation-checkpointing", "--compile"], "--compile cannot follow what --activation"),
+        (["--activation-checkpointing", "--cuda-graph"], "--cuda-graph cannot follow what --act"),
         (["--wandb"], "--wandb needs Weights & Biases"),
     ):
         if more == ["--wandb"] and importlib.util.find_spec("wandb"):
@@ -449,8 +503,6 @@ def test_options_that_do_not_go_together(images, tmp_path, capsys):
 
 
 def test_options_of_several_processes():
-    from dnkd_ext.train.config import TrainConfig, replace
-
     base = {"data": "x", "batch_size": 4, "fsdp": True}
     replace(TrainConfig(), base).check(2)
     for more, message in (

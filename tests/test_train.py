@@ -25,15 +25,16 @@ from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
 from dnkd_ext.train import sources
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
-from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, learning_rate, ramp
+from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
-from tests.runs import by_two, by_two_in_float64, log, same, weights
+from tests.runs import by_two, by_two_in_float64, environment, log, same, weights
 
 MISSING = [
     name for name in ("tyro", "yaml", "tensorboard") if importlib.util.find_spec(name) is None
@@ -315,9 +316,11 @@ def test_accumulated_parts_are_one_batch(images, tmp_path):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
-def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
-    from dnkd_ext.train.classification import load_teacher
+@pytest.mark.parametrize(
+    ("method", "momentum"),
+    [("ce", None), ("kd", None), ("dkd", None), ("dist", None), ("reviewkd", None), ("kd", 0.5)],
+)
+def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method, momentum):
     from dnkd_ext.train.gather import gather_class_means
 
     config = replace(
@@ -328,6 +331,8 @@ def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
             "batch_size": 12,
             "method": method,
             "nd_weight": 1.0,
+            "teacher": "cifar_resnet32",
+            "class_means_momentum": momentum,
             "progress": False,
         },
     )
@@ -339,9 +344,18 @@ def test_the_step_compiles_as_one_graph(images, teacher, tmp_path, method):
     task.step.eval()
     wanted = [value.item() for value in task.step(*batch, torch.tensor(0.5))]
     torch._dynamo.reset()
-    compiled = torch.compile(task.step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(task.step, fullgraph=True, dynamic=False, backend="aot_eager")
+    if momentum is not None:
+        moved = {name: value.clone() for name, value in task.step.running.state_dict().items()}
+        for value in task.step.running.state_dict().values():
+            value.zero_()
+        task.class_means.zero_()
     got = [value.item() for value in compiled(*batch, torch.tensor(0.5))]
     assert got == pytest.approx(wanted, rel=1e-4)
+    if momentum is not None:
+        for name, value in task.step.running.state_dict().items():
+            torch.testing.assert_close(value, moved[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(task.class_means, task.step.running.means.compute())
 
 
 # -- interrupted ----------------------------------------------------------------------------------
@@ -364,7 +378,7 @@ def test_goes_on_exactly_after_kill(images, teacher, whole, tmp_path):
     script = """
 import sys, time
 from dnkd_ext.cli import main
-from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.classification import Classification, load_teacher
 batches = Classification.batches
 def slow(self, epoch, start):
     for batch in batches(self, epoch, start):
@@ -415,6 +429,36 @@ def test_goes_on_exactly_within_an_epoch(
     monkeypatch.setattr(Classification, "batches", batches)
     assert run(images, out, *student_options(teacher), "--resume") == whole[1]
     assert same(weights(out), weights(whole[0]))
+
+
+def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_path, monkeypatch):
+    """By time, of a step at which the loss is looked at; what was killed goes on exactly there."""
+    out = tmp_path / "run"
+    more = [*student_options(teacher), "--log-every", "2", "--checkpoint-minutes", "1e-9"]
+    batches = Classification.batches
+
+    def killed(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 5):
+                raise KeyboardInterrupt  # nothing is written any more
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", killed)
+    assert main(options(images, out, *more)) == 130
+    state = load_checkpoint(out)
+    assert (state["epoch"], state["start"]) == (1, 4)
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert run(images, out, *more, "--resume") == whole[1]
+    assert same(weights(out), weights(whole[0]))
+    # Without, and long before it is time, there are those of the epochs alone.
+    for minutes in ("0", "30"):
+        saved = []
+        monkeypatch.setattr(
+            dnkd_ext.train.engine._Training, "_save",
+            lambda self, epoch, start, saved=saved: saved.append((epoch, start)),
+        )  # fmt: skip
+        run(images, tmp_path / minutes, "--checkpoint-minutes", minutes, "--log-every", "1")
+        assert saved == [(1, 0), (2, 0), (3, 0)]
 
 
 def test_a_damaged_checkpoint_leaves_the_one_before(images, teacher, whole, tmp_path, monkeypatch):
@@ -556,6 +600,60 @@ def test_a_series_goes_on_after_a_run_that_failed(images, tmp_path, monkeypatch,
     assert f"run, seed 1, in {tmp_path / 'one'}: epoch 1" in capsys.readouterr().err
 
 
+def test_runs_at_once_are_those_one_after_another(images, teacher, tmp_path, capfd, monkeypatch):
+    """The same figures; class means are gathered and images decoded once, for all of them."""
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    torch.set_num_threads(1)
+    more = of(teacher, "kd", 1.0, "--epochs", "1", "--kd-warm-up", "0", "--seeds", "0,4")
+    run_all = lambda name, *own: main(options(images, tmp_path / name, *more, *own))  # noqa: E731
+    assert run_all("alone") == 0
+    assert run_all("both", "--at-once", "2") == 0
+    for seed in ("seed-0", "seed-4"):
+        one, two = (tmp_path / name / "run" / seed for name in ("alone", "both"))
+        assert log(one) == log(two)
+        assert same(weights(one), weights(two))
+        assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"run", "summary.csv"}
+    assert capfd.readouterr().out.count("accuracies in percent") == 2
+    # One that fails leaves the others alone, and is named.
+    (tmp_path / "both" / "run" / "seed-0" / "result.json").unlink()
+    (tmp_path / "both" / "run" / "seed-4" / "result.json").unlink()
+    (tmp_path / "both" / "run" / "seed-4" / "last.safetensors").unlink()
+    (tmp_path / "both" / "run" / "seed-4" / "last.safetensors").mkdir()
+    assert run_all("both", "--at-once", "2", "--resume") == 2
+    told = capfd.readouterr().err
+    assert "1 of 2 runs failed" in told
+    assert "seed-4 (exit status 2)" in told
+    assert (tmp_path / "both" / "run" / "seed-0" / "result.json").exists()
+    assert "--at-once must be at least 1" in refused(
+        options(images, tmp_path / "none", *more, "--at-once", "0"), capfd
+    )
+
+
+def test_runs_at_once_stop_together_and_go_on(images, tmp_path):
+    """A signal to the one process, of which the others know nothing."""
+    more = ("--epochs", "40", "--seeds", "0,1", "--at-once", "2")
+    command = [sys.executable, "-m", "dnkd_ext", *options(images, tmp_path, *more)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    folders = [tmp_path / "run" / f"seed-{seed}" for seed in (0, 1)]
+    try:
+        end = time.monotonic() + 120
+        while not all((folder / "checkpoint.pt").exists() for folder in folders):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        told, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert told.count("the checkpoint is in") == 2
+    assert "--resume goes on with all runs" in told
+    for folder in folders:
+        assert load_checkpoint(folder)["epoch"] < 40
+        assert not (folder / "result.json").exists()
+
+
 def test_class_means_command(images, teacher, tmp_path, capsys):
     out = tmp_path / "means.safetensors"
     command = ["class-means", "--model", "cifar_resnet32", "--weights", str(teacher)]
@@ -572,6 +670,121 @@ def test_class_means_command(images, teacher, tmp_path, capsys):
     run(images, tmp_path / "run", *more)
     kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
     assert torch.equal(kept.compute(), ClassMeans.load(out).compute())
+
+
+# -- class means while training -------------------------------------------------------------------
+
+RUNNING = ("--class-means-momentum", "0.7", "--epochs", "2", "--log-every", "1")
+
+
+def moved_by_hand(images: Path, teacher: Path, epochs: int) -> torch.Tensor:
+    """The moving average over the training's own batches of 12."""
+    other = create_model("cifar_resnet32", CLASSES).eval()
+    load_weights(other, teacher / "best.safetensors")
+    data, config = load_image_folder(images, progress=False), TrainConfig().data
+    batches = sources.TrainBatches(data.train, 12, **config.normalisation, seed=0, pad=2)
+    means: dict[int, torch.Tensor] = {}
+    for epoch in range(epochs):
+        for x, target in batches.epoch(epoch):
+            with torch.no_grad():
+                found = other.forward_head(other.forward_features(x), True).double()
+            for c in target.unique().tolist():
+                mean = found[target == c].mean(0)
+                means[c] = 0.7 * means[c] + 0.3 * mean if c in means else mean
+    return torch.stack([means[c] for c in range(CLASSES)])
+
+
+def test_class_means_may_follow_the_teacher(images, teacher, tmp_path, monkeypatch, double):
+    """In every step, before its loss, without a pass of their own; the run goes on exactly."""
+
+    def refuse(*_, **__):
+        raise AssertionError("class means were gathered")
+
+    monkeypatch.setattr(dnkd_ext.train.jobs, "_gather", refuse)
+    more = of(teacher, "kd", 1.0, *RUNNING)
+    rows = run(images, tmp_path / "run", *more)
+    kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
+    wanted = moved_by_hand(images, teacher, 2)
+    torch.testing.assert_close(kept.compute().double(), wanted, rtol=1e-6, atol=1e-7)
+    assert kept.momentum == 0.7
+    assert kept.counts.tolist() == [2 * TRAIN] * CLASSES
+    assert kept.metadata["teacher"].startswith("cifar_resnet32 ")
+    state = load_checkpoint(tmp_path / "run")["step"]
+    assert torch.equal(state["running.averages"][:-1].float(), kept.compute())
+    assert torch.equal(state["criterion.class_means"], kept.compute())
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["config"]["class_means_momentum"] == 0.7
+    assert {"cosine", "norm_ratio"} <= rows[0].keys()
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    assert main(options(images, tmp_path / "again", *more)) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert run(images, tmp_path / "again", *more, "--resume") == rows
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "run"))
+    again = ClassMeans.load(tmp_path / "again" / "class_means.safetensors")
+    assert torch.equal(again.compute(), kept.compute())
+
+
+def test_class_means_follow_the_whole_batch_of_two_processes(images, teacher, tmp_path):
+    more = of(teacher, "kd", 1.0, *RUNNING)
+    done = by_two_in_float64(tmp_path, options(images, tmp_path / "both", *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = ClassMeans.load(tmp_path / "both" / "class_means.safetensors")
+    with in_float64():
+        wanted = moved_by_hand(images, teacher, 2)
+    torch.testing.assert_close(kept.compute().double(), wanted, rtol=1e-6, atol=1e-7)
+    assert kept.counts.tolist() == [2 * TRAIN] * CLASSES
+
+
+def test_classes_not_seen_yet_are_no_trouble(images, teacher, tmp_path):
+    """A class without a mean has a loss of 1 and no gradient, and its diagnostics are finite."""
+    settings = {
+        "data": str(images),
+        "student": "cifar_resnet20",
+        "batch_size": 12,
+        "nd_weight": 1.0,
+    }
+    settings |= {"teacher": "cifar_resnet32", "class_means_momentum": 0.5, "progress": False}
+    config = replace(TrainConfig(), settings)
+    source = open_source(config, ALONE, progress=False)
+    given = load_teacher("cifar_resnet32", str(teacher), source, torch.device("cpu"))
+    task = Classification(config, source, given, ALONE)
+    images, _ = next(task.batches(0, 0))
+    target = torch.zeros(len(images), dtype=torch.int64)
+    loss = task.step(images, target, torch.tensor(1.0))[0]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in task.step.parameters())
+    assert task.class_means[0].any()
+    assert not task.class_means[1:].any()
+    assert all(math.isfinite(value) for value in task.evaluate(*task.evaluated).values())
+    norms, cosines = task.feature_figures(*task.evaluated)
+    assert all(np.isfinite(values).all() for values in (*norms.values(), *cosines.values()))
+    # Of soft targets the larger share; rows of another class alone find no mean to point at.
+    soft = torch.tensor([[0.3, 0.7, 0.0]]).expand(len(images), -1)
+    assert task.step(images, soft, torch.tensor(1.0))[3].isfinite()
+    assert task.step.running.counts.tolist() == [12, 12, 0, 0]
+
+
+def test_class_means_that_follow_are_refused_where_they_have_no_part():
+    base = {"data": "x", "teacher": "y", "teacher_weights": "z", "nd_weight": 1.0, "method": "kd"}
+    replace(TrainConfig(), {**base, "class_means_momentum": 0.9}).check()
+    for more, message in (
+        ({"class_means_momentum": 1.0}, "must be between 0 and 1"),
+        ({"class_means": "file"}, "pass one of them"),
+        ({"nd_weight": 0.0}, "has no part in --nd-weight 0"),
+        ({"task": "detection"}, "is not there for --task detection"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(TrainConfig(), {**base, "class_means_momentum": 0.9, **more}).check()
 
 
 # -- refused --------------------------------------------------------------------------------------
@@ -903,6 +1116,40 @@ def test_help_tells_every_option(capsys):
         assert f"--{name.replace('_', '-')}" in text, name
 
 
+def test_defaults_are_those_of_the_device_and_the_task():
+    gpu, two = World(0, 1, torch.device("cuda")), World(0, 2, torch.device("cuda", 0))
+    for place, task, more, wanted in (
+        (ALONE, "cifar", {}, (False, 500, 1)),
+        (gpu, "cifar", {}, (True, 2000, 10)),
+        (two, "cifar", {}, (False, 2000, 10)),
+        (gpu, "imagenet", {}, (False, 500, 1)),
+        (gpu, "detection", {}, (False, 500, 1)),
+        (gpu, "cifar", {"activation_checkpointing": True}, (False, 2000, 10)),
+        (gpu, "cifar", {"cuda_graph": False, "eval_batch_size": 7}, (False, 7, 10)),
+        (two, "imagenet", {"checkpoint_every": 3, "eval_batch_size": 7}, (False, 8, 3)),
+    ):
+        run_options = replace(TrainConfig(), {"precision": "float32", **more}).run
+        found = resolve(run_options, place, task)
+        assert (found.cuda_graph, found.eval_batch_size, found.checkpoint_every) == wanted
+        assert found.compile is False
+        assert resolve(found, place, task) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ([], None), (["--cuda-graph"], True), (["--no-cuda-graph"], False),
+        (["--cuda_graph", "--epochs", "3"], True), (["--cuda-graph", "None"], None),
+        (["--no-cuda-graph", "--cuda-graph"], True),
+    ],
+)  # fmt: skip
+def test_a_switch_may_be_left_alone(words, wanted):
+    arguments = dnkd_ext.train.arguments._parse(
+        dnkd_ext.train.arguments.Train, "train", ["--out", "x", *words]
+    )
+    assert arguments.run.cuda_graph is wanted
+
+
 # -- on a GPU -------------------------------------------------------------------------------------
 
 
@@ -910,6 +1157,7 @@ def test_help_tells_every_option(capsys):
 @pytest.mark.parametrize("more", [["--cuda-graph"], ["--compile"], ["--precision", "bfloat16"]])
 def test_faster_ways_train_alike(images, teacher, tmp_path, more):
     base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0)]
+    base.append("--no-cuda-graph")
     plain = run(images, tmp_path / "plain", *base)
     other = run(images, tmp_path / "other", *base, *more)
     for one, two in zip(plain, other, strict=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnkd_ext import ClassMeans, features
@@ -25,8 +26,8 @@ from dnkd_ext.train.checkpoint import load_checkpoint
 from dnkd_ext.train.classification import (
     Classification,
     Teacher,
-    _cast_once,
     build_model,
+    cast_once,
     fit_image_size,
     load_teacher,
     load_weights_for,
@@ -378,14 +379,14 @@ def test_hard_labels_go_to_the_distillation_token(data):
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "test_convnext"])
-def test_weights_cast_once_are_those_that_autocast_makes(name):
+def test_weightscast_once_are_those_that_autocast_makes(name):
     """The same features to the bit, without a cast in every step."""
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     fit_image_size(model, SIZE)
-    cast, images = _cast_once(model), torch.randn(2, 3, SIZE, SIZE)
+    cast, images = cast_once(model), torch.randn(2, 3, SIZE, SIZE)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -592,7 +593,8 @@ def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):
 class _Reads(TorchDispatchMode):
     """Values that are read back from tensors, by who reads them.
 
-    Not those that the losses look at for class indices out of range, as they do on a CPU alone.
+    Not those that losses and class means look at for class indices out of range, as they do on a
+    CPU alone.
     """
 
     NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "item", "nonzero")
@@ -605,7 +607,7 @@ class _Reads(TorchDispatchMode):
     def _of_the_losses() -> bool:
         places = [frame.filename for frame in traceback.extract_stack()]
         own = [Path(place) for place in places if "dnkd_ext" in Path(place).parts]
-        return own[-1].parent.name == "losses" or own[-1].name == "_checks.py"
+        return own[-1].parent.name == "losses" or own[-1].name in ("_checks.py", "class_means.py")
 
     def __torch_dispatch__(self, function, kinds, arguments=(), named=None):
         name = function.name().split("::")[1].split(".")[0]
@@ -614,12 +616,42 @@ class _Reads(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd"])
+class _Moves(TorchFunctionMode):
+    """Calls that may send a tensor between host and GPU, which here are one.
+
+    Not those of clip_grad_norm_, which collects norms from all GPUs that there are.
+    """
+
+    NAMES = ("cpu", "cuda", "numpy", "tolist", "item", "tensor", "as_tensor", "from_numpy")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, function, kinds, arguments=(), named=None):
+        name, named = getattr(function, "__name__", ""), named or {}
+        given = (*arguments[1:], *named.values())
+        moves = name == "to" and any(
+            isinstance(x, str | torch.device | torch.Tensor) for x in given
+        )
+        places = {frame.name for frame in traceback.extract_stack()}
+        is_own = not _Reads._of_the_losses() and "clip_grad_norm_" not in places
+        if is_own and (moves or name in self.NAMES):
+            self.found.append(name)
+        return function(*arguments, **named)
+
+
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd", "hard_kd"])
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_a_step_reads_nothing_back(data, method, mixup, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"ema_decay": 0.9, "accumulate": 2, "class_means_momentum": 0.9}],
+    ids=["", "averages"],
+)
+def test_a_step_reads_nothing_back(data, method, mixup, more, tmp_path):
     """What would make the host wait for a GPU in every step. One value that is read is found."""
     student = "cifar_resnet20" if method != "reviewkd" else "resnet18"
-    more = {"method": method, "mixup": mixup, "clip_grad": 5.0, "student": student}
+    more = {**more, "method": method, "mixup": mixup, "clip_grad": 5.0, "student": student}
     if method == "reviewkd":
         more["teacher"] = "resnet34"
     config = settings(data["folders"], **more)
@@ -628,13 +660,14 @@ def test_a_step_reads_nothing_back(data, method, mixup, tmp_path):
     engine = _Training(task, config.optim, config.run, tmp_path, ALONE, 0, {})
     batch = next(iter(task.batches(0, 0)))
     engine._step(batch)
-    with _Reads() as reads:
+    with _Reads() as reads, _Moves() as moves:
         engine._step(batch)
-    assert reads.found == []
+    assert reads.found == moves.found == []
     engine.meter.add, add = lambda terms: add(terms * terms[0].item()), engine.meter.add
-    with _Reads() as reads:
+    with _Reads() as reads, _Moves() as moves:
         engine._step(batch)
     assert reads.found == ["_local_scalar_dense"]
+    assert moves.found == ["item"]
 
 
 # -- refused --------------------------------------------------------------------------------------

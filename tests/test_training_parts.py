@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from benchmarks.__main__ import main
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import batches, classification
 from dnkd_ext.train.classification import Classification
-from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.engine import _Recorded, _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
@@ -108,13 +110,70 @@ def test_a_slow_part_is_found(monkeypatch):
 
 def test_what_is_compiled_is_one_part(monkeypatch):
     """And none of it is replaced, which would be compiled instead."""
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: None)
     engine = ready("kd++", compile=True)
     marks = training.Marks("cpu")
     training.block(engine, training.endless(engine.task), 1, marks)
     assert {*marks.read()} == {
         *parts.DATA, "forward", "backward", "optimiser", "metering"
     }  # fmt: skip
+
+
+def test_a_recorded_step(monkeypatch):
+    """Three steps are run, one recorded beside other threads' work, and all after that replayed."""
+    calls, seen = [], []
+
+    class Graph:
+        def replay(self):
+            calls.append("replay")
+
+    def record(graph, *, stream, capture_error_mode):
+        calls.append(capture_error_mode)
+        return contextlib.nullcontext()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("CUDAGraph", Graph),
+        ("stream", lambda stream: contextlib.nullcontext()), ("graph", record),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def body(batch):
+        seen.append(batch[0])
+        warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
+
+    recorded = _Recorded(body)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for number in range(3):
+            recorded((torch.tensor(number),))
+    assert told == []
+    with pytest.warns(UserWarning, match="constructed"):
+        recorded((torch.tensor(3),))
+    recorded((torch.tensor(4),))
+    assert calls == ["thread_local", "replay", "replay"]
+    assert len(seen) == 4
+    assert seen[3] == 4  # what was recorded is given every batch
+
+
+def test_runs_one_after_another_are_all_compiled(monkeypatch):
+    """Dynamo gives a function up, silently, when it has compiled it so many times."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile",
+        lambda module, **named: compiled(module, backend="eager", **named),
+    )  # fmt: skip
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    for number in range(4):
+        counted.clear()
+        engine = ready("kd", student="cifar_resnet8x4" if number % 2 else "cifar_resnet20",
+                       teacher="cifar_resnet20", compile=True)  # fmt: skip
+        engine.do_step(next(engine.task.batches(0, 0)))
+        assert counted["stats"]["unique_graphs"] == 1, number
+        assert not counted["graph_break"]
+        engine.release()
 
 
 def test_marks_on_a_gpu_are_events(monkeypatch):
@@ -146,6 +205,46 @@ def test_untrained_teachers_stay_finite():
     assert logits.std() < 100
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(("preset", "kept"), [("ce", [None]), ("kd++", [64, 64])])
+def test_features_of_test_images_are_kept_for_class_means_alone(preset, kept, monkeypatch):
+    found, evaluate = [], classification.evaluate
+
+    def seen(*arguments, **named):
+        result = evaluate(*arguments, **named)
+        found.append(None if result.features is None else result.features.shape[1])
+        return result
+
+    monkeypatch.setattr(classification, "evaluate", seen)
+    task = ready(preset).task
+    assert "test_top1" in task.evaluate(*task.evaluated)
+    assert found == kept
+
+
+def test_the_average_is_that_of_student_and_projector():
+    """Updated by hand; what is evaluated for it has nothing of the weights as they are."""
+    engine = ready("kd++", student="cifar_wrn_16_2", ema_decay=0.75)
+    student, projector = engine.task.evaluated
+    kept: dict[str, torch.Tensor] = {}
+    for batch in itertools.islice(engine.task.batches(0, 0), 3):
+        engine.do_step(batch)
+        for place, module in enumerate((student, projector)):
+            for name, value in module.state_dict().items():
+                key = f"{place}.{name}"
+                whole = key not in kept or not value.is_floating_point()
+                kept[key] = value.clone() if whole else 0.75 * kept[key] + 0.25 * value
+    found = engine.average.state_dict()
+    assert found.keys() == kept.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(found[name], value)
+    assert {found[name].item() for name in found if "num_batches" in name} == {3}
+    wanted = engine.task.evaluate(*engine.average)
+    with torch.no_grad():
+        projector.linear.weight.zero_()
+    assert engine.task.evaluate(*engine.average) == wanted
+    assert engine.task.evaluate(*engine.task.evaluated) != wanted
+    assert engine.task.feature_figures(*engine.average)[1]["student"].any()
 
 
 # -- presets and settings -------------------------------------------------------------------------
@@ -259,7 +358,7 @@ def test_resumption_leaves_out_what_is_there(measured, tmp_path, capsys):
 
 
 def test_without_torchmetrics_only_the_evaluation_is_missing(monkeypatch, capsys):
-    def evaluate(self, model):
+    def evaluate(self, *_):
         raise ModuleNotFoundError("No module named 'torchmetrics'")
 
     monkeypatch.setattr(Classification, "evaluate", evaluate)

@@ -86,6 +86,8 @@ class Train:
     of the teacher are then for those that have one."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
+    at_once: int = 1
+    """How many of several runs are trained at a time, in processes of their own on one device."""
     resume: bool = False
     """Go on with what --out holds, exactly where it stopped; begin where there is nothing."""
     overwrite: bool = False
@@ -185,7 +187,21 @@ class Plot:
     """Where the detectors run."""
 
 
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Switches that may be left to the program, which tyro wants a value of, with theirs."""
+    switches = {"--cuda-graph": "True", "--no-cuda-graph": "False"}
+    found: list[str] = []
+    for word, behind in zip(argv, [*argv[1:], ""], strict=True):
+        plain = word.replace("_", "-")
+        if plain in switches and behind not in ("True", "False", "None"):
+            found += ["--cuda-graph", switches[plain]]
+        else:
+            found.append(word)
+    return found
+
+
 def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = None) -> T:
+    argv = _with_values(argv)
     return tyro.cli(
         kind,
         prog=f"dnkd {name}",
@@ -287,6 +303,7 @@ def train(argv: Sequence[str]) -> int:
                 world,
                 resume=resume,
                 overwrite=arguments.overwrite and not resume,
+                at_once=arguments.at_once,
             )
         except Interrupted as stopped:
             if world.is_first:

@@ -38,6 +38,7 @@ __all__ = [
     "Distillation",
     "Teacher",
     "build_model",
+    "cast_once",
     "evaluate",
     "identity",
     "load_teacher",
@@ -52,6 +53,36 @@ STAGE_METHODS = ("forward_stages", "forward_intermediates")
 # -- the step -------------------------------------------------------------------------------------
 
 
+class RunningMeans(nn.Module):
+    """Class means that follow the teacher while it runs, as a part of a step.
+
+    What they hold lies in buffers: checkpoints have it, and a step that is compiled or recorded
+    changes it in place.
+
+    Args:
+        means: with a momentum, on the step's device.
+        process_group: processes whose batches count as one.
+    """
+
+    def __init__(self, means: ClassMeans, process_group: Any = None) -> None:
+        super().__init__()
+        self.means = means
+        self.process_group = process_group
+        averages, counts = means.tensors()
+        self.register_buffer("averages", averages)
+        self.register_buffer("counts", counts)
+
+    def forward(self, features: Tensor, target: Tensor, table: Tensor) -> None:
+        """Move the means by a batch, and write them to ``table``.
+
+        A mixed image counts for the class with the larger share.
+        """
+        if target.dim() == 2:
+            target = target.argmax(1)
+        self.means.update(features.detach(), target, process_group=self.process_group)
+        table.copy_(self.means.compute())
+
+
 class Distillation(nn.Module):
     """A student with all that is trained beside it, from images to the terms of the loss.
 
@@ -63,6 +94,7 @@ class Distillation(nn.Module):
         method: as the configuration names it.
         label_smoothing: of the cross entropy alone; a criterion has its own.
         nd_ramp: let the ramp be that of the ND loss, too.
+        running: class means that are the criterion's in every step, with the step's images in them.
 
     Shape:
         images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
@@ -78,6 +110,7 @@ class Distillation(nn.Module):
         method: str,
         label_smoothing: float = 0.0,
         nd_ramp: bool = False,
+        running: RunningMeans | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -86,6 +119,7 @@ class Distillation(nn.Module):
         self.method = method
         self.label_smoothing = label_smoothing
         self.nd_ramp = nd_ramp
+        self.running = running
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
         self._teacher = (teacher,)
 
@@ -115,6 +149,8 @@ class Distillation(nn.Module):
             else:
                 student_features, logits = features(self.student, images)
             compared = (logits, teacher_logits)
+        if self.running is not None:
+            self.running(teacher_features, target, self.criterion.class_means)
         if self.projector is not None:
             student_features = self.projector(student_features)
         terms = self.criterion(
@@ -306,6 +342,11 @@ def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:
     }
 
 
+def feature_width(model: nn.Module) -> int | None:
+    """Of the features of timm's models and ours; None for those that do not tell."""
+    return getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+
+
 def read_class_means(path: str, name: str, teacher: Teacher, source: Source) -> ClassMeans:
     """Class means from a file, of as many classes as the data have and of the teacher.
 
@@ -320,7 +361,7 @@ def read_class_means(path: str, name: str, teacher: Teacher, source: Source) -> 
             f"--class-means {path} has {means.num_classes} classes, but the data have "
             f"{len(source.classes)}"
         )
-    width = getattr(model, "head_hidden_size", None) or getattr(model, "num_features", None)
+    width = feature_width(model)
     if width is not None and means.num_features != width:
         raise ValueError(
             f"--class-means {path} is {means.num_features} wide, but the teacher's features are "
@@ -351,7 +392,9 @@ def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> di
     if teacher:
         result["teacher"] = f"{config.model.teacher} {teacher.digest}"
         if config.method.nd_weight:
-            result["class_means"] = teacher.means_origin
+            momentum = config.model.class_means_momentum
+            origin = teacher.means_origin if momentum is None else f"running, momentum {momentum}"
+            result["class_means"] = origin
     return result
 
 
@@ -361,22 +404,30 @@ def identity(config: TrainConfig, source: Source, teacher: Teacher | None) -> di
 class Evaluated(NamedTuple):
     """Accuracies in percent over the test images of all processes, and this process's features.
 
-    ``target`` is -100 where a batch was filled up; ``count`` is how many images there were in all
-    processes, but for those that could not be read.
+    ``count`` is how many images there were in all processes, but for those that could not be read.
+    The features where they are wanted; ``target`` is -100 where a batch was filled up.
     """
 
     top1: float
     top5: float
-    features: Tensor
-    target: Tensor
     count: int
+    features: Tensor | None = None
+    target: Tensor | None = None
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Clean, classes: int, autocast: Any, world: World
+    model: nn.Module,
+    batches: Clean,
+    classes: int,
+    autocast: Any,
+    world: World,
+    *,
+    keep: bool = False,
 ) -> Evaluated:
     """A model in evaluation mode over test images; its modes are restored. Collective.
+
+    With ``keep`` the features of all images of this process stay on the device.
 
     The hits are counted on the device: torchmetrics, where some rows are to be left out, waits for
     it in every batch.
@@ -392,19 +443,15 @@ def evaluate(
             best = logits.topk(min(5, classes), dim=1).indices == target[:, None]
             hits = torch.stack([best[:, 0], best.any(1), torch.ones_like(mask)], 1)
             counts += (hits & mask[:, None]).sum(0)
-            taken.append(feature.float())
-            targets.append(target.where(mask, -100))
+            if keep:
+                taken.append(feature.float())
+                targets.append(target.where(mask, -100))
     finally:
         for module, mode in modes.items():
             module.training = mode
     top1, top5, count = world.sum(counts).tolist()
-    return Evaluated(
-        round(100 * top1 / count, 4),
-        round(100 * top5 / count, 4),
-        torch.cat(taken),
-        torch.cat(targets),
-        count,
-    )
+    kept = (torch.cat(taken), torch.cat(targets)) if keep else ()
+    return Evaluated(round(100 * top1 / count, 4), round(100 * top5 / count, 4), count, *kept)
 
 
 # -- the task -------------------------------------------------------------------------------------
@@ -457,7 +504,27 @@ def _criterion(
     return makers[options.method]()
 
 
-def _cast_once(teacher: nn.Module) -> nn.Module:
+def _running_means(
+    config: TrainConfig, source: Source, teacher: Teacher, world: World
+) -> RunningMeans:
+    width = feature_width(teacher.model)
+    if width is None:
+        raise ValueError(
+            f"--class-means-momentum is for teachers that tell the width of their features, "
+            f"{config.model.teacher} does not"
+        )
+    means = ClassMeans(
+        len(source.classes),
+        width,
+        momentum=config.model.class_means_momentum,
+        device=world.device,
+    )
+    assert config.model.teacher is not None
+    means.metadata = means_notes(config.model.teacher, teacher.digest, source)
+    return RunningMeans(means, torch.distributed.group.WORLD if world.size > 1 else None)
+
+
+def cast_once(teacher: nn.Module) -> nn.Module:
     """A copy whose weights are what autocast would make of them in every step again.
 
     Normalisations keep theirs in float32, in which autocast uses them.
@@ -530,13 +597,16 @@ class Classification(Task):
         student = build_student(config, source)
         if run.activation_checkpointing:
             checkpoint_activations(student, config.model.student)
-        criterion = projector = guide = None
+        criterion = projector = guide = running = None
         mixes = config.data.task == "imagenet" and config.reader.mixes
         # Where images are mixed their targets are smoothed, which all terms of the loss read.
         smoothing = 0.0 if mixes else config.method.label_smoothing
         if config.needs_teacher:
             assert teacher is not None
             means = None if teacher.class_means is None else teacher.class_means.compute()
+            if config.model.class_means_momentum is not None:
+                running = _running_means(config, source, teacher, world)
+                means = running.means.compute()
             if config.method.nd_weight:
                 assert means is not None
                 width = getattr(student, "head_hidden_size", None) or student.num_features
@@ -545,10 +615,10 @@ class Classification(Task):
             criterion = _criterion(config.method, means, student, teacher.model, world, smoothing)
             guide = teacher.model
             if run.precision == "bfloat16" and not run.fsdp_teacher:
-                guide = _cast_once(guide)
+                guide = cast_once(guide)
         method = config.method
         self.step = Distillation(
-            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp
+            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp, running
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)
@@ -589,6 +659,11 @@ class Classification(Task):
         if teacher is not None:
             try_out(teacher.model, f"--teacher {config.model.teacher}", config, source)
 
+    @property
+    def class_means(self) -> Tensor | None:
+        """Those of the criterion, (classes, features)."""
+        return None if self.step.criterion is None else self.step.criterion.class_means
+
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """Cut, mirrored and normalised images, and their classes."""
         before = self.unreadable if start else 0
@@ -606,38 +681,46 @@ class Classification(Task):
             "test_unreadable": self.source.test_images - self._counted,
         }
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    @property
+    def evaluated(self) -> tuple[nn.Module, ...]:
+        """The student, and its projector."""
+        return self.model, *filter(None, [self.step.projector])
+
+    def evaluate(self, model: nn.Module, projector: nn.Module | None = None) -> dict[str, float]:
         """Accuracies, and where there are class means the features' norms and directions."""
         classes = len(self.source.classes)
-        result = evaluate(model, self._test, classes, self._autocast, self.world)
+        keeps = self.class_means is not None
+        result = evaluate(model, self._test, classes, self._autocast, self.world, keep=keeps)
         self._counted = result.count
         figures = {"test_top1": result.top1, "test_top5": result.top5}
-        if self._teacher is None or self._teacher.class_means is None:
+        if self.class_means is None:
             return figures
+        assert self._teacher is not None
         if self._teacher_norms is None:
             of_teacher = evaluate(
-                self._teacher.model, self._test, classes, self._autocast, self.world
+                self._teacher.model, self._test, classes, self._autocast, self.world, keep=True
             )
             self._teacher_norms = of_teacher.features.norm(dim=1)
-        return {**figures, **self._diagnostics(result)}
+        return {**figures, **self._diagnostics(result, projector)}
 
+    @staticmethod
     @torch.no_grad()
-    def _projected(self, student: Tensor) -> Tensor:
+    def _projected(student: Tensor, projector: nn.Module | None) -> Tensor:
         """The student's features as the loss sees them."""
-        projector = self.step.projector
         if projector is None:
             return student
+        was_training = projector.training
         projector.eval()
         try:
             dtype = next(projector.parameters()).dtype  # the evaluation gives float32
             return projector(student.to(dtype)).float()
         finally:
-            projector.train()
+            projector.train(was_training)
 
     @torch.no_grad()
-    def _diagnostics(self, result: Evaluated) -> dict[str, float]:
+    def _diagnostics(self, result: Evaluated, projector: nn.Module | None) -> dict[str, float]:
         assert self._teacher_norms is not None
-        student, means = self._projected(result.features), self.step.criterion.class_means
+        student, means = self._projected(result.features, projector), self.class_means
         if student.shape[1] != means.shape[1]:
             return {}  # the widths differ, and nothing projects one to the other
         own = feature_diagnostics(student, result.target, means, teacher_norms=self._teacher_norms)
@@ -657,21 +740,25 @@ class Classification(Task):
             "reached": reached / total,
         }
 
-    def feature_figures(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def feature_figures(
+        self, model: nn.Module, projector: nn.Module | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Norms, and cosines to the class means, of the test images' features, by model.
 
-        Empty without class means. Of this process's images only.
+        Of the teacher, and of the student or its average. Empty without class means. Of this
+        process's images only.
         """
-        if self._teacher is None or self._teacher.class_means is None:
+        means = self.class_means
+        if means is None:
             return {}, {}
-        means = self._teacher.class_means.compute().to(self.world.device)
+        assert self._teacher is not None
         norms, cosines = {}, {}
-        for name, model in (("teacher", self._teacher.model), ("student", self.model)):
+        for name, network in (("teacher", self._teacher.model), ("student", model)):
             classes = len(self.source.classes)
-            result = evaluate(model, self._test, classes, self._autocast, self.world)
+            result = evaluate(network, self._test, classes, self._autocast, self.world, keep=True)
             own = result.features
             if name == "student":
-                own = self._projected(own)
+                own = self._projected(own, projector)
             kept = result.target != -100
             norms[name] = own[kept].norm(dim=1).cpu().numpy()
             if own.shape[1] == means.shape[1]:

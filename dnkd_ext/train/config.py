@@ -89,6 +89,11 @@ class ModelOptions:
     class_means: str | None = None
     """File of the teacher's class means (dnkd class-means, or the authors' JSON); without one they
     are gathered first and kept in the run's folder."""
+    class_means_momentum: float | None = None
+    """Let class means be a moving average of the features that the teacher has while training, with
+    this share of the old mean in every step, instead of gathering them in a pass of their own; a
+    mixed image counts for the class with the larger share, and with accumulate every part moves
+    them. All processes have the same."""
     dropout: float = 0.5
     """Of the projector, which is there where student and class means differ in width."""
     drop_path: float = 0.0
@@ -194,8 +199,9 @@ class RunOptions:
     """Memory format of images and weights; faster on CPUs, too."""
     compile: bool = False
     """torch.compile of teacher, student and loss."""
-    cuda_graph: bool = False
-    """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
+    cuda_graph: bool | None = None
+    """Record the step (teacher, student, loss, optimiser) after three, and replay it; by default
+    where --task cifar runs on one GPU, and not with --no-cuda-graph."""
     fsdp: bool = False
     """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
     instead of having copies; torch.compile is then that of the student's blocks."""
@@ -206,10 +212,15 @@ class RunOptions:
     models of timm that know how to."""
     deterministic: bool = False
     """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
-    eval_batch_size: int = 500
-    """Images per step of the evaluation, of all processes together; made a multiple of these."""
-    checkpoint_every: int = 1
-    """Epochs between checkpoints; the last epoch always has one."""
+    eval_batch_size: int | None = None
+    """Images per step of the evaluation, of all processes together; made a multiple of these. By
+    default 500, and 2000 for --task cifar on a GPU."""
+    checkpoint_every: int | None = None
+    """Epochs between checkpoints, by default 1, and 10 for --task cifar on a GPU, whose epochs are
+    short; the last epoch always has one."""
+    checkpoint_minutes: float = 30.0
+    """Minutes after which a checkpoint is written within an epoch, where the loss is looked at; 0:
+    never."""
     log_every: int = 50
     """Steps between looks at the loss, which wait for the device."""
     tensorboard: bool = True
@@ -327,10 +338,18 @@ class TrainConfig:
             raise ValueError("--fsdp is for several processes, started by torchrun; got one")
         if self.run.fsdp and self.run.cuda_graph:
             raise ValueError("--cuda-graph cannot record the messages of --fsdp; pass one of them")
+        if self.run.activation_checkpointing:
+            for name in ("compile", "cuda_graph"):
+                if getattr(self.run, name):
+                    raise ValueError(
+                        f"--{_option(name)} cannot follow what --activation-checkpointing computes "
+                        "again; pass one of them"
+                    )
         if self.run.fsdp_teacher and not self.run.fsdp:
             raise ValueError("--fsdp-teacher goes with --fsdp only")
         if self.run.fsdp_teacher and not self.needs_teacher:
             raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
+        self._check_class_means()
         if self.data.task == "detection":
             self._check_detection()
         if self.needs_teacher:
@@ -349,6 +368,25 @@ class TrainConfig:
                 f"--teacher {self.model.teacher} has no part in --method ce with --nd-weight 0; "
                 "name a --method"
             )
+
+    def _check_class_means(self) -> None:
+        """The moving average, and what it does not go with."""
+        momentum = self.model.class_means_momentum
+        if momentum is None:
+            return
+        if not 0 < momentum < 1:
+            raise ValueError(
+                f"--class-means-momentum must be between 0 and 1, both excluded, got {momentum}"
+            )
+        if self.model.class_means is not None:
+            raise ValueError(
+                "--class-means are read and --class-means-momentum gathers them while training; "
+                "pass one of them"
+            )
+        if not self.method.nd_weight:
+            raise ValueError("--class-means-momentum has no part in --nd-weight 0")
+        if self.data.task == "detection":
+            raise ValueError("--class-means-momentum is not there for --task detection")
 
     def _check_detection(self) -> None:
         """What detection has no part in."""
@@ -444,6 +482,7 @@ LEAST = {
     "rpn_proposals": 1,
     "proposals": 1,
     "checkpoint_every": 1,
+    "checkpoint_minutes": 0,
     "log_every": 1,
 }
 
@@ -466,6 +505,7 @@ FREE = {
     "eval_batch_size",
     "detect_batch_size",
     "checkpoint_every",
+    "checkpoint_minutes",
     "log_every",
     "tensorboard",
     "wandb",

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import uuid
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dnkd_ext.progress import Progress
+from dnkd_ext.train.average import MovingAverage
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.config import OptimOptions, RunOptions
 from dnkd_ext.train.files import write_csv, write_tensors
@@ -66,6 +67,7 @@ class Task(ABC):
             every child of ``step`` are run by their call or these methods alone.
         terms: what ``step`` returns, by name; means over the batch.
         metric: which of the figures of :meth:`evaluate` is to become large.
+        evaluated: ``model`` and, behind it, what is trained beside it and evaluated with it.
         steps_per_epoch: batches of an epoch.
         batch_size: images of a batch, of all processes together.
         identity: what a checkpoint must have been made with to be gone on from.
@@ -82,6 +84,11 @@ class Task(ABC):
     batch_size: int
     identity: dict[str, str]
 
+    @property
+    def evaluated(self) -> tuple[nn.Module, ...]:
+        """The arguments of :meth:`evaluate`, of which a moving average may be kept."""
+        return (self.model,)
+
     @abstractmethod
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's batches of an epoch, from number ``start`` on; no state is kept."""
@@ -96,7 +103,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Figures of ``model`` or of a copy of it, the same on all processes; a collective call."""
+        """Figures of ``evaluated`` or of copies, the same on all processes; a collective call."""
 
 
 def learning_rate(options: OptimOptions, time: float) -> float:
@@ -170,14 +177,17 @@ class _Recorded:
         if self.runs < self.EAGER:
             self.runs += 1
             self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                # An optimiser that can be recorded says that it is not being.
+                warnings.filterwarnings("ignore", message="This instance was constructed with capt")
                 self.body(batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
         if self.graph is None:
             self.static = tuple(tensor.clone() for tensor in batch)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
+            # The threads that pin the next batches' memory go on meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.body(self.static)
             self.graph = graph
         for own, given in zip(self.static, batch, strict=True):
@@ -226,7 +236,7 @@ def train(
     ``last.safetensors`` hold the model's weights, ``checkpoint.pt`` all that is needed to go on,
     where the step is sharded together with the folder that it names.
     With ``resume`` the run continues from there as if it had never stopped: after a signal at the
-    very step, otherwise at the last epoch that was kept.
+    very step, otherwise at the last epoch, or step of a long one, that was kept.
 
     Args:
         task: what is trained; a sharded run leaves its modules sharded.
@@ -241,9 +251,9 @@ def train(
 
     Returns:
         ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
-        ``best_epoch``, and ``seconds`` of training, evaluation left out, over all parts of the run.
-        With a moving average of the weights, that is what is evaluated for it and written as
-        weights. ``model`` is the one whose last weights were written.
+        ``best_epoch``, ``seconds`` of training, evaluation left out, over all parts of the run, and
+        ``judged``, the task's ``evaluated`` modules. With a moving average of the weights, that is
+        what is evaluated for it, written as weights and returned.
 
     Raises:
         FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
@@ -269,23 +279,18 @@ def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -
         raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
 
 
-def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Any], None]:
-    """The moving average of lists of tensors, sharded ones among them."""
-    average = get_ema_multi_avg_fn(decay)
-
-    def of_parts(averages: list[Tensor], current: list[Tensor], number: Any) -> None:
-        average([local(one) for one in averages], [local(one) for one in current], number)
-
-    return of_parts
-
-
 def _distributed(step: nn.Module, device: torch.device) -> nn.Module:
     """The step with gradients averaged over processes, each with running statistics of its own."""
     kind = nn.parallel.DistributedDataParallel
     # By its older name up to torch 2.12.
     names = inspect.signature(kind.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return kind(step, device_ids=[device] if device.type == "cuda" else None, **{option: False})
+    return kind(
+        step,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # else gradients are in memory twice
+        **{option: False},
+    )
 
 
 class _Training:
@@ -311,23 +316,21 @@ class _Training:
         device = world.device
         self.lr = torch.tensor(optim.lr, device=device)
         self.ramp = torch.tensor(1.0, device=device)
-        self.average: AveragedModel | None = None
+        self.average: MovingAverage | None = None
         self.metric = task.metric
         if optim.ema_decay is not None:
-            self.average = AveragedModel(
-                task.model, multi_avg_fn=_averaging(optim.ema_decay), use_buffers=True
-            )
+            self.average = MovingAverage(task.evaluated, optim.ema_decay)
             self.metric = f"ema_{task.metric}"
         self.meter = _Meter(len(task.terms), device)
         self.module = task.step
         if run.fsdp:
             # The average is a copy from before, as what is sharded cannot be copied; it is sharded
             # alike, so that a process averages the shards it has.
-            if self.average is not None:
-                shard_model(self.average.module, world.mesh, keep=False)
+            for module in self.average or ():
+                shard_model(module, world.mesh, keep=False)
             shard_step(task.step, task.model, world.mesh, methods=task.methods, compile=run.compile)
         elif run.compile:
-            task.step.compile()
+            task.step.compile(dynamic=False)
         if world.size > 1 and not run.fsdp:
             self.module = _distributed(task.step, device)
         self.names = [n for n, p in task.step.named_parameters() if p.requires_grad]
@@ -354,6 +357,8 @@ class _Training:
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
         self.seconds = 0.0
+        # When the last checkpoint was written, or this part of the run begun.
+        self.saved = time.monotonic()
         # Of the run at Weights & Biases, which goes on when this one does.
         self.wandb_id = ""
 
@@ -375,7 +380,11 @@ class _Training:
         # Fused, they take a learning rate that is a tensor without reading it back.
         if optim.optimizer == "adamw":
             return torch.optim.AdamW(
-                groups, lr=self.lr, betas=optim.betas, fused=True, capturable=self.run.cuda_graph
+                groups,
+                lr=self.lr,
+                betas=optim.betas,
+                fused=True,
+                capturable=bool(self.run.cuda_graph),
             )
         return torch.optim.SGD(
             groups, lr=self.lr, momentum=optim.momentum, nesterov=optim.nesterov, fused=True
@@ -384,6 +393,10 @@ class _Training:
     def release(self) -> None:
         """Let go of what would otherwise wait for the garbage collector: processes, GPU memory."""
         del self.do_step, self.module, self.optimizer
+        if self.run.compile:
+            # Dynamo counts what it has compiled by code, not by model: the next run's step would
+            # some time not be compiled any more.
+            torch.compiler.reset()
 
     # -- a step --------------------------------------------------------------------------------
 
@@ -418,7 +431,7 @@ class _Training:
                 part.grad = None if parameter.grad is None else local(parameter.grad)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update_parameters(self.task.model)
+            self.average.update(self.task.evaluated)
         self.meter.add(terms / len(parts))
 
     def _check_finite(self, epoch: int) -> list[float]:
@@ -531,6 +544,7 @@ class _Training:
                     },
                 )
         self.epoch, self.start = epoch, start
+        self.saved = time.monotonic()
 
     def _load(self) -> bool:
         """Go on from a checkpoint, if there is one."""
@@ -555,6 +569,8 @@ class _Training:
         self.rows, self.seconds = state["rows"], state["seconds"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.best_weights = state["best_weights"]
+        if self.average is not None:
+            self.average.begun = True  # there is no checkpoint before the first step
         self.wandb_id = state.get("wandb", "")
         if self.start:
             if len(state["ranks"]) != self.world.size:
@@ -677,7 +693,7 @@ class _Training:
             "best": self.best,
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
-            "model": self._model,
+            "judged": self._judged(),
         }
 
     def _epoch(self, epoch: int, bar: Progress, signals: Signals) -> None:
@@ -706,26 +722,36 @@ class _Training:
             stop = bool(signals.received) and world.size == 1
             if looks and world.size > 1:
                 stop = world.any(bool(signals.received))
-            if stop and step < task.steps_per_epoch:
+            if (stop or (looks and self._is_due())) and step < task.steps_per_epoch:
                 self._check_finite(epoch)
                 self._check_weights(epoch)
                 self.seconds = before + time.perf_counter() - began
                 self._save(epoch, step)
+            if stop and step < task.steps_per_epoch:
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
         self._check_weights(epoch)
         world.average_batch_norm(task.step)
-        figures = task.evaluate(task.model)
+        figures = task.evaluate(*task.evaluated)
         if self.average is not None:
             world.average_batch_norm(self.average)
-            of_average = task.evaluate(self.average.module)
+            of_average = task.evaluate(*self.average)
             figures.update({f"ema_{name}": value for name, value in of_average.items()})
         self._finish(epoch, means, figures, speed)
         stop = world.any(bool(signals.received))
         last = epoch + 1 == self.optim.epochs
-        if stop or last or (epoch + 1) % self.run.checkpoint_every == 0:
+        if stop or last or (epoch + 1) % (self.run.checkpoint_every or 1) == 0:
             self._save(epoch + 1, 0)
         if stop and not last:
             self._stop(signals, f"after epoch {epoch + 1}")
+
+    def _is_due(self) -> bool:
+        """Whether the last checkpoint is so old that one is written within the epoch; collective.
+
+        By the first process's clock.
+        """
+        minutes = self.run.checkpoint_minutes
+        passed = time.monotonic() - self.saved
+        return minutes > 0 and self.world.any(self.world.is_first and passed >= 60 * minutes)
 
     def _stop(self, signals: Signals, where: str) -> None:
         number = signals.received or signal.SIGTERM
@@ -765,14 +791,14 @@ class _Training:
             if self.world.is_first:
                 write_csv(self.out / LOG, self.rows)
 
-    @property
-    def _model(self) -> nn.Module:
-        """Whose weights are wanted in the end: the model, or its average."""
-        return self.task.model if self.average is None else self.average.module
-
     def _weights(self) -> dict[str, Tensor]:
-        """Its state, on the CPU; empty but on the first process."""
-        return gather_whole(self._model.state_dict(), self.world)
+        """The model's state, or its average's, on the CPU; empty but on the first process."""
+        model, *_ = self._judged()
+        return gather_whole(model.state_dict(), self.world)
+
+    def _judged(self) -> tuple[nn.Module, ...]:
+        """What decides which weights are the best, and is evaluated in the end."""
+        return self.task.evaluated if self.average is None else tuple(self.average)
 
     def _write_weights(self, name: str) -> None:
         weights, epoch = self.best_weights, self.best_epoch

@@ -19,6 +19,7 @@ import torch
 
 import dnkd_ext
 from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.classification import (
@@ -26,6 +27,7 @@ from dnkd_ext.train.classification import (
     STAGE_METHODS,
     Classification,
     Teacher,
+    cast_once,
     evaluate,
     identity,
     load_teacher,
@@ -144,13 +146,20 @@ def _gather(
     return gather(model, source, config, world, metadata=notes, path=path, resume=resume)
 
 
-def resolve(options: RunOptions, world: World) -> RunOptions:
-    """The options with what the automatic ones come to on this device.
+def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOptions:
+    """The options with what the automatic ones come to on this device, for this task.
 
     Raises:
         ValueError: an option that this device or number of processes does not allow.
     """
     on_gpu = world.device.type == "cuda"
+    # There a step is bound by its launches, and an epoch over in seconds.
+    is_short = on_gpu and task == "cifar"
+    cuda_graph, eval_batch = options.cuda_graph, options.eval_batch_size
+    if cuda_graph is None:
+        cuda_graph = is_short and world.size == 1 and not options.activation_checkpointing
+    if eval_batch is None:
+        eval_batch = 2000 if is_short else 500
     precision = options.precision
     if precision == "auto":
         precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32"
@@ -162,7 +171,9 @@ def resolve(options: RunOptions, world: World) -> RunOptions:
         options,
         device=world.device.type,
         precision=precision,
-        eval_batch_size=-(-options.eval_batch_size // world.size) * world.size,
+        cuda_graph=cuda_graph,
+        eval_batch_size=-(-eval_batch // world.size) * world.size,
+        checkpoint_every=options.checkpoint_every or (10 if is_short else 1),
         channels_last=options.channels_last,
     )
 
@@ -189,9 +200,15 @@ def plan_jobs(
 
 
 def run_jobs(
-    jobs: list[Job], out: Path, world: World, *, resume: bool = False, overwrite: bool = False
+    jobs: list[Job],
+    out: Path,
+    world: World,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    at_once: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train one after another; data, teachers and class means are read once.
+    """Train one after another, or some at a time; data, teachers and class means are read once.
 
     Returns:
         What the ``result.json`` of every job holds.
@@ -202,9 +219,15 @@ def run_jobs(
             before the first job begins, and nothing is written then.
         FloatingPointError: runs failed, see :func:`dnkd_ext.train.engine.train`; preset, seed and
             folder are named. It is raised after the others have been trained.
+        ChildProcessError: likewise with ``at_once``, whatever made a run fail.
         Interrupted: likewise, at once.
     """
     with world.together():
+        if at_once < 1 or (at_once > 1 and world.size > 1):
+            raise ValueError(
+                "--at-once must be at least 1, and 1 for several processes of torchrun, got "
+                f"{at_once}"
+            )
         ready = [_checked(job, world) for job in jobs]
     states: list[_State] = []
     with world.first_alone():
@@ -239,11 +262,18 @@ def run_jobs(
             if world.is_first:
                 print(f"finished before: {_line(state.result, job.out)}", flush=True)
             continue
+        if at_once > 1:
+            continue
         try:
             results.append(_run(job, shared, world, resume))
         except FloatingPointError as error:  # the same on all processes
             name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
             failed.append(f"{name}: {error}")
+    if at_once > 1:
+        todo = [job for job, state in zip(ready, states, strict=True) if state.result is None]
+        failed = _run_at_once(todo, shared, out, at_once)
+        ended = [_look(job, resume=True, overwrite=False).result for job in todo]
+        results += [result for result in ended if result is not None]
     with world.first_alone():
         if world.is_first and len(jobs) > 1:
             rows = summary(_all_results(out))
@@ -252,7 +282,8 @@ def run_jobs(
             print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
         if world.is_first and failed:
             many = f"{len(failed)} of {len(jobs)} runs failed: " if len(jobs) > 1 else ""
-            raise FloatingPointError(many + "; ".join(failed))
+            error = FloatingPointError if at_once == 1 else ChildProcessError
+            raise error(many + "; ".join(failed))
     return results
 
 
@@ -268,8 +299,8 @@ def _checked(job: Job, world: World) -> Job:
         raise ModuleNotFoundError(
             "--wandb needs Weights & Biases; install it with pip install wandb"
         )
-    config = dataclasses.replace(job.config, run=resolve(job.config.run, world))
-    return dataclasses.replace(job, config=config)
+    options = resolve(job.config.run, world, job.config.data.task)
+    return dataclasses.replace(job, config=dataclasses.replace(job.config, run=options))
 
 
 class _State(NamedTuple):
@@ -351,6 +382,13 @@ class _Shared:
         self._teachers: dict[Any, Teacher] = {}
         self._sharded: set[Any] = set()
 
+    def forget(self) -> None:
+        """Give the memory back that others are to have."""
+        self._sources.clear()
+        self._teachers.clear()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def source(self, config: TrainConfig) -> Any:
         """The data set, a Source or a DetectionSource."""
         key = (config.data, config.reader, config.detection)
@@ -363,7 +401,7 @@ class _Shared:
         return (
             (model.teacher, model.teacher_weights, model.class_means),
             (config.data, config.reader, config.detection),
-            (config.run.channels_last, config.run.fsdp_teacher),
+            (config.run.channels_last, config.run.fsdp_teacher and config.run.precision),
         )
 
     def teacher(self, config: TrainConfig) -> Teacher | None:
@@ -399,10 +437,14 @@ class _Shared:
             return None
         key = self._key(config)
         if config.run.fsdp_teacher and key not in self._sharded:
+            if _casts_sharded_teacher(config):
+                teacher = self._teachers[key] = teacher._replace(model=cast_once(teacher.model))
             shard_model(
                 teacher.model, self.world.mesh, methods=STAGE_METHODS, compile=config.run.compile
             )
             self._sharded.add(key)
+        if config.model.class_means_momentum is not None:
+            return teacher
         if teacher.class_means is None:
             if config.data.task != "cifar" and not config.method.nd_weight:
                 return teacher
@@ -438,6 +480,18 @@ def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dic
     notes = means_notes(name, teacher.digest, source)
     own = _detection().gathering_notes if _is_detection(config) else gathering_notes
     return notes | own(config)
+
+
+def _casts_sharded_teacher(config: TrainConfig) -> bool:
+    """Whether a teacher is sharded as autocast would cast it in every step.
+
+    Half of it is sent then. Not where its class means, which are those of float32, are still to be
+    gathered.
+    """
+    model = config.model
+    gathers = model.class_means is None and model.class_means_momentum is None
+    gathers &= bool(config.method.nd_weight) or config.data.task == "cifar"
+    return config.run.precision == "bfloat16" and not gathers
 
 
 def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
@@ -513,9 +567,9 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     norms: dict[str, Any] = {}
     cosines: dict[str, Any] = {}
     if isinstance(task, Classification):
-        norms, cosines = task.feature_figures()
+        norms, cosines = task.feature_figures(*log["judged"])
     else:
-        task.finish(out, log["model"])
+        task.finish(out, log["judged"][0])
     with world.first_alone():
         if world.is_first:
             name = config.preset or config.model.student
@@ -523,10 +577,39 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
             if norms:
                 title = f"{name}: features of the test images"
                 plot_features(norms, cosines, title, out / FEATURES)
+            if isinstance(task, Classification) and task.step.running is not None:
+                task.step.running.means.save(out / CLASS_MEANS)
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
             print(_line(result, out), flush=True)
     return result
+
+
+def _run_at_once(jobs: list[Job], shared: _Shared, out: Path, number: int) -> list[str]:
+    """Train jobs in processes of their own, for which images are decoded and means gathered here.
+
+    Returns:
+        Those that failed, and have told why; the others have been trained.
+
+    Raises:
+        Interrupted: see :func:`dnkd_ext.train.at_once.train_at_once`.
+    """
+    cache = out / "images.safetensors"
+    given = []
+    for job in jobs:
+        job.out.mkdir(parents=True, exist_ok=True)
+        config = job.config
+        if config.data.task == "cifar" and config.data.cache is None:
+            config = replace(config, {"cache": os.fspath(cache)})
+        shared.source(config)
+        prepare_device(config, shared.world)
+        shared.teacher_with_means(config, job.out)
+        given.append(dataclasses.replace(job, config=config))
+    shared.forget()
+    try:
+        return train_at_once(given, number)
+    finally:
+        cache.unlink(missing_ok=True)
 
 
 def _heading(job: Job, source: Any, world: World) -> str:
@@ -644,7 +727,7 @@ def run_class_means(
     """
     with world.together():
         config.check_data()
-        config = dataclasses.replace(config, run=resolve(config.run, world))
+        config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
     with world.first_alone():
         if world.is_first:
             _look_at_means(out, overwrite, resume)
@@ -705,7 +788,7 @@ def run_eval(
     """
     with world.together():
         config.check_data()
-        config = dataclasses.replace(config, run=resolve(config.run, world))
+        config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
         if detections is not None and not _is_detection(config):
             raise ValueError(f"--detections is for --task detection, got {detections}")
     if _is_detection(config):

@@ -117,7 +117,7 @@ def shard_model(
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * len(parts))
     for block in parts:
         if compile:
-            block.compile()
+            block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=not keep)
     for method in methods:

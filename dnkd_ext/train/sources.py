@@ -100,6 +100,11 @@ def _shared(config: TrainConfig, world: World) -> dict[str, Any]:
     }
 
 
+def _at_once(config: TrainConfig) -> int:
+    """Images of an evaluation's batch, in a configuration that nobody has resolved, too."""
+    return config.run.eval_batch_size or 500
+
+
 class MemorySource(Source):
     """Images in memory, on the device."""
 
@@ -131,11 +136,11 @@ class MemorySource(Source):
 
     def test(self, config: TrainConfig, world: World) -> EvalBatches:
         """In order."""
-        return EvalBatches(self.images.test, config.run.eval_batch_size, **_shared(config, world))
+        return EvalBatches(self.images.test, _at_once(config), **_shared(config, world))
 
     def clean(self, config: TrainConfig, world: World) -> EvalBatches:
         """In order."""
-        return EvalBatches(self.images.train, config.run.eval_batch_size, **_shared(config, world))
+        return EvalBatches(self.images.train, _at_once(config), **_shared(config, world))
 
 
 class DiskSource(Source):
@@ -177,7 +182,7 @@ class DiskSource(Source):
 
         return EvalLoader(
             split,
-            config.run.eval_batch_size,
+            _at_once(config),
             config.reader,
             device=world.device,
             **_shared(config, world),
@@ -193,13 +198,21 @@ class DiskSource(Source):
 
 
 def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> Source:
-    """The data set that the configuration names.
+    """The data set that the configuration names; collective.
+
+    The first process opens it first: what it keeps, the index of an archive or a file of decoded
+    images, is there for the others.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
         ModuleNotFoundError: timm is needed and not installed.
         ValueError: a broken data set, or options that do not fit it.
+        OtherProcessFailed: the first process could not open it.
     """
+    return world.first_ahead(lambda: _open(config, world, progress))
+
+
+def _open(config: TrainConfig, world: World, progress: bool) -> Source:
     options = config.data
     if config.data.task == "imagenet":
         from pathlib import Path

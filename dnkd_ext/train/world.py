@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,11 @@ __all__ = ["SPEAKS", "OtherProcessFailed", "World", "join_world", "told_once"]
 
 # Of the processes on a machine, which have one command line, the first tells what is wrong with it.
 SPEAKS = int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+T = TypeVar("T")
+
+# How long processes wait for one that decodes images, hashes, downloads or writes for all.
+PATIENCE = datetime.timedelta(hours=2)
 
 
 class OtherProcessFailed(RuntimeError):
@@ -90,7 +96,7 @@ class World:
         """What the first process has."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def wait(self) -> None:
@@ -134,6 +140,18 @@ class World:
             raise error
         raise OtherProcessFailed(f"process {first} failed")
 
+    def first_ahead(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns, done by the first process and then by the others.
+
+        For what leaves files that spare the others most of it, and which they must not write all
+        at once.
+        """
+        done: list[T] = []
+        with self.first_alone():
+            if self.is_first:
+                done.append(work())
+        return done[0] if done else work()
+
     @torch.no_grad()
     def average_batch_norm(self, model: nn.Module) -> None:
         """Give all processes the mean of their running statistics, each of which saw its part.
@@ -142,20 +160,28 @@ class World:
         """
         if self.size == 1:
             return
-        for module in model.modules():
-            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if is_norm and module.track_running_stats and module.momentum != 0:
-                for statistic in (module.running_mean, module.running_var):
-                    dist.all_reduce(statistic)
-                    statistic /= self.size
+        statistics = [
+            statistic
+            for module in model.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if module.track_running_stats and module.momentum != 0
+            for statistic in (module.running_mean, module.running_var)
+        ]
+        if not statistics:
+            return
+        # All in one message.
+        means = self.sum(torch.cat([statistic.flatten() for statistic in statistics])) / self.size
+        parts = means.split([statistic.numel() for statistic in statistics])
+        for statistic, part in zip(statistics, parts, strict=True):
+            statistic.copy_(part.view_as(statistic))
 
 
 @contextlib.contextmanager
 def join_world(device: str) -> Iterator[World]:
     """This process's world, for as long as the context lasts.
 
-    Under torchrun (RANK and WORLD_SIZE in the environment) that is a process group, NCCL on GPUs
-    and gloo on CPUs.
+    Under torchrun (RANK and WORLD_SIZE in the environment) that is a process group: NCCL for what
+    is on GPUs, gloo for what is not, objects among it.
 
     Args:
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
@@ -184,7 +210,9 @@ def join_world(device: str) -> Iterator[World]:
     own = not dist.is_initialized()
     if own:
         dist.init_process_group(
-            "nccl" if use_cuda else "gloo", device_id=place if use_cuda else None
+            "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+            device_id=place if use_cuda else None,
+            timeout=PATIENCE,
         )
     yield World(dist.get_rank(), dist.get_world_size(), place)
     # Not after an error, when others may wait in a collective call, and this would wait for them.

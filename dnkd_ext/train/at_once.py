@@ -1,0 +1,106 @@
+"""Several runs at once on one device, each in a process of its own.
+
+``python -m dnkd_ext.train.at_once JOB`` is such a process: JOB is JSON of the run's configuration,
+its folder and its published accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnkd_ext.train.engine import Interrupted, Signals
+
+__all__ = ["train_at_once"]
+
+
+def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
+    """Train jobs by so many processes at a time; what they say goes where this one's does.
+
+    SIGINT and SIGTERM are handed on, once: every run writes a checkpoint and ends.
+
+    Args:
+        jobs: with configurations that fit this device, in folders that hold no other runs.
+        number: how many at a time.
+
+    Returns:
+        The runs that failed, with their folders and exit statuses; the others go on.
+
+    Raises:
+        Interrupted: all runs have ended.
+    """
+    # They share the CPU's cores.
+    threads = max(1, torch.get_num_threads() // number)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    waiting, failed = list(jobs), []
+    running: dict[subprocess.Popen[bytes], Any] = {}
+    told = False
+    try:
+        with Signals() as signals:
+            while running or (waiting and not signals.received):
+                while waiting and len(running) < number and not signals.received:
+                    job = waiting.pop(0)
+                    # In a session of its own: a terminal's interrupt reaches this process alone.
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "dnkd_ext.train.at_once", _told(job)],
+                        env=environment,
+                        start_new_session=True,
+                    )
+                    running[process] = job
+                if signals.received and not told:
+                    told = True
+                    for process in running:
+                        process.send_signal(signal.SIGTERM)
+                for process in [process for process in running if process.poll() is not None]:
+                    job = running.pop(process)
+                    if process.returncode:
+                        failed.append(f"{job.out} (exit status {process.returncode})")
+                time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    if signals.received:
+        name = signal.Signals(signals.received).name
+        raise Interrupted(f"stopped by {name}; --resume goes on with all runs", signals.received)
+    return failed
+
+
+def _told(job: Any) -> str:
+    from dnkd_ext.train.config import flatten
+
+    config = {**flatten(job.config), "progress": False}
+    return json.dumps({"config": config, "out": os.fspath(job.out), "published": job.published})
+
+
+def main(told: str) -> int:
+    """One of the processes; what is wrong is a line on standard error, as in dnkd train."""
+    from dnkd_ext.train.config import TrainConfig, replace
+    from dnkd_ext.train.jobs import Job, run_jobs
+    from dnkd_ext.train.world import join_world
+
+    given = json.loads(told)
+    job = Job(replace(TrainConfig(), given["config"]), Path(given["out"]), given["published"])
+    try:
+        with join_world(job.config.run.device) as world:
+            run_jobs([job], job.out, world, resume=True)
+    except Interrupted as stopped:
+        print(f"{job.out}: {stopped}", flush=True)
+        return 128 + stopped.signal
+    except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
+        print(f"{job.out}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
