@@ -219,7 +219,7 @@ def run_jobs(
             before the first job begins, and nothing is written then.
         FloatingPointError: runs failed, see :func:`dnkd_ext.train.engine.train`; preset, seed and
             folder are named. It is raised after the others have been trained.
-        ChildProcessError: likewise with ``at_once``, whatever made a run fail.
+        ChildProcessError: likewise, of runs at once.
         Interrupted: likewise, at once.
     """
     with world.together():
@@ -243,7 +243,9 @@ def run_jobs(
                 # What makes batches checks its options, and starts no workers before the first.
                 source.train(job.config, world)
                 source.test(job.config, world)
-                if teacher and job.config.method.nd_weight and teacher.class_means is None:
+                follows = job.config.model.class_means_momentum is not None
+                needs_means = job.config.method.nd_weight and not follows
+                if teacher and needs_means and teacher.class_means is None:
                     source.clean(job.config, world)
             if state.identity is not None:
                 told = {"identity": state.identity}
@@ -254,26 +256,29 @@ def run_jobs(
                 # All of them, results first, so that nothing old is taken for a part of the new.
                 for job in ready:
                     _remove(job.out)
-    results = []
+    done = {
+        job.out: state.result
+        for job, state in zip(ready, states, strict=True)
+        if state.result is not None
+    }
+    if world.is_first:
+        for folder, result in done.items():
+            print(f"finished before: {_line(result, folder)}", flush=True)
+    todo = [job for job in ready if job.out not in done]
     failed: list[str] = []
-    for job, state in zip(ready, states, strict=True):
-        if state.result is not None:
-            results.append(state.result)
-            if world.is_first:
-                print(f"finished before: {_line(state.result, job.out)}", flush=True)
-            continue
+    if at_once > 1:
+        failed = _run_at_once(todo, shared, out, at_once)
+    for job in todo:
         if at_once > 1:
+            result = _look(job, True, False).result
+            if result is not None:
+                done[job.out] = result
             continue
         try:
-            results.append(_run(job, shared, world, resume))
+            done[job.out] = _run(job, shared, world, resume)
         except FloatingPointError as error:  # the same on all processes
             name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
             failed.append(f"{name}: {error}")
-    if at_once > 1:
-        todo = [job for job, state in zip(ready, states, strict=True) if state.result is None]
-        failed = _run_at_once(todo, shared, out, at_once)
-        ended = [_look(job, resume=True, overwrite=False).result for job in todo]
-        results += [result for result in ended if result is not None]
     with world.first_alone():
         if world.is_first and len(jobs) > 1:
             rows = summary(_all_results(out))
@@ -282,9 +287,10 @@ def run_jobs(
             print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
         if world.is_first and failed:
             many = f"{len(failed)} of {len(jobs)} runs failed: " if len(jobs) > 1 else ""
-            error = FloatingPointError if at_once == 1 else ChildProcessError
-            raise error(many + "; ".join(failed))
-    return results
+            raise (ChildProcessError if at_once > 1 else FloatingPointError)(
+                many + "; ".join(failed)
+            )
+    return [done[job.out] for job in ready]
 
 
 def _checked(job: Job, world: World) -> Job:
@@ -300,7 +306,8 @@ def _checked(job: Job, world: World) -> Job:
             "--wandb needs Weights & Biases; install it with pip install wandb"
         )
     options = resolve(job.config.run, world, job.config.data.task)
-    return dataclasses.replace(job, config=dataclasses.replace(job.config, run=options))
+    config = dataclasses.replace(job.config, run=options)
+    return dataclasses.replace(job, config=config)
 
 
 class _State(NamedTuple):
@@ -386,6 +393,7 @@ class _Shared:
         """Give the memory back that others are to have."""
         self._sources.clear()
         self._teachers.clear()
+        self._sharded.clear()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -438,7 +446,8 @@ class _Shared:
         key = self._key(config)
         if config.run.fsdp_teacher and key not in self._sharded:
             if _casts_sharded_teacher(config):
-                teacher = self._teachers[key] = teacher._replace(model=cast_once(teacher.model))
+                teacher = teacher._replace(model=cast_once(teacher.model))
+                self._teachers[key] = teacher
             shard_model(
                 teacher.model, self.world.mesh, methods=STAGE_METHODS, compile=config.run.compile
             )
@@ -475,23 +484,23 @@ class _Shared:
         return teacher
 
 
-def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
-    """What a file of class means says about its origin."""
-    notes = means_notes(name, teacher.digest, source)
-    own = _detection().gathering_notes if _is_detection(config) else gathering_notes
-    return notes | own(config)
-
-
 def _casts_sharded_teacher(config: TrainConfig) -> bool:
     """Whether a teacher is sharded as autocast would cast it in every step.
 
-    Half of it is sent then. Not where its class means, which are those of float32, are still to be
-    gathered.
+    Half of it is sent then. Not where its class means are still to be gathered.
     """
     model = config.model
     gathers = model.class_means is None and model.class_means_momentum is None
     gathers &= bool(config.method.nd_weight) or config.data.task == "cifar"
     return config.run.precision == "bfloat16" and not gathers
+
+
+def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about its origin."""
+    notes = means_notes(name, teacher.digest, source)
+    if _is_detection(config):
+        return notes | _detection().gathering_notes(config)
+    return notes | gathering_notes(config)
 
 
 def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
@@ -589,7 +598,7 @@ def _run_at_once(jobs: list[Job], shared: _Shared, out: Path, number: int) -> li
     """Train jobs in processes of their own, for which images are decoded and means gathered here.
 
     Returns:
-        Those that failed, and have told why; the others have been trained.
+        Those that failed, and have told why.
 
     Raises:
         Interrupted: see :func:`dnkd_ext.train.at_once.train_at_once`.
@@ -607,9 +616,10 @@ def _run_at_once(jobs: list[Job], shared: _Shared, out: Path, number: int) -> li
         given.append(dataclasses.replace(job, config=config))
     shared.forget()
     try:
-        return train_at_once(given, number)
+        failed = train_at_once(given, number)
     finally:
         cache.unlink(missing_ok=True)
+    return failed
 
 
 def _heading(job: Job, source: Any, world: World) -> str:

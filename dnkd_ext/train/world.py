@@ -123,9 +123,10 @@ class World:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A part that all processes do alike, without a collective call: one tells the error.
+        """A part that all processes do alike: one tells the error.
 
-        Where several fail, the first of them raises its error and the others OtherProcessFailed.
+        It has at most one collective call, whose errors reach all of them. Where several fail, the
+        first of them raises its error and the others OtherProcessFailed.
         """
         error: Exception | None = None
         try:
@@ -164,7 +165,8 @@ class World:
             statistic
             for module in model.modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if module.track_running_stats and module.momentum != 0
+            and module.track_running_stats
+            and module.momentum != 0
             for statistic in (module.running_mean, module.running_var)
         ]
         if not statistics:
