@@ -132,9 +132,7 @@ def configure(preset: str, world: World, settings: dict[str, Any], data: str = "
         ValueError: an unknown preset, or settings that do not fit it or the device.
     """
     given = {
-        # A recorded step shows its parts to nobody: only when it is asked for.
-        "cuda_graph": False, **load_preset(preset).settings, **settings,
-        "preset": preset, "data": data or SYNTHETIC,
+        **load_preset(preset).settings, **settings, "preset": preset, "data": data or SYNTHETIC,
         "teacher_weights": "untrained", "progress": False, "tensorboard": False,
     }  # fmt: skip
     config = replace(TrainConfig(), given)

@@ -187,21 +187,7 @@ class Plot:
     """Where the detectors run."""
 
 
-def _with_values(argv: Sequence[str]) -> list[str]:
-    """Switches that may be left to the program, which tyro wants a value of, with theirs."""
-    switches = {"--cuda-graph": "True", "--no-cuda-graph": "False"}
-    found: list[str] = []
-    for word, behind in zip(argv, [*argv[1:], ""], strict=True):
-        plain = word.replace("_", "-")
-        if plain in switches and behind not in ("True", "False", "None"):
-            found += ["--cuda-graph", switches[plain]]
-        else:
-            found.append(word)
-    return found
-
-
 def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = None) -> T:
-    argv = _with_values(argv)
     return tyro.cli(
         kind,
         prog=f"dnkd {name}",

@@ -199,9 +199,8 @@ class RunOptions:
     """Memory format of images and weights; faster on CPUs, too."""
     compile: bool = False
     """torch.compile of teacher, student and loss."""
-    cuda_graph: bool | None = None
-    """Record the step (teacher, student, loss, optimiser) after three, and replay it; by default
-    where --task cifar runs on one GPU, and not with --no-cuda-graph."""
+    cuda_graph: bool = False
+    """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
     fsdp: bool = False
     """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
     instead of having copies; torch.compile is then that of the student's blocks."""

@@ -153,11 +153,9 @@ def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOption
         ValueError: an option that this device or number of processes does not allow.
     """
     on_gpu = world.device.type == "cuda"
-    # There a step is bound by its launches, and an epoch over in seconds.
+    # There an epoch is over in seconds.
     is_short = on_gpu and task == "cifar"
-    cuda_graph, eval_batch = options.cuda_graph, options.eval_batch_size
-    if cuda_graph is None:
-        cuda_graph = is_short and world.size == 1 and not options.activation_checkpointing
+    eval_batch = options.eval_batch_size
     if eval_batch is None:
         eval_batch = 2000 if is_short else 500
     precision = options.precision
@@ -171,7 +169,6 @@ def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOption
         options,
         device=world.device.type,
         precision=precision,
-        cuda_graph=cuda_graph,
         eval_batch_size=-(-eval_batch // world.size) * world.size,
         checkpoint_every=options.checkpoint_every or (10 if is_short else 1),
         channels_last=options.channels_last,
