@@ -337,6 +337,13 @@ def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsy
         wanted,
         wanted,
     ]
+    # Class means that follow the teacher are for those with the ND loss.
+    planned.clear()
+    pattern = f"{pair}/{{ce,kd,kd++}}"
+    assert main([*command, "--preset", pattern, "--class-means-momentum", "0.9"]) == 0
+    for job in planned:
+        job.config.check()
+    assert [job.config.model.class_means_momentum for job in planned] == [None, None, 0.9]
     # Of those that have none it is a mistake.
     planned.clear()
     assert main([*command, "--preset", f"{pair}/ce"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
 import json
 import math
@@ -600,10 +601,13 @@ def test_a_series_goes_on_after_a_run_that_failed(images, tmp_path, monkeypatch,
     assert f"run, seed 1, in {tmp_path / 'one'}: epoch 1" in capsys.readouterr().err
 
 
-def test_runs_at_once_are_those_one_after_another(images, teacher, tmp_path, capfd, monkeypatch):
+def test_runs_at_once_are_those_one_after_another(
+    images, teacher, tmp_path, capfd, monkeypatch, request
+):
     """The same figures; class means are gathered and images decoded once, for all of them."""
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-    torch.set_num_threads(1)
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)  # as each of the processes has; sums are added in another order else
     more = of(teacher, "kd", 1.0, "--epochs", "1", "--kd-warm-up", "0", "--seeds", "0,4")
     run_all = lambda name, *own: main(options(images, tmp_path / name, *more, *own))  # noqa: E731
     assert run_all("alone") == 0

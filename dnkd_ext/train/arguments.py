@@ -232,7 +232,9 @@ def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
 
 
 def _without_teacher(config: TrainConfig) -> TrainConfig:
-    """The configuration without what it says of a teacher, where none has a part in it."""
+    """The configuration without what it says of a teacher or class means that it has no use for."""
+    if not config.method.nd_weight:
+        config = replace(config, {"class_means_momentum": None})
     if config.needs_teacher:
         return config
     none = {"teacher": None, "teacher_weights": None, "class_means": None, "fsdp_teacher": False}
