@@ -39,8 +39,9 @@ class Case:
 
     # How many inputs, the first ones, get a gradient.
     leaves = 1
-    # How many of our losses it is made of.
+    # How many of our losses it is made of, and launches of a forward pass that are of none of them.
     losses = 1
+    extra_launches = 0
 
     @property
     def name(self) -> str:
@@ -350,6 +351,7 @@ class KdPlusPlusCase(Case):
 
     leaves = 2
     losses = 2
+    extra_launches = 1  # adds the two
 
     @property
     def label(self) -> str:

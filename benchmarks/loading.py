@@ -63,14 +63,14 @@ def pieces(count: int, seed: int) -> Iterator[bytes]:
         yield file.getvalue()
 
 
-def write_pieces(root: Path, count: int, shards: int) -> dict[str, Path]:
-    """As many images for training and an eighth for evaluation, in every kind of storage."""
+def write_pieces(root: Path, count: int, seen: int, shards: int) -> dict[str, Path]:
+    """So many images for training and for evaluation, in every kind of storage."""
     notes: dict[str, Any] = {"classes": [str(c) for c in range(CLASSES)], "splits": {}}
     folders, archives, dealt = (root / name for name in STORAGE)
     for folder in (archives, dealt):
         folder.mkdir(parents=True)
     for seed, (split, images) in enumerate(
-        {"train": count, "val": max(count // 8, shards, CLASSES)}.items()
+        {"train": count, "val": max(seen, shards, CLASSES)}.items()
     ):
         files = list(pieces(images, seed))
         with tarfile.open(archives / f"{split}.tar", "w") as archive:
@@ -174,7 +174,9 @@ def run(
         if data is not None:
             places = {"wds" if list(Path(data).glob("*_info.json")) else "given": Path(data)}
         else:
-            made = write_pieces(Path(folder), images, shards=max(1, *workers) * 2)
+            most = max(1, *workers)
+            # A worker makes whole batches: each gets several.
+            made = write_pieces(Path(folder), images, 4 * batch * most, shards=2 * most)
             places = {name: made[name] for name in storage}
         with Progress(len(presets) * len(places) * len(workers), "loading", unit="setting") as bar:
             for preset in presets:

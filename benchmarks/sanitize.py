@@ -27,7 +27,7 @@ from dnkd_ext._checks import LOSS_DTYPES
 ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
 # A warp, a block, a block of 256 threads, and one of 512 whose shared memory does not hold the row;
 # odd rows begin and end beside their vectors.
-LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9001, 65537, 65536)
+LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 9001, 65537, 65536)
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)
 # Rows and classes; the last three have several blocks that finish.
@@ -125,11 +125,20 @@ def logit_runs(name: str) -> Iterator[Run]:
             {"temperature": 2.0, "logit_standardization": True, "label_smoothing": 0.1}, 3.0,
         )  # fmt: skip
 
+    def shifted(rows):
+        return F.pad(rows, (1, 0))[:, 1:]
+
     def unlike(student, *arguments, **options):
-        return fused(F.pad(student, (1, 0))[:, 1:], *arguments, **options)
+        return fused(shifted(student), *arguments, **options)
+
+    def unlike_target(student, teacher, target, **options):
+        return fused(student, teacher, shifted(target), **options)
 
     for classes in UNLIKE_WIDTHS:
         student, teacher = 2 * _draw(5, classes), 2 * _draw(5, classes)
+        given = [student, teacher, _draw(5, classes).softmax(-1)]
+        what = f"{classes} classes, probabilities that do not lie alike"
+        yield Run(what, unlike_target, reference, given, {}, upstream=3.0)
         arguments = [student, teacher, torch.arange(5) % classes]
         for reduction in ("mean", "none"):
             what, options = f"{classes} classes, not alike, {reduction}", {"reduction": reduction}

@@ -61,7 +61,7 @@ def test_counts_images_and_leaves_out_the_first_epoch(monkeypatch):
 def test_the_same_pieces_in_every_storage(tmp_path):
     from PIL import Image
 
-    places = loading.write_pieces(tmp_path, 10, shards=4)
+    places = loading.write_pieces(tmp_path, 10, 4, shards=4)
     files = sorted(places["folders"].glob("train/*/*.jpg"), key=lambda path: int(path.stem))
     assert len(files) == 10
     assert {path.parent.name for path in files} == {"0", "1", "2", "3"}
@@ -96,7 +96,7 @@ def test_measures_every_storage_and_augmentation(tmp_path, capsys):
         assert row["eval_ips"] > 0
     printed = capsys.readouterr().out
     assert printed.count("| none |") == 6
-    loading.write_pieces(tmp_path / "own", 8, shards=2)
+    loading.write_pieces(tmp_path / "own", 8, 8, shards=2)
     own = ["--data", str(tmp_path / "own/folders"), "--preset", RESNET]
     assert main(["loading", *few, *own, "--out", str(out)]) == 0
     assert disk.read_loading(out)[-1]["storage"] == "given"

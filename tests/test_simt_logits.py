@@ -38,11 +38,13 @@ def run_logit_loss(
     target="int64", label_smoothing=0.0, reduction="mean", saves="gradient", standardize=False,
     scales=None, upstream=None, ignored=(), ignore_index=-100, bad=(), stride=None, shift=0,
     shared=64 << 10, multiprocessors=2, reverse=False, change=None, seed=0, weights=(0.7, 1.5),
-    stand_in=None,
+    stand_in=None, teacher_stride=None, teacher_shift=None, probabilities_stride=None,
+    probabilities_shift=None,
 ):  # fmt: skip
     """Both sides: (losses, gradient) of the kernels, and of the reference in float64.
 
-    stand_in: what the reference sees instead of -inf.
+    stand_in: what the reference sees instead of -inf. Strides and shifts of their own: where not
+    given, those of the student.
     """
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -65,6 +67,8 @@ def run_logit_loss(
     has_ce, decoupled = kind.startswith("ce"), kind.endswith("dkd")
     is_none, with_label = reduction == "none", target != "none"
     stride = stride or columns
+    teacher_stride = teacher_stride or stride
+    probabilities_stride = probabilities_stride or stride
     numbers = {
         "dtype": DTYPES.index(dtype), "teacher_is_wide": teacher_dtype != dtype,
         "label": 0 if not with_label else 32 if target == "int32" else 64,
@@ -73,16 +77,19 @@ def run_logit_loss(
         "ignore_index": ignore_index, "reduction": REDUCTIONS.index(reduction),
         "temperature": temperature, "ce_weight": weights[0], "kd_weight": weights[1],
         "alpha": 0.5, "beta": 2.0, "label_smoothing": label_smoothing, "stride": stride,
+        "teacher_stride": teacher_stride, "probabilities_stride": probabilities_stride,
+        "teacher_shift": shift if teacher_shift is None else teacher_shift,
+        "probabilities_shift": shift if probabilities_shift is None else probabilities_shift,
         "shift": shift, "scale_tensors": scales is not None,
         "saves": {"nothing": 0, "gradient": 1, "coefficients": 2}[saves],
         "multiprocessors": multiprocessors, "reverse_blocks": reverse, "shared": shared,
         "phantom_classes": 0,
     }  # fmt: skip
-    arrays = [strided(student, stride), strided(teacher, stride)]
+    arrays = [strided(student, stride), strided(teacher, teacher_stride)]
     if with_label:
         arrays.append(labels.int() if target == "int32" else labels)
     if with_probabilities:
-        arrays.append(strided(probabilities, stride))
+        arrays.append(strided(probabilities, probabilities_stride))
     if scales is not None:
         arrays += [torch.tensor([scale], dtype=accumulate(dtype)) for scale in scales]
     up = torch.ones(()) if upstream is None else upstream
@@ -121,9 +128,9 @@ def assert_close(result, expected, dtype):
     programs.assert_close(result[0], expected[0], result[1], expected[1], dtype)
 
 
-# A warp, a block and a large block per row, each with scalars (odd widths; at 1100 the 16-bit
-# types) and with vectors (at 520 the first a warp does not take in float32, at 4104 and 8208 the
-# first a block does not take in float32 and in 16 bits), with and without a scalar tail.
+# A warp, a block and a large block per row (at 520 the first that a warp does not take in float32,
+# at 4104 and 8208 the first that a block does not take in float32 and in 16 bits), with and without
+# elements beside the vectors.
 @pytest.mark.parametrize("columns", [2, 7, 64, 127, 129, 512, 520, 1031, 1100, 2304, 4104, 8208])
 @pytest.mark.parametrize(("dtype", "teacher_dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
@@ -196,7 +203,15 @@ def test_settings(harness, dtype, kind, saves, options):
         {"stride": 8208, "columns": 8201, "saves": "nothing", "rows": 2},
         {"stride": 67},  # rows that vectors cannot read
         {"stride": 72, "columns": 61, "target": "probabilities", "saves": "nothing"},
-        {"shift": 1},  # a base address that vectors cannot read
+        {"shift": 1},  # a gradient that does not lie as the logits do
+        {"shift": 1, "columns": 523},
+        {"shift": 1, "columns": 8201, "rows": 2, "shared": 24 << 10},
+        {"shift": 1, "columns": 523, "saves": "nothing"},  # all alike, beside their vectors
+        {"teacher_shift": 1, "saves": "nothing"},  # a teacher that does not lie as the student
+        {"teacher_stride": 65, "saves": "nothing"},
+        {"teacher_stride": 530, "columns": 523, "saves": "coefficients"},
+        {"probabilities_shift": 1, "target": "probabilities", "saves": "nothing"},
+        {"probabilities_stride": 65, "target": "probabilities", "saves": "nothing"},
         {"rows": 0},
         {"rows": 0, "reduction": "none", "saves": "coefficients"},
         {"rows": 1},

@@ -36,14 +36,16 @@ DNKD_INLINE double square_root(double value) { return sqrt(value); }
 DNKD_INLINE float exponential(float value) { return expf(value); }
 DNKD_INLINE double exponential(double value) { return exp(value); }
 // The exponential of y, which comes in the units of Exponent: 2^y for a float, in one instruction
-// where expf() takes eight. It is within 2^-22 of 2^y, and 0 below 2^-126.
+// where expf() takes eight. Its relative error is below 2^-22, beside what rounding y has cost; it
+// is 0 below 2^-126.
 DNKD_INLINE float exp_of_units(float y) {
 #ifdef __CUDA_ARCH__
   float power;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y));
   return power;
 #else
-  return exp2f(y);
+  const float power = exp2f(y);
+  return power < 1.17549435e-38f ? 0.0f : power;
 #endif
 }
 DNKD_INLINE double exp_of_units(double y) { return exp(y); }
@@ -210,18 +212,20 @@ DNKD_INLINE Pack<T, kVec> load_pack(const T* from) {
 }
 
 // One store each: of an assignment nvcc 13 makes stores of single elements wherever it does not see
-// the address to be aligned. What is stored so is not read again by the same kernel.
+// the address to be aligned. The compiler does not know that they write to memory, so that loads
+// may go before them: nothing that is stored so is read or written again by the same kernel.
 DNKD_INLINE void store_global(uint4* to, uint4 value) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w));
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
 #else
   *to = value;
 #endif
 }
 DNKD_INLINE void store_global(uint2* to, uint2 value) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y));
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
+               "r"(value.y));
 #else
   *to = value;
 #endif
@@ -243,10 +247,19 @@ DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
   }
 }
 
-// Into shared memory, where a pack is aligned as its type says.
+// Into shared memory, as load_pack() reads it.
 template <typename T, int kVec>
 DNKD_INLINE void share_pack(T* to, const Pack<T, kVec>& pack) {
-  *reinterpret_cast<Pack<T, kVec>*>(to) = pack;
+  if constexpr (kVec == 1) {
+    *to = pack.elements[0];
+  } else {
+    constexpr int kBytes = sizeof(pack) >= 16 ? 16 : 8;
+    using Raw = typename RawOf<kBytes>::type;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack)) / kBytes; ++i) {
+      reinterpret_cast<Raw*>(to)[i] = reinterpret_cast<const Raw*>(&pack)[i];
+    }
+  }
 }
 
 // Elements of a 16-byte access.

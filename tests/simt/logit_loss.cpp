@@ -24,15 +24,20 @@ void logit_loss() {
   p.alpha = number("alpha");
   p.beta = number("beta");
   p.label_smoothing = number("label_smoothing");
-  p.student_stride = p.teacher_stride = p.probabilities_stride = integer("stride");
+  p.student_stride = integer("stride");
+  p.teacher_stride = integer("teacher_stride");
+  p.probabilities_stride = integer("probabilities_stride");
   const int64_t size = size_of(p.dtype);
   const int64_t scalar = p.dtype == Dtype::kFloat64 ? 8 : 4;
   const int64_t shift = integer("shift");
   const bool is_none = p.reduction == Reduction::kNone;
-  const int64_t logits = span(p.rows, p.columns, p.student_stride);
+  const auto logits = [&](int64_t stride) { return span(p.rows, p.columns, stride); };
 
-  Array student(logits, size, shift), teacher(logits, p.teacher_is_wide ? scalar : size, shift);
-  Array label(p.rows, p.label_is_int32 ? 4 : 8, 0), probabilities(logits, scalar, shift);
+  Array student(logits(p.student_stride), size, shift);
+  Array teacher(logits(p.teacher_stride), p.teacher_is_wide ? scalar : size,
+                integer("teacher_shift"));
+  Array label(p.rows, p.label_is_int32 ? 4 : 8, 0);
+  Array probabilities(logits(p.probabilities_stride), scalar, integer("probabilities_shift"));
   Array ce_scale(1, scalar, 0), kd_scale(1, scalar, 0), upstream(p.rows, scalar, 0);
   const int64_t terms = is_none ? p.rows : 1;
   Array loss(terms, scalar, 0), ce(terms, scalar, 0), kd(terms, scalar, 0);

@@ -73,7 +73,7 @@ struct Columns {
     student = student_row;
     teacher = teacher_row;
     if constexpr (kVec > 1) {
-      head = -static_cast<int>(reinterpret_cast<uint64_t>(student) / sizeof(S)) & (kVec - 1);
+      head = static_cast<int>((0 - reinterpret_cast<uint64_t>(student) / sizeof(S)) & (kVec - 1));
       head = head < columns ? head : columns;
     }
   }

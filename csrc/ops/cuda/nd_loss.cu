@@ -21,12 +21,19 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
   // A row without a gradient must not turn the NaN of an ignored row into NaN * 0; neither may a
   // row without a class read its direction.
   const bool is_constant = (alpha == 0 && beta == 0) || alpha != alpha;
-  const auto value = [&](A s, A c) { return is_constant ? alpha : alpha * c + beta * s; };
+  const auto value = [&](A s, A c) { return alpha * c + beta * s; };
   const auto put = [&](int v, const Pack<S, kVec>& s, const Pack<M, kVec>& c) {
     A values[kVec];
+    if (is_constant) {
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      values[i] = value(s[i], static_cast<A>(c[i]));
+      for (int i = 0; i < kVec; ++i) {
+        values[i] = alpha;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        values[i] = value(s[i], static_cast<A>(c[i]));
+      }
     }
     store_pack(out + static_cast<int64_t>(v) * kVec, Pack<S, kVec>::of(values));
   };
