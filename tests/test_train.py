@@ -634,7 +634,8 @@ def test_runs_at_once_are_those_one_after_another(
     )
 
 
-def test_runs_at_once_stop_together_and_go_on(images, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_runs_at_once_stop_together_and_go_on(images, tmp_path, number):
     """A signal to the one process, of which the others know nothing."""
     more = ("--epochs", "40", "--seeds", "0,1", "--at-once", "2")
     command = [sys.executable, "-m", "dnkd_ext", *options(images, tmp_path, *more)]
@@ -646,13 +647,13 @@ def test_runs_at_once_stop_together_and_go_on(images, tmp_path):
             assert time.monotonic() < end
             assert process.poll() is None
             time.sleep(0.1)
-        process.terminate()
-        told, _ = process.communicate(timeout=60)
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=60)  # until all of them have ended
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
     assert told.count("the checkpoint is in") == 2
-    assert "--resume goes on with all runs" in told
+    assert ("--resume goes on with all runs" in told) == (number == signal.SIGTERM)
     for folder in folders:
         assert load_checkpoint(folder)["epoch"] < 40
         assert not (folder / "result.json").exists()
