@@ -29,7 +29,7 @@ from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
-from dnkd_ext.train.engine import _Meter, learning_rate, ramp
+from dnkd_ext.train.engine import _Meter, check_identity, learning_rate, ramp
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
@@ -855,6 +855,15 @@ def test_a_run_goes_on_with_its_own_data_teacher_and_class_means_only(
         assert message in told
         assert contents(out) == before
     assert main([*arguments, "--resume", "--no-tensorboard"]) == 0
+
+
+def test_what_one_of_two_trainings_has_makes_them_differ(tmp_path):
+    before, now = {"data": "x"}, {"data": "x", "backbone": "y"}
+    check_identity(tmp_path, {"identity": before}, before)
+    with pytest.raises(ValueError, match="backbone is y, in the checkpoint none"):
+        check_identity(tmp_path, {"identity": before}, now)
+    with pytest.raises(ValueError, match="backbone is none, in the checkpoint y"):
+        check_identity(tmp_path, {"identity": now}, before)
 
 
 def test_goes_on_in_another_memory_format(images, teacher, tmp_path, monkeypatch, double):

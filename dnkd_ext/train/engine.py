@@ -270,10 +270,12 @@ def train(
 
 def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -> None:
     """ValueError for a checkpoint that was made with another model, teacher or data."""
+    before = state["identity"]
+    # What only one of them has differs, too: a backbone that began from weights, or at random.
     differs = [
-        f"{name} is {identity.get(name)}, in the checkpoint {value}"
-        for name, value in state["identity"].items()
-        if identity.get(name) != value
+        f"{name} is {identity.get(name, 'none')}, in the checkpoint {before.get(name, 'none')}"
+        for name in dict.fromkeys((*before, *identity))
+        if identity.get(name) != before.get(name)
     ]
     if differs:
         raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
