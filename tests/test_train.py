@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -617,6 +618,8 @@ def test_runs_at_once_are_those_one_after_another(
         assert log(one) == log(two)
         assert same(weights(one), weights(two))
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        assert json.loads((two / "config.json").read_text())["cache"] is None
+        assert json.loads((two / "result.json").read_text())["config"]["cache"] is None
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"run", "summary.csv"}
     assert capfd.readouterr().out.count("accuracies in percent") == 2
     # One that fails leaves the others alone, and is named.
@@ -632,6 +635,51 @@ def test_runs_at_once_are_those_one_after_another(
     assert "--at-once must be at least 1" in refused(
         options(images, tmp_path / "none", *more, "--at-once", "0"), capfd
     )
+
+
+def test_before_runs_at_once_all_is_read_once_and_given_back(
+    images, teacher, tmp_path, monkeypatch
+):
+    seen, jobs_seen = [], []
+    opened = dnkd_ext.train.jobs._open
+    loaded = dnkd_ext.train.jobs._load_teacher
+
+    def counted(function, *arguments, **given):
+        result = function(*arguments, **given)
+        seen.append(weakref.ref(result if function is opened else result.model))
+        return result
+
+    def begin(jobs, number):
+        jobs_seen.extend(jobs)
+        assert number == 2
+        assert [one() for one in seen] == [None, None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dnkd_ext.train.jobs._open", functools.partial(counted, opened))
+    monkeypatch.setattr("dnkd_ext.train.jobs._load_teacher", functools.partial(counted, loaded))
+    monkeypatch.setattr("dnkd_ext.train.jobs.train_at_once", begin)
+    more = [*of(teacher, "kd", 1.0, "--seeds", "0,1"), "--at-once", "5"]
+    out = tmp_path / "run"
+    assert main(options(images, out, *more)) == 130
+    assert {path.name for path in out.iterdir()} == {"run"}
+    assert {job.config.data.cache for job in jobs_seen} != {None}
+    assert {job.settings["cache"] for job in jobs_seen} == {None}
+    # A file of the user's stays, whatever its name.
+    seen.clear()
+    cache = tmp_path / "images.safetensors"
+    assert main(options(images, tmp_path, *more, "--cache", str(cache))) == 130
+    assert cache.exists()
+    assert jobs_seen[-1].settings["cache"] == str(cache)
+    # Nor does anything stay where class means were interrupted, or something was refused.
+    monkeypatch.setattr("dnkd_ext.train.jobs._gather", begin_nothing)
+    assert main(options(images, tmp_path / "other", *more)) == 130
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"run"}
+    assert main(options(images, tmp_path / "no" / "other", *more, "--batch-size", "999")) == 2
+    assert not (tmp_path / "no").exists()
+
+
+def begin_nothing(*arguments, **options):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -934,6 +982,24 @@ def test_overwriting_ones_teacher_is_refused(images, teacher, capsys):
     told = refused(options(images, teacher, *of(teacher, "kd", 1.0), "--overwrite"), capsys)
     assert "would remove --teacher-weights" in told
     assert contents(teacher) == before
+
+
+def test_overwriting_what_another_run_reads_is_refused(images, teacher, tmp_path, capsys):
+    """A file that any of the runs reads, in a folder that any of them has."""
+    out = tmp_path / "run" / "seed-1"
+    shutil.copytree(teacher, out)
+    ClassMeans(CLASSES, 64).save(out / "class_means.safetensors")
+    before = contents(out)
+    for given, more in (
+        ("--teacher-weights", of(out, "kd")),
+        (
+            "--class-means",
+            of(teacher, "kd", 1.0, "--class-means", f"{out}/class_means.safetensors"),
+        ),
+    ):
+        arguments = options(images, tmp_path, *more, "--seeds", "0,1", "--overwrite")
+        assert f"would remove {given}" in refused(arguments, capsys)
+        assert contents(out) == before
 
 
 @pytest.mark.parametrize("rank", [0, 1])

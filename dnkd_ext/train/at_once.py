@@ -1,7 +1,7 @@
 """Several runs at once on one device, each in a process of its own.
 
 ``python -m dnkd_ext.train.at_once JOB`` is such a process: JOB is JSON of the run's configuration,
-its folder and its published accuracy.
+its folder, its published accuracy and whether its file of decoded images is its own.
 """
 
 from __future__ import annotations
@@ -101,8 +101,13 @@ def _end_with_parent() -> None:
 def _told(job: Any) -> str:
     from dnkd_ext.train.config import flatten
 
-    config = {**flatten(job.config), "progress": False}
-    return json.dumps({"config": config, "out": os.fspath(job.out), "published": job.published})
+    given = {
+        "config": {**flatten(job.config), "progress": False},
+        "out": os.fspath(job.out),
+        "published": job.published,
+        "borrows": job.borrows,
+    }
+    return json.dumps(given)
 
 
 def main(told: str) -> int:
@@ -113,7 +118,8 @@ def main(told: str) -> int:
 
     _end_with_parent()
     given = json.loads(told)
-    job = Job(replace(TrainConfig(), given["config"]), Path(given["out"]), given["published"])
+    config = replace(TrainConfig(), given.pop("config"))
+    job = Job(config, Path(given.pop("out")), **given)
     try:
         with join_world(job.config.run.device) as world:
             run_jobs([job], job.out, world, resume=True)
