@@ -922,6 +922,9 @@ def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, o
     for command in (["eval"], ["class-means", "--out", str(tmp_path / "means")]):
         command += ["--model", R18, "--weights", str(teacher), "--data", str(shapes)]
         assert message in refused([*command, *common(), option, *given.split()], capsys)
+    command = options(shapes, tmp_path / "run", *of(teacher, "kd"), option, *given.split())
+    assert message in refused(command, capsys)
+    assert not (tmp_path / "run").exists()
     kind = float if option in ("--mean", "--std") else int
     values = [kind(part) for part in given.split()]
     settings = json.loads((teacher / "config.json").read_text())

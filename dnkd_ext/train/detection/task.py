@@ -102,8 +102,13 @@ def _words(value: Any) -> str:
 def gathering_notes(config: TrainConfig) -> dict[str, str]:
     """What a file of class means says about how they were gathered."""
     options = config.detection
-    sampled = {"rpn_proposals": options.rpn_proposals, "proposals": options.proposals}
-    return {name: json.dumps(value) for name, value in {**_settings(config), **sampled}.items()}
+    seen = {
+        "precision": config.run.precision,
+        **_settings(config),
+        "rpn_proposals": options.rpn_proposals,
+        "proposals": options.proposals,
+    }
+    return {name: json.dumps(value) for name, value in seen.items()}
 
 
 def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) -> ClassMeans:
@@ -211,9 +216,12 @@ def run_evaluation(
     Raises:
         FileNotFoundError, ValueError: as :func:`load_teacher` and :func:`read_test_split`.
     """
-    check_settings(weights, config)
-    split = read_test_split(config)
-    network = load_teacher(model, weights, split, config, world).model
+    with world.together():
+        check_settings(weights, config)
+        split = read_test_split(config)
+        network = load_teacher(model, weights, split, config, world).model
+        # Now, lest its errors come when all is detected.
+        truth = ground_truth(split) if world.is_first else None
     found = detect(
         network,
         TestBatches(split, config, world),
@@ -224,7 +232,7 @@ def run_evaluation(
     figures: dict[str, float] = {}
     with world.first_alone():
         if world.is_first:
-            figures = coco_figures(ground_truth(split), found, split.image_ids.tolist())
+            figures = coco_figures(truth, found, split.image_ids.tolist())
             if detections is not None:
                 write_detections(detections, found)
     return {
@@ -289,7 +297,8 @@ class DetectionTask(Task):
         """What would fail once training begins, told before.
 
         Raises:
-            ValueError: no such student, no or other weights of its backbone, too large a batch.
+            ValueError: no such student, no or other weights of its backbone, too large a batch, or
+                a teacher that was trained with other settings.
             FileNotFoundError: no such file of weights.
             ModuleNotFoundError: pycocotools is not installed.
         """
@@ -305,6 +314,8 @@ class DetectionTask(Task):
                 f"--batch-size must be at most the {source.train_images} training images, got "
                 f"{config.optim.batch_size}"
             )
+        if teacher is not None and config.model.teacher_weights is not None:
+            check_settings(config.model.teacher_weights, config)
         create_detector(
             config.model.student,
             len(source.classes),
