@@ -250,8 +250,12 @@ class ClassMeans:
             if device is None and self._merged is not None:
                 device = self._merged[0].device
             sums, counts = self._zeros(device or torch.device("cpu"))
-        nccl = distributed and "nccl" in torch.distributed.get_backend(group)
-        if nccl and not self._placed:  # without features to tell the device: NCCL wants a GPU
+        # By device; get_backend() does not tell where a group was begun without one.
+        backends = torch.distributed.get_backend_config(group) if distributed else ""
+        # NCCL wants a GPU, of a rank that has seen no features, too. Where the group has gloo as
+        # well and nothing says otherwise, all ranks take the GPU, so that they are at one place.
+        nccl = "nccl" in backends and (self._device is None or "gloo" not in backends)
+        if nccl and not sums.is_cuda:
             device = torch.device("cuda", torch.cuda.current_device())
             sums, counts = sums.to(device), counts.to(device)
         if distributed:
