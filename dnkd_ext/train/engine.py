@@ -48,11 +48,15 @@ LOG = "log.csv"
 
 
 class Interrupted(Exception):
-    """Training was asked to stop by ``signal`` and has written a checkpoint."""
+    """A command was asked to stop by ``signal`` and has kept what it did.
 
-    def __init__(self, message: str, number: int) -> None:
+    ``together``: all processes stop at this very place.
+    """
+
+    def __init__(self, message: str, number: int, *, together: bool = True) -> None:
         super().__init__(message)
         self.signal = number
+        self.together = together
 
 
 class Task(ABC):
@@ -251,9 +255,9 @@ def train(
 
     Returns:
         ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
-        ``best_epoch``, ``seconds`` of training, evaluation left out, over all parts of the run, and
-        ``judged``, the task's ``evaluated`` modules. With a moving average of the weights, that is
-        what is evaluated for it, written as weights and returned.
+        ``best_epoch``, ``seconds`` of training, evaluation and checkpoints left out, over all parts
+        of the run, and ``judged``, the task's ``evaluated`` modules. With a moving average of the
+        weights, that is what is evaluated for it, written as weights and returned.
 
     Raises:
         FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
@@ -467,7 +471,8 @@ class _Training:
     def _advice(self) -> str:
         kept = "no checkpoint was written yet"
         if self.epoch or self.start:
-            kept = f"the checkpoint after {self.epoch} epochs is kept"
+            steps = f" and {self.start} steps" if self.start else ""
+            kept = f"the checkpoint after {self.epoch} epochs{steps} is kept"
         return (
             f"{kept}. A smaller --lr or weight of that term, or --precision float32, may help, in "
             "another --out"
@@ -476,13 +481,15 @@ class _Training:
     # -- state ---------------------------------------------------------------------------------
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Running statistics and the like, which differ between processes within an epoch."""
+        """Running statistics, which alone differ between processes within an epoch."""
         modules = {"step": self.task.step, "average": self.average}
         return {
-            f"{place}.{name}": value
+            f"{place}.{prefix}.{name}": value
             for place, module in modules.items()
             if module is not None
-            for name, value in module.named_buffers()
+            for prefix, part in module.named_modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+            for name, value in part.named_buffers(recurse=False)
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -515,7 +522,7 @@ class _Training:
         }
         if start and self.world.size > 1:
             own["buffers"] = {name: value.cpu() for name, value in self._buffers().items()}
-        of_ranks = self.world.gather(own)
+        of_ranks = self.world.to_first(own)
         kept: dict[str, Any]
         if self.run.fsdp:
             kept = {
@@ -587,7 +594,8 @@ class _Training:
             self.task.unreadable = own.get("unreadable", 0)
             buffers = self._buffers()
             for name, value in own.get("buffers", {}).items():
-                buffers[name].copy_(value)
+                if name in buffers:  # checkpoints of earlier versions have others, too
+                    buffers[name].copy_(value)
             torch.set_rng_state(own["random"]["cpu"])
             if self.world.device.type == "cuda" and "cuda" in own["random"]:
                 torch.cuda.set_rng_state(own["random"]["cuda"])
@@ -727,8 +735,10 @@ class _Training:
             if (stop or (looks and self._is_due())) and step < task.steps_per_epoch:
                 self._check_finite(epoch)
                 self._check_weights(epoch)
-                self.seconds = before + time.perf_counter() - began
+                paused = time.perf_counter()
+                self.seconds = before + paused - began
                 self._save(epoch, step)
+                began += time.perf_counter() - paused
             if stop and step < task.steps_per_epoch:
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
         self._check_weights(epoch)
