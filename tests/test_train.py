@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -23,14 +24,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dnkd_ext
-from dnkd_ext import ClassMeans
+from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import sources
+from dnkd_ext.train import gather, sources
+from dnkd_ext.train.arguments import _read_train
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
-from dnkd_ext.train.engine import _Meter, check_identity, learning_rate, ramp
+from dnkd_ext.train.engine import _Meter, _Training, check_identity, learning_rate, ramp
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
@@ -445,10 +447,28 @@ def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_pat
                 raise KeyboardInterrupt  # nothing is written any more
             yield batch
 
+    # Writing them takes no time of the training's.
+    passed, save = [0.0], _Training._save
+
+    def slow(self, epoch, start):
+        save(self, epoch, start)
+        passed[0] += 1000
+        where = (
+            f"after {epoch} epochs and {start} steps is" if start else f"after {epoch} epochs is"
+        )
+        assert where in self._advice()
+
+    clock = types.SimpleNamespace(
+        perf_counter=lambda: time.perf_counter() + passed[0], monotonic=time.monotonic
+    )
+    monkeypatch.setattr(_Training, "_save", slow)
+    monkeypatch.setattr(dnkd_ext.train.engine, "time", clock)
     monkeypatch.setattr(Classification, "batches", killed)
     assert main(options(images, out, *more)) == 130
     state = load_checkpoint(out)
     assert (state["epoch"], state["start"]) == (1, 4)
+    assert state["seconds"] < 1000 < passed[0]
+    monkeypatch.setattr(_Training, "_save", save)
     monkeypatch.setattr(Classification, "batches", batches)
     assert run(images, out, *more, "--resume") == whole[1]
     assert same(weights(out), weights(whole[0]))
@@ -725,6 +745,32 @@ def test_class_means_command(images, teacher, tmp_path, capsys):
     assert torch.equal(kept.compute(), ClassMeans.load(out).compute())
 
 
+@pytest.mark.parametrize("command", ["class-means", "train"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_class_means_stop_by_a_signal_as_training_does(
+    images, teacher, tmp_path, monkeypatch, capsys, command, number
+):
+    def stopping(model, pixels):
+        os.kill(os.getpid(), number)
+        return features(model, pixels)
+
+    out = tmp_path / "means.safetensors"
+    arguments = ["class-means", "--model", "cifar_resnet32", "--weights", str(teacher)]
+    arguments += ["--data", str(images), "--out", str(out), "--no-progress", "--device", "cpu"]
+    if command == "train":
+        arguments = options(images, tmp_path, *of(teacher, "kd", 1.0), "--epochs", "1")
+        out = tmp_path / "class_means.safetensors"
+    monkeypatch.setattr(gather, "features", stopping)
+    assert main(arguments) == 128 + number
+    told = capsys.readouterr().out
+    assert f"dnkd {command}: stopped by {number.name} while class means were gathered" in told
+    assert "--resume goes on" in told
+    assert gather.find_parts(out)
+    monkeypatch.setattr(gather, "features", features)
+    assert main([*arguments, "--resume"]) == 0
+    assert not gather.find_parts(out)
+
+
 # -- class means while training -------------------------------------------------------------------
 
 RUNNING = ("--class-means-momentum", "0.7", "--epochs", "2", "--log-every", "1")
@@ -838,6 +884,19 @@ def test_class_means_that_follow_are_refused_where_they_have_no_part():
     ):
         with pytest.raises(ValueError, match=message):
             replace(TrainConfig(), {**base, "class_means_momentum": 0.9, **more}).check()
+
+
+def test_class_means_that_follow_are_for_presets_with_the_nd_loss(images, tmp_path, capsys):
+    """Of several presets for those that have it; where none has it is an error, as for one run."""
+    pair = "cifar100/resnet56-resnet20"
+    given = ["--data", str(images), "--out", str(tmp_path), "--teacher-weights", "x"]
+    given += ["--class-means-momentum", "0.9"]
+    _, configs, _ = _read_train(["--preset", f"{pair}/{{ce,kd,kd++}}", *given])
+    found = {config.preset: config.model.class_means_momentum for config, _ in configs}
+    assert found == {f"{pair}/ce": None, f"{pair}/kd": None, f"{pair}/kd++": 0.9}
+    message = "--class-means-momentum has no part in --nd-weight 0"
+    for preset in ("kd", "{ce,kd}"):
+        assert message in refused(["train", "--preset", f"{pair}/{preset}", *given], capsys)
 
 
 # -- refused --------------------------------------------------------------------------------------
