@@ -40,7 +40,16 @@ from dnkd_ext.train.sharding import (
 )
 from dnkd_ext.train.world import World
 
-__all__ = ["Interrupted", "Signals", "Task", "check_identity", "learning_rate", "ramp", "train"]
+__all__ = [
+    "Interrupted",
+    "Signals",
+    "Task",
+    "autocast",
+    "check_identity",
+    "learning_rate",
+    "ramp",
+    "train",
+]
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -108,6 +117,15 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures of ``evaluated`` or of copies, the same on all processes; a collective call."""
+
+
+def autocast(run: RunOptions, world: World, *, cache: bool = True) -> torch.autocast:
+    """In which models run by the precision of the options.
+
+    Without ``cache`` weights are cast anew wherever they are used, as a recorded step must.
+    """
+    is_half = run.precision == "bfloat16"
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=is_half, cache_enabled=cache)
 
 
 def learning_rate(options: OptimOptions, time: float) -> float:
@@ -347,12 +365,7 @@ class _Training:
         if run.fsdp:
             self.trained = [nn.Parameter(local(p.detach())) for p in self.parameters]
         self.optimizer = self._optimizer()
-        self.autocast = torch.autocast(
-            device.type,
-            torch.bfloat16,
-            enabled=run.precision == "bfloat16",
-            cache_enabled=not run.cuda_graph,
-        )
+        self.autocast = autocast(run, world, cache=not run.cuda_graph)
         self.do_step: Callable[[tuple[Tensor, ...]], None] = self._step
         if run.cuda_graph:
             self.do_step = _Recorded(self._step)

@@ -19,7 +19,7 @@ from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import FREE, TrainConfig
-from dnkd_ext.train.engine import Interrupted, Signals
+from dnkd_ext.train.engine import Interrupted, Signals, autocast
 from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
@@ -106,13 +106,11 @@ def gather_class_means(
         resume: go on with what is kept there.
     """
     batches = source.clean(config, world)
-    autocast = torch.autocast(
-        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
-    )
+    precision = autocast(config.run, world)
 
     def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, target, mask = batch
-        with autocast:
+        with precision:
             found, _ = features(model, images)
         # What fills up a batch counts nowhere.
         return found, target.where(mask, -100)

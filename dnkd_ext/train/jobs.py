@@ -41,8 +41,8 @@ from dnkd_ext.train.classification import (
     weights_file,
 )
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
-from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
-from dnkd_ext.train.files import TEMPORARY, remove_temporaries, write_csv, write_json
+from dnkd_ext.train.engine import BEST, LAST, LOG, autocast, check_identity, train
+from dnkd_ext.train.files import DETECTIONS, TEMPORARY, remove_temporaries, write_csv, write_json
 from dnkd_ext.train.gather import (
     find_parts,
     gather_class_means,
@@ -67,7 +67,6 @@ __all__ = [
 CONFIG = "config.json"
 RESULT = "result.json"
 CLASS_MEANS = "class_means.safetensors"
-DETECTIONS = "detections.json"
 CURVES = "curves.png"
 FEATURES = "features.png"
 # What a run writes, apart from folders: tensorboard/, wandb/ and those of sharded checkpoints.
@@ -868,10 +867,8 @@ def run_eval(
         network = _load_teacher(model, weights, source, config, world).model
         try_out(network, f"--model {model}", config, source)
         batches = source.test(config, world)
-    autocast = torch.autocast(
-        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
-    )
-    result = evaluate(network, batches, len(source.classes), autocast, world)
+    precision = autocast(config.run, world)
+    result = evaluate(network, batches, len(source.classes), precision, world)
     return {
         "model": model,
         "weights": weights if weights == PRETRAINED else str(weights_file(weights)),

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.train.classification import Teacher, identity, read_class_means, weights_file
+from dnkd_ext.train.classification import (
+    PRETRAINED,
+    Teacher,
+    identity,
+    read_class_means,
+    weights_file,
+)
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection.data import (
     BoxSplit,
@@ -30,13 +36,13 @@ from dnkd_ext.train.detection.evaluation import (
     ground_truth,
     write_detections,
 )
-from dnkd_ext.train.detection.models import FEATURES, PRETRAINED, create_detector, load_detector
-from dnkd_ext.train.engine import Task
+from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
+from dnkd_ext.train.engine import Task, autocast
+from dnkd_ext.train.files import DETECTIONS
 from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.world import World
 
 __all__ = [
-    "DETECTIONS",
     "DetectionTask",
     "check_settings",
     "gather_class_means",
@@ -45,8 +51,6 @@ __all__ = [
     "read_means",
     "run_evaluation",
 ]
-
-DETECTIONS = "detections.json"
 
 
 def load_teacher(
@@ -151,11 +155,11 @@ def gather_class_means(
     # As many proposals as in training; its head has nothing that behaves otherwise then.
     model.rpn.train()
     devices = [world.device] if world.device.type == "cuda" else []
-    autocast = _autocast(config, world)
+    precision = autocast(config.run, world)
 
     def look(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         images, targets, numbers = batch
-        with autocast:
+        with precision:
             seeds = [(config.run.seed, number) for number in numbers]
             return sampled_features(model, images, targets, seeds)
 
@@ -202,12 +206,6 @@ def sampled_features(
     return model.roi_heads.box_head(pooled), torch.cat(labels)
 
 
-def _autocast(config: TrainConfig, world: World) -> torch.autocast:
-    return torch.autocast(
-        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
-    )
-
-
 def run_evaluation(
     model: str, weights: str, config: TrainConfig, world: World, detections: Path | None
 ) -> dict[str, float | int | str]:
@@ -225,7 +223,7 @@ def run_evaluation(
     found = detect(
         network,
         TestBatches(split, config, world),
-        _autocast(config, world),
+        autocast(config.run, world),
         world,
         progress=config.run.progress,
     )
@@ -284,7 +282,7 @@ class DetectionTask(Task):
         self.steps_per_epoch = len(self._train)
         self.batch_size = config.optim.batch_size
         self.identity = identity(config, source, teacher)
-        self._autocast = _autocast(config, world)
+        self._autocast = autocast(run, world)
         self._truth: Any = None
         with world.first_alone():
             if world.is_first:
