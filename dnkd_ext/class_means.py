@@ -252,10 +252,7 @@ class ClassMeans:
             sums, counts = self._zeros(device or torch.device("cpu"))
         # By device; get_backend() does not tell where a group was begun without one.
         backends = torch.distributed.get_backend_config(group) if distributed else ""
-        # NCCL wants a GPU, of a rank that has seen no features, too. Where the group has gloo as
-        # well and nothing says otherwise, all ranks take the GPU, so that they are at one place.
-        nccl = "nccl" in backends and (self._device is None or "gloo" not in backends)
-        if nccl and not sums.is_cuda:
+        if _reduces_on_gpu(backends, self._device) and not sums.is_cuda:
             device = torch.device("cuda", torch.cuda.current_device())
             sums, counts = sums.to(device), counts.to(device)
         if distributed:
@@ -637,6 +634,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
     return result
+
+
+def _reduces_on_gpu(backends: str, device: torch.device | None) -> bool:
+    """Whether all ranks merge on a GPU, those without features and those with them on the CPU, too.
+
+    NCCL wants it. Where there is gloo as well, a device that was chosen stands; without one the
+    ranks could not tell where the others' features are.
+    """
+    return "nccl" in backends and (device is None or "gloo" not in backends)
 
 
 def _positive(name: str, value: Any) -> int:
