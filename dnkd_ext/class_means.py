@@ -250,8 +250,9 @@ class ClassMeans:
             if device is None and self._merged is not None:
                 device = self._merged[0].device
             sums, counts = self._zeros(device or torch.device("cpu"))
-        nccl = distributed and "nccl" in torch.distributed.get_backend(group)
-        if nccl and not self._placed:  # without features to tell the device: NCCL wants a GPU
+        # By device; get_backend() does not tell where a group was begun without one.
+        backends = torch.distributed.get_backend_config(group) if distributed else ""
+        if _reduces_on_gpu(backends, self._device) and not sums.is_cuda:
             device = torch.device("cuda", torch.cuda.current_device())
             sums, counts = sums.to(device), counts.to(device)
         if distributed:
@@ -633,6 +634,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
     return result
+
+
+def _reduces_on_gpu(backends: str, device: torch.device | None) -> bool:
+    """Whether all ranks merge on a GPU, those without features and those with them on the CPU, too.
+
+    NCCL wants it. Where there is gloo as well, a device that was chosen stands; without one the
+    ranks could not tell where the others' features are.
+    """
+    return "nccl" in backends and (device is None or "gloo" not in backends)
 
 
 def _positive(name: str, value: Any) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import distributed, nn
 
 from dnkd_ext import ClassMeans, NDLoss
+from dnkd_ext.class_means import _reduces_on_gpu
 from tests.test_distributed import in_processes
 
 CLASSES, WIDTH, IGNORED = 6, 9, 255
@@ -1350,3 +1351,20 @@ class TestStates:
     def test_no_state(self, state):
         with pytest.raises(ValueError, match=r"state must be a dict|it lacks num_classes"):
             moving_means().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("backends", "chosen", "wanted"),
+    [
+        ("cpu:gloo", None, False),
+        ("cpu:gloo,cuda:gloo", None, False),
+        ("cpu:nccl,cuda:nccl", None, True),
+        ("cuda:nccl", "cpu", True),
+        ("cpu:gloo,cuda:nccl", None, True),
+        ("cpu:gloo,cuda:nccl", "cpu", False),
+    ],
+)
+def test_ranks_merge_at_one_place(backends, chosen, wanted):
+    """Whatever a rank has seen: by the group and the device that was asked for alone."""
+    place = None if chosen is None else torch.device(chosen)
+    assert _reduces_on_gpu(backends, place) is wanted

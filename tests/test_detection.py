@@ -890,6 +890,16 @@ def test_what_fails_on_the_first_process_reaches_the_others(shapes, source, monk
         DetectionTask(config(shapes, student=R18), source, None, World(1, 2, ALONE.device))
 
 
+def test_eval_reads_everything_before_it_detects(shapes, teacher, monkeypatch, capsys):
+    def broken(split):
+        raise ValueError("no ground truth")
+
+    monkeypatch.setattr(detection_task, "ground_truth", broken)
+    monkeypatch.setattr(detection_task, "detect", lambda *_, **__: pytest.fail("it detects"))
+    command = ["eval", "--model", R18, "--weights", str(teacher), "--data", str(shapes)]
+    assert "no ground truth" in refused([*command, *common()], capsys)
+
+
 def test_evaluation_and_pictures_need_the_images_of_the_evaluation_alone(
     shapes, teacher, tmp_path, capsys
 ):
@@ -922,6 +932,9 @@ def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, o
     for command in (["eval"], ["class-means", "--out", str(tmp_path / "means")]):
         command += ["--model", R18, "--weights", str(teacher), "--data", str(shapes)]
         assert message in refused([*command, *common(), option, *given.split()], capsys)
+    command = options(shapes, tmp_path / "run", *of(teacher, "kd"), option, *given.split())
+    assert message in refused(command, capsys)
+    assert not (tmp_path / "run").exists()
     kind = float if option in ("--mean", "--std") else int
     values = [kind(part) for part in given.split()]
     settings = json.loads((teacher / "config.json").read_text())

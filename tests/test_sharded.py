@@ -24,7 +24,6 @@ from dnkd_ext.cli import main
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint, shard_folders
 from dnkd_ext.train.classification import STAGE_METHODS, cast_once
 from dnkd_ext.train.config import TrainConfig, replace
-from dnkd_ext.train.jobs import _casts_sharded_teacher
 from dnkd_ext.train.models import create_model, model_names
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sharding import (
@@ -399,22 +398,6 @@ def test_a_teacher_is_sharded_as_bfloat16(tmp_path):
         for one, two, again in zip(found[:2], found[2:4], found[4:], strict=True):
             assert torch.equal(one, two)
             assert torch.equal(one, again)
-
-
-@pytest.mark.parametrize(
-    ("more", "wanted"),
-    [
-        ({"nd_weight": 1.0, "class_means": "file"}, True),
-        ({"nd_weight": 1.0, "class_means_momentum": 0.9}, True),
-        ({"nd_weight": 0.0}, True),
-        ({"nd_weight": 1.0}, False),
-        ({"nd_weight": 0.0, "task": "cifar"}, False),
-        ({"nd_weight": 0.0, "precision": "float32"}, False),
-    ],
-)
-def test_class_means_are_gathered_of_a_teacher_in_float32(more, wanted):
-    base = {"task": "imagenet", "precision": "bfloat16", "fsdp_teacher": True}
-    assert _casts_sharded_teacher(replace(TrainConfig(), {**base, **more})) is wanted
 
 
 # -- activations ----------------------------------------------------------------------------------

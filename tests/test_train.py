@@ -13,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,14 @@ import torch.nn.functional as F
 from PIL import Image
 
 import dnkd_ext
-from dnkd_ext import ClassMeans
+from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import sources
+from dnkd_ext.train import gather, sources
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
-from dnkd_ext.train.engine import _Meter, learning_rate, ramp
+from dnkd_ext.train.engine import _Meter, _Training, check_identity, learning_rate, ramp
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
@@ -444,10 +446,26 @@ def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_pat
                 raise KeyboardInterrupt  # nothing is written any more
             yield batch
 
+    # Writing them takes no time of the training's.
+    passed, save = [0.0], _Training._save
+
+    def slow(self, epoch, start):
+        save(self, epoch, start)
+        passed[0] += 1000
+        steps = f" and {start} steps" if start else ""
+        assert f"after {epoch} epochs{steps} is kept" in self._advice()
+
+    clock = types.SimpleNamespace(
+        perf_counter=lambda: time.perf_counter() + passed[0], monotonic=time.monotonic
+    )
+    monkeypatch.setattr(_Training, "_save", slow)
+    monkeypatch.setattr(dnkd_ext.train.engine, "time", clock)
     monkeypatch.setattr(Classification, "batches", killed)
     assert main(options(images, out, *more)) == 130
     state = load_checkpoint(out)
     assert (state["epoch"], state["start"]) == (1, 4)
+    assert state["seconds"] < 1000 < passed[0]
+    monkeypatch.setattr(_Training, "_save", save)
     monkeypatch.setattr(Classification, "batches", batches)
     assert run(images, out, *more, "--resume") == whole[1]
     assert same(weights(out), weights(whole[0]))
@@ -617,6 +635,8 @@ def test_runs_at_once_are_those_one_after_another(
         assert log(one) == log(two)
         assert same(weights(one), weights(two))
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+        assert json.loads((two / "config.json").read_text())["cache"] is None
+        assert json.loads((two / "result.json").read_text())["config"]["cache"] is None
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"run", "summary.csv"}
     assert capfd.readouterr().out.count("accuracies in percent") == 2
     # One that fails leaves the others alone, and is named.
@@ -634,7 +654,53 @@ def test_runs_at_once_are_those_one_after_another(
     )
 
 
-def test_runs_at_once_stop_together_and_go_on(images, tmp_path):
+def test_before_runs_at_once_all_is_read_once_and_given_back(
+    images, teacher, tmp_path, monkeypatch
+):
+    seen, jobs_seen = [], []
+    opened = dnkd_ext.train.jobs._open
+    loaded = dnkd_ext.train.jobs._load_teacher
+
+    def counted(function, *arguments, **given):
+        result = function(*arguments, **given)
+        seen.append(weakref.ref(result if function is opened else result.model))
+        return result
+
+    def begin(jobs, number):
+        jobs_seen.extend(jobs)
+        assert number == 2
+        assert [one() for one in seen] == [None, None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dnkd_ext.train.jobs._open", functools.partial(counted, opened))
+    monkeypatch.setattr("dnkd_ext.train.jobs._load_teacher", functools.partial(counted, loaded))
+    monkeypatch.setattr("dnkd_ext.train.jobs.train_at_once", begin)
+    more = [*of(teacher, "kd", 1.0, "--seeds", "0,1"), "--at-once", "5"]
+    out = tmp_path / "run"
+    assert main(options(images, out, *more)) == 130
+    assert {path.name for path in out.iterdir()} == {"run"}
+    assert {job.config.data.cache for job in jobs_seen} != {None}
+    assert {job.settings["cache"] for job in jobs_seen} == {None}
+    # A file of the user's stays, whatever its name.
+    seen.clear()
+    cache = tmp_path / "images.safetensors"
+    assert main(options(images, tmp_path, *more, "--cache", str(cache))) == 130
+    assert cache.exists()
+    assert jobs_seen[-1].settings["cache"] == str(cache)
+    # Nor does anything stay where class means were interrupted, or something was refused.
+    monkeypatch.setattr("dnkd_ext.train.jobs._gather", begin_nothing)
+    assert main(options(images, tmp_path / "other", *more)) == 130
+    assert {path.name for path in (tmp_path / "other").iterdir()} == {"run"}
+    assert main(options(images, tmp_path / "no" / "other", *more, "--batch-size", "999")) == 2
+    assert not (tmp_path / "no").exists()
+
+
+def begin_nothing(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_runs_at_once_stop_together_and_go_on(images, tmp_path, number):
     """A signal to the one process, of which the others know nothing."""
     more = ("--epochs", "40", "--seeds", "0,1", "--at-once", "2")
     command = [sys.executable, "-m", "dnkd_ext", *options(images, tmp_path, *more)]
@@ -646,13 +712,13 @@ def test_runs_at_once_stop_together_and_go_on(images, tmp_path):
             assert time.monotonic() < end
             assert process.poll() is None
             time.sleep(0.1)
-        process.terminate()
-        told, _ = process.communicate(timeout=60)
+        process.send_signal(number)
+        told, _ = process.communicate(timeout=60)  # until all of them have ended
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == (143 if number == signal.SIGTERM else -number)
     assert told.count("the checkpoint is in") == 2
-    assert "--resume goes on with all runs" in told
+    assert ("--resume goes on with all runs" in told) == (number == signal.SIGTERM)
     for folder in folders:
         assert load_checkpoint(folder)["epoch"] < 40
         assert not (folder / "result.json").exists()
@@ -674,6 +740,32 @@ def test_class_means_command(images, teacher, tmp_path, capsys):
     run(images, tmp_path / "run", *more)
     kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")
     assert torch.equal(kept.compute(), ClassMeans.load(out).compute())
+
+
+@pytest.mark.parametrize("command", ["class-means", "train"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_class_means_stop_by_a_signal_as_training_does(
+    images, teacher, tmp_path, monkeypatch, capsys, command, number
+):
+    def stopping(model, pixels):
+        os.kill(os.getpid(), number)
+        return features(model, pixels)
+
+    out = tmp_path / "means.safetensors"
+    arguments = ["class-means", "--model", "cifar_resnet32", "--weights", str(teacher)]
+    arguments += ["--data", str(images), "--out", str(out), "--no-progress", "--device", "cpu"]
+    if command == "train":
+        arguments = options(images, tmp_path, *of(teacher, "kd", 1.0), "--epochs", "1")
+        out = tmp_path / "class_means.safetensors"
+    monkeypatch.setattr(gather, "features", stopping)
+    assert main(arguments) == 128 + number
+    told = capsys.readouterr().out
+    assert f"dnkd {command}: stopped by {number.name} while class means were gathered" in told
+    assert "--resume goes on" in told
+    assert gather.find_parts(out)
+    monkeypatch.setattr(gather, "features", features)
+    assert main([*arguments, "--resume"]) == 0
+    assert not gather.find_parts(out)
 
 
 # -- class means while training -------------------------------------------------------------------
@@ -791,6 +883,21 @@ def test_class_means_that_follow_are_refused_where_they_have_no_part():
             replace(TrainConfig(), {**base, "class_means_momentum": 0.9, **more}).check()
 
 
+def test_class_means_that_follow_are_for_presets_with_the_nd_loss(images, tmp_path, capsys):
+    """Of several presets for those that have it; where none has it is an error, as for one run."""
+    from dnkd_ext.train.arguments import _read_train
+
+    pair = "cifar100/resnet56-resnet20"
+    given = ["--data", str(images), "--out", str(tmp_path), "--teacher-weights", "x"]
+    given += ["--class-means-momentum", "0.9"]
+    _, configs, _ = _read_train(["--preset", f"{pair}/{{ce,kd,kd++}}", *given])
+    found = {config.preset: config.model.class_means_momentum for config, _ in configs}
+    assert found == {f"{pair}/ce": None, f"{pair}/kd": None, f"{pair}/kd++": 0.9}
+    message = "--class-means-momentum has no part in --nd-weight 0"
+    for preset in ("kd", "{ce,kd}"):
+        assert message in refused(["train", "--preset", f"{pair}/{preset}", *given], capsys)
+
+
 # -- refused --------------------------------------------------------------------------------------
 
 
@@ -854,6 +961,15 @@ def test_a_run_goes_on_with_its_own_data_teacher_and_class_means_only(
         assert message in told
         assert contents(out) == before
     assert main([*arguments, "--resume", "--no-tensorboard"]) == 0
+
+
+def test_what_one_of_two_trainings_has_makes_them_differ(tmp_path):
+    before, now = {"data": "x"}, {"data": "x", "backbone": "y"}
+    check_identity(tmp_path, {"identity": before}, before)
+    with pytest.raises(ValueError, match="backbone is y, in the checkpoint none"):
+        check_identity(tmp_path, {"identity": before}, now)
+    with pytest.raises(ValueError, match="backbone is none, in the checkpoint y"):
+        check_identity(tmp_path, {"identity": now}, before)
 
 
 def test_goes_on_in_another_memory_format(images, teacher, tmp_path, monkeypatch, double):
@@ -924,6 +1040,24 @@ def test_overwriting_ones_teacher_is_refused(images, teacher, capsys):
     told = refused(options(images, teacher, *of(teacher, "kd", 1.0), "--overwrite"), capsys)
     assert "would remove --teacher-weights" in told
     assert contents(teacher) == before
+
+
+def test_overwriting_what_another_run_reads_is_refused(images, teacher, tmp_path, capsys):
+    """A file that any of the runs reads, in a folder that any of them has."""
+    out = tmp_path / "run" / "seed-1"
+    shutil.copytree(teacher, out)
+    ClassMeans(CLASSES, 64).save(out / "class_means.safetensors")
+    before = contents(out)
+    for given, more in (
+        ("--teacher-weights", of(out, "kd")),
+        (
+            "--class-means",
+            of(teacher, "kd", 1.0, "--class-means", f"{out}/class_means.safetensors"),
+        ),
+    ):
+        arguments = options(images, tmp_path, *more, "--seeds", "0,1", "--overwrite")
+        assert f"would remove {given}" in refused(arguments, capsys)
+        assert contents(out) == before
 
 
 @pytest.mark.parametrize("rank", [0, 1])

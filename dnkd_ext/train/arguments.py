@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -36,7 +36,7 @@ from dnkd_ext.train.jobs import (
     run_plot,
 )
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
-from dnkd_ext.train.world import SPEAKS, join_world, told_once
+from dnkd_ext.train.world import SPEAKS, World, join_world, told_once
 
 __all__ = ["COMMANDS"]
 
@@ -231,9 +231,12 @@ def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
     )
 
 
-def _without_teacher(config: TrainConfig) -> TrainConfig:
-    """The configuration without what it says of a teacher or class means that it has no use for."""
-    if not config.method.nd_weight:
+def _without_teacher(config: TrainConfig, *, others_have_nd: bool) -> TrainConfig:
+    """The configuration without what it says of a teacher or class means that it has no use for.
+
+    Of class means only where that is for other presets; otherwise it is an error that is told.
+    """
+    if not config.method.nd_weight and others_have_nd:
         config = replace(config, {"class_means_momentum": None})
     if config.needs_teacher:
         return config
@@ -267,7 +270,11 @@ def _read_train(
         configs.append((config, load_preset(name).published if name else None))
     if any(config.needs_teacher for config, _ in configs):
         # What the options say of the teacher is for those that have one.
-        configs = [(_without_teacher(config), published) for config, published in configs]
+        any_nd = any(config.method.nd_weight for config, _ in configs)
+        configs = [
+            (_without_teacher(config, others_have_nd=any_nd), published)
+            for config, published in configs
+        ]
     assert arguments is not None
     seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
     if arguments.resume and arguments.overwrite:
@@ -280,24 +287,42 @@ def train(argv: Sequence[str]) -> int:
     with told_once():
         arguments, configs, seeds = _read_train(argv)
     out = Path(arguments.out)
-    resume = arguments.resume or restarted()
-    with join_world(arguments.run.device) as world:
+
+    def work(world: World) -> None:
         # Where a node was replaced, its torchrun has restarted nothing yet.
-        resume = world.any(resume)
-        try:
-            run_jobs(
-                plan_jobs(configs, seeds, out),
-                out,
-                world,
-                resume=resume,
-                overwrite=arguments.overwrite and not resume,
-                at_once=arguments.at_once,
-            )
-        except Interrupted as stopped:
-            if world.is_first:
-                print(f"dnkd train: {stopped}", flush=True)
-            return 128 + (stopped.signal or signal.SIGTERM)
+        resume = world.any(arguments.resume or restarted())
+        run_jobs(
+            plan_jobs(configs, seeds, out),
+            out,
+            world,
+            resume=resume,
+            overwrite=arguments.overwrite and not resume,
+            at_once=arguments.at_once,
+        )
+
+    return _until_stopped("train", arguments.run.device, work)
+
+
+def _until_stopped(name: str, device: str, work: Callable[[World], None]) -> int:
+    """Do what a command does with all processes; the exit status, that of a signal among them."""
+    try:
+        with join_world(device) as world:
+            try:
+                work(world)
+            except Interrupted as stopped:
+                if not stopped.together:
+                    raise
+                return _stopped(name, stopped)
+    except Interrupted as stopped:
+        # Out of the world by an error: the others may be in a collective call.
+        return _stopped(name, stopped)
     return 0
+
+
+def _stopped(name: str, stopped: Interrupted) -> int:
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"dnkd {name}: {stopped}", flush=True)
+    return 128 + (stopped.signal or signal.SIGTERM)
 
 
 def restarted() -> bool:
@@ -337,7 +362,8 @@ def class_means(argv: Sequence[str]) -> int:
             raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
     config = replace(_config(arguments), {"seed": arguments.seed})
     out = Path(arguments.out)
-    with join_world(arguments.run.device) as world:
+
+    def work(world: World) -> None:
         means = run_class_means(
             arguments.model,
             arguments.weights,
@@ -345,7 +371,7 @@ def class_means(argv: Sequence[str]) -> int:
             out,
             world,
             overwrite=arguments.overwrite,
-            resume=arguments.resume or restarted(),
+            resume=world.any(arguments.resume or restarted()),
         )
         if world.is_first:
             counts = means.counts
@@ -354,7 +380,8 @@ def class_means(argv: Sequence[str]) -> int:
                 f"{out}: {means.num_classes} classes x {means.num_features} features of "
                 f"{int(counts.sum())} {samples}"
             )
-    return 0
+
+    return _until_stopped("class-means", arguments.run.device, work)
 
 
 def evaluate(argv: Sequence[str]) -> int:

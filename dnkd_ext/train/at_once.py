@@ -1,7 +1,7 @@
 """Several runs at once on one device, each in a process of its own.
 
 ``python -m dnkd_ext.train.at_once JOB`` is such a process: JOB is JSON of the run's configuration,
-its folder and its published accuracy.
+its folder, its published accuracy and whether its file of decoded images is its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ __all__ = ["train_at_once"]
 def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
     """Train jobs by so many processes at a time; what they say goes where this one's does.
 
-    SIGINT and SIGTERM are handed on, once: every run writes a checkpoint and ends.
+    SIGINT and SIGTERM are handed on, once: every run writes a checkpoint and ends. So it does where
+    this process is killed.
 
     Args:
         jobs: with configurations that fit this device, in folders that hold no other runs.
@@ -53,6 +55,8 @@ def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "dnkd_ext.train.at_once", _told(job)],
                         env=environment,
+                        # Nothing is written: the pipe ends when this process does.
+                        stdin=subprocess.PIPE,
                         start_new_session=True,
                     )
                     running[process] = job
@@ -62,6 +66,7 @@ def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
                         process.send_signal(signal.SIGTERM)
                 for process in [process for process in running if process.poll() is not None]:
                     job = running.pop(process)
+                    _close(process)
                     if process.returncode:
                         failed.append(f"{job.out} (exit status {process.returncode})")
                 time.sleep(0.1)
@@ -69,17 +74,40 @@ def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
         for process in running:
             process.kill()
             process.wait()
+            _close(process)
     if signals.received:
         name = signal.Signals(signals.received).name
         raise Interrupted(f"stopped by {name}; --resume goes on with all runs", signals.received)
     return failed
 
 
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def _end_with_parent() -> None:
+    """SIGTERM when standard input ends; otherwise --resume would give a folder two writers."""
+
+    def wait() -> None:
+        # Not sys.stdin, whose lock a daemon thread would still hold when the interpreter ends.
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _told(job: Any) -> str:
     from dnkd_ext.train.config import flatten
 
-    config = {**flatten(job.config), "progress": False}
-    return json.dumps({"config": config, "out": os.fspath(job.out), "published": job.published})
+    given = {
+        "config": {**flatten(job.config), "progress": False},
+        "out": os.fspath(job.out),
+        "published": job.published,
+        "borrows": job.borrows,
+    }
+    return json.dumps(given)
 
 
 def main(told: str) -> int:
@@ -88,8 +116,10 @@ def main(told: str) -> int:
     from dnkd_ext.train.jobs import Job, run_jobs
     from dnkd_ext.train.world import join_world
 
+    _end_with_parent()
     given = json.loads(told)
-    job = Job(replace(TrainConfig(), given["config"]), Path(given["out"]), given["published"])
+    config = replace(TrainConfig(), given.pop("config"))
+    job = Job(config, Path(given.pop("out")), **given)
     try:
         with join_world(job.config.run.device) as world:
             run_jobs([job], job.out, world, resume=True)

@@ -26,7 +26,7 @@ from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
 from dnkd_ext.review import stage_channels, stage_maps
 from dnkd_ext.train.config import MethodOptions, TrainConfig
-from dnkd_ext.train.engine import Task
+from dnkd_ext.train.engine import Task, autocast
 from dnkd_ext.train.models import create_model, load_weights, model_names
 from dnkd_ext.train.models.weights import read_weights
 from dnkd_ext.train.recompute import checkpoint_activations
@@ -185,7 +185,7 @@ class Teacher(NamedTuple):
     means_origin: str = "gathered"
 
 
-# What stands for timm's own weights in the place of a file.
+# What stands for timm's or torchvision's own weights in the place of a file.
 PRETRAINED = "pretrained"
 
 
@@ -628,9 +628,7 @@ class Classification(Task):
         self.steps_per_epoch = len(self._train)
         self.batch_size = config.optim.batch_size
         self.identity = identity(config, source, teacher)
-        self._autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=run.precision == "bfloat16"
-        )
+        self._autocast = autocast(run, world)
         self._teacher = teacher
         self._teacher_norms: Tensor | None = None
         self._skips = config.data.task == "imagenet" and config.reader.on_error == "skip"

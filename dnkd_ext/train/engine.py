@@ -40,7 +40,16 @@ from dnkd_ext.train.sharding import (
 )
 from dnkd_ext.train.world import World
 
-__all__ = ["Interrupted", "Signals", "Task", "check_identity", "learning_rate", "ramp", "train"]
+__all__ = [
+    "Interrupted",
+    "Signals",
+    "Task",
+    "autocast",
+    "check_identity",
+    "learning_rate",
+    "ramp",
+    "train",
+]
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
@@ -48,11 +57,15 @@ LOG = "log.csv"
 
 
 class Interrupted(Exception):
-    """Training was asked to stop by ``signal`` and has written a checkpoint."""
+    """A command was asked to stop by ``signal`` and has kept what it did.
 
-    def __init__(self, message: str, number: int) -> None:
+    ``together``: all processes stop at this very place.
+    """
+
+    def __init__(self, message: str, number: int, *, together: bool = True) -> None:
         super().__init__(message)
         self.signal = number
+        self.together = together
 
 
 class Task(ABC):
@@ -104,6 +117,15 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures of ``evaluated`` or of copies, the same on all processes; a collective call."""
+
+
+def autocast(run: RunOptions, world: World, *, cache: bool = True) -> torch.autocast:
+    """In which models run by the precision of the options.
+
+    Without ``cache`` weights are cast anew wherever they are used, as a recorded step must.
+    """
+    is_half = run.precision == "bfloat16"
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=is_half, cache_enabled=cache)
 
 
 def learning_rate(options: OptimOptions, time: float) -> float:
@@ -251,9 +273,9 @@ def train(
 
     Returns:
         ``rows`` of the log, ``metric``, the name of the deciding figure, its ``best`` and
-        ``best_epoch``, ``seconds`` of training, evaluation left out, over all parts of the run, and
-        ``judged``, the task's ``evaluated`` modules. With a moving average of the weights, that is
-        what is evaluated for it, written as weights and returned.
+        ``best_epoch``, ``seconds`` of training, evaluation and checkpoints left out, over all parts
+        of the run, and ``judged``, the task's ``evaluated`` modules. With a moving average of the
+        weights, that is what is evaluated for it, written as weights and returned.
 
     Raises:
         FloatingPointError: a term of the loss is not finite; epoch, step and term are named, and
@@ -270,10 +292,12 @@ def train(
 
 def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -> None:
     """ValueError for a checkpoint that was made with another model, teacher or data."""
+    before = state["identity"]
+    # What only one of them has differs, too: a backbone that began from weights, or at random.
     differs = [
-        f"{name} is {identity.get(name)}, in the checkpoint {value}"
-        for name, value in state["identity"].items()
-        if identity.get(name) != value
+        f"{name} is {identity.get(name, 'none')}, in the checkpoint {before.get(name, 'none')}"
+        for name in dict.fromkeys((*before, *identity))
+        if identity.get(name) != before.get(name)
     ]
     if differs:
         raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
@@ -341,12 +365,7 @@ class _Training:
         if run.fsdp:
             self.trained = [nn.Parameter(local(p.detach())) for p in self.parameters]
         self.optimizer = self._optimizer()
-        self.autocast = torch.autocast(
-            device.type,
-            torch.bfloat16,
-            enabled=run.precision == "bfloat16",
-            cache_enabled=not run.cuda_graph,
-        )
+        self.autocast = autocast(run, world, cache=not run.cuda_graph)
         self.do_step: Callable[[tuple[Tensor, ...]], None] = self._step
         if run.cuda_graph:
             self.do_step = _Recorded(self._step)
@@ -465,7 +484,8 @@ class _Training:
     def _advice(self) -> str:
         kept = "no checkpoint was written yet"
         if self.epoch or self.start:
-            kept = f"the checkpoint after {self.epoch} epochs is kept"
+            steps = f" and {self.start} steps" if self.start else ""
+            kept = f"the checkpoint after {self.epoch} epochs{steps} is kept"
         return (
             f"{kept}. A smaller --lr or weight of that term, or --precision float32, may help, in "
             "another --out"
@@ -474,13 +494,15 @@ class _Training:
     # -- state ---------------------------------------------------------------------------------
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Running statistics and the like, which differ between processes within an epoch."""
+        """Running statistics, which alone differ between processes within an epoch."""
         modules = {"step": self.task.step, "average": self.average}
         return {
-            f"{place}.{name}": value
+            f"{place}.{prefix}.{name}": value
             for place, module in modules.items()
             if module is not None
-            for name, value in module.named_buffers()
+            for prefix, part in module.named_modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+            for name, value in part.named_buffers(recurse=False)
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -513,7 +535,7 @@ class _Training:
         }
         if start and self.world.size > 1:
             own["buffers"] = {name: value.cpu() for name, value in self._buffers().items()}
-        of_ranks = self.world.gather(own)
+        of_ranks = self.world.to_first(own)
         kept: dict[str, Any]
         if self.run.fsdp:
             kept = {
@@ -585,7 +607,8 @@ class _Training:
             self.task.unreadable = own.get("unreadable", 0)
             buffers = self._buffers()
             for name, value in own.get("buffers", {}).items():
-                buffers[name].copy_(value)
+                if name in buffers:  # checkpoints of earlier versions have others, too
+                    buffers[name].copy_(value)
             torch.set_rng_state(own["random"]["cpu"])
             if self.world.device.type == "cuda" and "cuda" in own["random"]:
                 torch.cuda.set_rng_state(own["random"]["cuda"])
@@ -725,8 +748,10 @@ class _Training:
             if (stop or (looks and self._is_due())) and step < task.steps_per_epoch:
                 self._check_finite(epoch)
                 self._check_weights(epoch)
-                self.seconds = before + time.perf_counter() - began
+                paused = time.perf_counter()
+                self.seconds = before + paused - began
                 self._save(epoch, step)
+                began += time.perf_counter() - paused
             if stop and step < task.steps_per_epoch:
                 self._stop(signals, f"in epoch {epoch + 1} after step {step}")
         self._check_weights(epoch)

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "DETECTIONS",
+    "TEMPORARY",
     "remove_temporaries",
     "replacing",
     "sync",
@@ -23,6 +25,8 @@ __all__ = [
     "write_tensors",
 ]
 
+# What a detector's run found last.
+DETECTIONS = "detections.json"
 TEMPORARY = ".unfinished"
 
 

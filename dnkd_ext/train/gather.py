@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import FREE, TrainConfig
-from dnkd_ext.train.engine import Signals
+from dnkd_ext.train.engine import Interrupted, Signals, autocast
 from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
@@ -105,13 +106,11 @@ def gather_class_means(
         resume: go on with what is kept there.
     """
     batches = source.clean(config, world)
-    autocast = torch.autocast(
-        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
-    )
+    precision = autocast(config.run, world)
 
     def look(batch: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         images, target, mask = batch
-        with autocast:
+        with precision:
             found, _ = features(model, images)
         # What fills up a batch counts nowhere.
         return found, target.where(mask, -100)
@@ -137,7 +136,7 @@ def gather_means(
 
     Args:
         batches: has a length, and ``batches(start)``, those from number ``start`` on.
-        look: at a batch; features ``(N, D)`` and classes ``(N,)``, negative where nothing counts.
+        look: at a batch; features ``(N, D)`` and classes ``(N,)``, -100 where nothing counts.
         source: of the images.
         config: how they are read.
         world: the processes.
@@ -150,6 +149,9 @@ def gather_means(
 
     Returns:
         The means over all processes, the same on each.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came.
     """
     metadata = metadata or {}
     origin = _origin(source, config, metadata)
@@ -188,8 +190,8 @@ def gather_means(
                 if config.run.fsdp_teacher:
                     stop = world.any(stop)
                 if stop:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
+                    raise _interrupted(signals, path, world, together=config.run.fsdp_teacher)
+        except (Interrupted, KeyboardInterrupt):
             keep(number)
             raise
     if means is None:  # all of it was done before, or there is nothing for this process
@@ -199,6 +201,16 @@ def gather_means(
     result = means.all_reduce()
     result.metadata = dict(metadata)
     return result
+
+
+def _interrupted(
+    signals: Signals, path: Path | None, world: World, *, together: bool
+) -> Interrupted:
+    number = signals.received or signal.SIGTERM
+    told = f"stopped by {signal.Signals(number).name} while class means were gathered"
+    if path is not None:
+        told += f"; what there is of them is kept beside {path}, --resume goes on from there"
+    return Interrupted(told, number, together=together or world.size == 1)
 
 
 def _begin(classes: int, width: int, world: World, state: dict[str, Any] | None) -> ClassMeans:

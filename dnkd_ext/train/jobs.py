@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import gc
 import importlib.util
 import json
 import os
 import platform
 import shutil
 import statistics
-from collections.abc import Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +41,8 @@ from dnkd_ext.train.classification import (
     weights_file,
 )
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
-from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
-from dnkd_ext.train.files import remove_temporaries, write_csv, write_json
+from dnkd_ext.train.engine import BEST, LAST, LOG, autocast, check_identity, train
+from dnkd_ext.train.files import DETECTIONS, TEMPORARY, remove_temporaries, write_csv, write_json
 from dnkd_ext.train.gather import (
     find_parts,
     gather_class_means,
@@ -64,7 +67,6 @@ __all__ = [
 CONFIG = "config.json"
 RESULT = "result.json"
 CLASS_MEANS = "class_means.safetensors"
-DETECTIONS = "detections.json"
 CURVES = "curves.png"
 FEATURES = "features.png"
 # What a run writes, apart from folders: tensorboard/, wandb/ and those of sharded checkpoints.
@@ -85,11 +87,21 @@ OWN_FILES = (
 
 @dataclass(frozen=True)
 class Job:
-    """A run: its configuration, its folder, and the accuracy or AP that was published."""
+    """A run: its configuration, its folder, and the accuracy or AP that was published.
+
+    ``borrows``: the file of decoded images in the configuration is that of the call, not the run's.
+    """
 
     config: TrainConfig
     out: Path
     published: float | None = None
+    borrows: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration as the run's files have it."""
+        flat = flatten(self.config)
+        return {**flat, "cache": None} if self.borrows else flat
 
 
 def _is_detection(config: TrainConfig) -> bool:
@@ -207,6 +219,14 @@ def run_jobs(
 ) -> list[dict[str, Any]]:
     """Train one after another, or some at a time; data, teachers and class means are read once.
 
+    Args:
+        jobs: the runs.
+        out: the folder of all of them.
+        world: the processes.
+        resume: go on with what the folders hold.
+        overwrite: replace it.
+        at_once: how many at a time, each in a process of its own; no more than are left to do.
+
     Returns:
         What the ``result.json`` of every job holds.
 
@@ -229,24 +249,53 @@ def run_jobs(
     states: list[_State] = []
     with world.first_alone():
         if world.is_first:
+            if overwrite:
+                _check_overwritten(ready)
             states = [_look(job, resume, overwrite) for job in ready]
     states = world.from_first(states)
+    at_once = min(at_once, sum(state.result is None for state in states))
+    if at_once > 1:
+        with _decoded_once(ready, out) as borrowing:
+            return _run_ready(borrowing, states, out, world, resume, overwrite, at_once)
+    return _run_ready(ready, states, out, world, resume, overwrite, at_once)
+
+
+@contextlib.contextmanager
+def _decoded_once(jobs: list[Job], out: Path) -> Iterator[list[Job]]:
+    """The jobs with a file of decoded images, as long as the context lasts, if they have none."""
+    cache = out / f".images.{uuid.uuid4().hex}{TEMPORARY}"
+    borrowing = []
+    for job in jobs:
+        if job.config.data.task == "cifar" and job.config.data.cache is None:
+            config = replace(job.config, {"cache": os.fspath(cache)})
+            job = dataclasses.replace(job, config=config, borrows=True)
+        borrowing.append(job)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield borrowing
+    finally:
+        cache.unlink(missing_ok=True)
+        # Nothing stays of what was refused; a folder that holds something does.
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+
+
+def _run_ready(
+    ready: list[Job],
+    states: list[_State],
+    out: Path,
+    world: World,
+    resume: bool,
+    overwrite: bool,
+    at_once: int,
+) -> list[dict[str, Any]]:
+    """Train checked jobs, whose folders hold ``states``; see run_jobs."""
     shared = _Shared(world)
     for job, state in zip(ready, states, strict=True):
         with world.together():
-            source, teacher = shared.source(job.config), shared.teacher(job.config)
-            _task_class(job.config).check(job.config, source, teacher)
-            if not _is_detection(job.config):
-                # What makes batches checks its options, and starts no workers before the first.
-                source.train(job.config, world)
-                source.test(job.config, world)
-                follows = job.config.model.class_means_momentum is not None
-                needs_means = job.config.method.nd_weight and not follows
-                if teacher and needs_means and teacher.class_means is None:
-                    source.clean(job.config, world)
-            if state.identity is not None:
-                told = {"identity": state.identity}
-                check_identity(job.out, told, identity(job.config, source, teacher))
+            _check_inputs(job, state, shared, world)
     if overwrite:
         with world.first_alone():
             if world.is_first:
@@ -264,12 +313,11 @@ def run_jobs(
     todo = [job for job in ready if job.out not in done]
     failed: list[str] = []
     if at_once > 1:
-        failed = _run_at_once(todo, shared, out, at_once)
+        failed = _run_at_once(todo, shared, at_once)
     for job in todo:
         if at_once > 1:
-            result = _look(job, True, False).result
-            if result is not None:
-                done[job.out] = result
+            if (job.out / RESULT).exists():
+                done[job.out] = json.loads((job.out / RESULT).read_text(encoding="utf-8"))
             continue
         try:
             done[job.out] = _run(job, shared, world, resume)
@@ -277,13 +325,13 @@ def run_jobs(
             name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
             failed.append(f"{name}: {error}")
     with world.first_alone():
-        if world.is_first and len(jobs) > 1:
+        if world.is_first and len(ready) > 1:
             rows = summary(_all_results(out))
             write_csv(out / "summary.csv", rows)
             lines = [format_summary(rows)] if rows else []
             print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
         if world.is_first and failed:
-            many = f"{len(failed)} of {len(jobs)} runs failed: " if len(jobs) > 1 else ""
+            many = f"{len(failed)} of {len(ready)} runs failed: " if len(ready) > 1 else ""
             raise (ChildProcessError if at_once > 1 else FloatingPointError)(
                 many + "; ".join(failed)
             )
@@ -307,6 +355,24 @@ def _checked(job: Job, world: World) -> Job:
     return dataclasses.replace(job, config=config)
 
 
+def _check_inputs(job: Job, state: _State, shared: _Shared, world: World) -> None:
+    """An error where data, teacher or class means do not fit a job or what its folder holds."""
+    config = job.config
+    source, teacher = shared.source(config), shared.teacher(config)
+    _task_class(config).check(config, source, teacher)
+    if not _is_detection(config):
+        # What makes batches checks its options, and starts no workers before the first.
+        source.train(config, world)
+        source.test(config, world)
+        follows = config.model.class_means_momentum is not None
+        needs_means = config.method.nd_weight and not follows
+        if teacher and needs_means and teacher.class_means is None:
+            source.clean(config, world)
+    if state.identity is not None:
+        told = {"identity": state.identity}
+        check_identity(job.out, told, identity(config, source, teacher))
+
+
 class _State(NamedTuple):
     """What a job's folder holds: the identity of a checkpoint, and the result of a finished run."""
 
@@ -323,6 +389,28 @@ def _remove(out: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _check_overwritten(jobs: list[Job]) -> None:
+    """ValueError where replacing the runs would remove a file that one of them is to read."""
+    folders = {job.out.resolve(): job.out for job in jobs}
+    for job in jobs:
+        model, backbone = job.config.model, job.config.detection.backbone_weights
+        read: dict[str, str | None] = {
+            "teacher-weights": model.teacher_weights,
+            "class-means": model.class_means,
+            "backbone-weights": backbone,
+        }
+        for option, given in read.items():
+            if given is None or (given == PRETRAINED and option != "class-means"):
+                continue
+            path = weights_file(given) if option == "teacher-weights" else Path(given)
+            path = path.resolve()
+            if path.name in OWN_FILES and path.parent in folders:
+                raise ValueError(
+                    f"--overwrite would remove --{option} {given}, which are in --out "
+                    f"{folders[path.parent]}"
+                )
+
+
 def _all_results(out: Path) -> list[dict[str, Any]]:
     """Those of all runs below a folder, also of earlier calls."""
     return [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RESULT))]
@@ -335,12 +423,6 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
         raise NotADirectoryError(f"--out {out} is a file")
     present = [name for name in OWN_FILES if (out / name).exists()]
     present += [path.name for path in shard_folders(out)]
-    weights = job.config.model.teacher_weights
-    has_file = weights is not None and weights != PRETRAINED
-    if overwrite and has_file and out.resolve() in weights_file(weights).resolve().parents:
-        raise ValueError(
-            f"--overwrite would remove --teacher-weights {weights}, which are in --out {out}"
-        )
     # A run has a log or a checkpoint; what failed or was killed before is none.
     if overwrite or set(present) <= {CONFIG, CLASS_MEANS}:
         return _State()
@@ -391,6 +473,7 @@ class _Shared:
         self._sources.clear()
         self._teachers.clear()
         self._sharded.clear()
+        gc.collect()  # models are in cycles
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -442,7 +525,8 @@ class _Shared:
             return None
         key = self._key(config)
         if config.run.fsdp_teacher and key not in self._sharded:
-            if _casts_sharded_teacher(config):
+            if config.run.precision == "bfloat16":
+                # As autocast would cast it in every step; half of it is sent then.
                 teacher = teacher._replace(model=cast_once(teacher.model))
                 self._teachers[key] = teacher
             shard_model(
@@ -479,17 +563,6 @@ class _Shared:
                 teacher.class_means.save(out / CLASS_MEANS)
                 remove_parts(out / CLASS_MEANS)
         return teacher
-
-
-def _casts_sharded_teacher(config: TrainConfig) -> bool:
-    """Whether a teacher is sharded as autocast would cast it in every step.
-
-    Half of it is sent then. Not where its class means are still to be gathered.
-    """
-    model = config.model
-    gathers = model.class_means is None and model.class_means_momentum is None
-    gathers &= bool(config.method.nd_weight) or config.data.task == "cifar"
-    return config.run.precision == "bfloat16" and not gathers
 
 
 def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
@@ -537,7 +610,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     with world.first_alone():
         if world.is_first:
             # From here on the folder holds a run.
-            write_json(out / CONFIG, flatten(config))
+            write_json(out / CONFIG, job.settings)
             print(_heading(job, source, world), flush=True)
     log = train(
         task,
@@ -548,7 +621,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         kd_warm_up=config.method.kd_warm_up,
         resume=resume,
         metadata={"model": config.model.student, "dataset": source.name},
-        settings=flatten(config),
+        settings=job.settings,
     )
     last = log["rows"][-1]
     figure = task.metric.removeprefix("test_")
@@ -567,7 +640,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
         **{name: last[name] for name in ("train_unreadable", "test_unreadable") if name in last},
         "processes": world.size,
         "machine": machine(world),
-        "config": flatten(config),
+        "config": job.settings,
         "versions": dnkd_ext.build_info(),
     }
     norms: dict[str, Any] = {}
@@ -591,8 +664,8 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     return result
 
 
-def _run_at_once(jobs: list[Job], shared: _Shared, out: Path, number: int) -> list[str]:
-    """Train jobs in processes of their own, for which images are decoded and means gathered here.
+def _run_at_once(jobs: list[Job], shared: _Shared, number: int) -> list[str]:
+    """Train jobs in processes of their own, for which class means are gathered here.
 
     Returns:
         Those that failed, and have told why.
@@ -600,23 +673,12 @@ def _run_at_once(jobs: list[Job], shared: _Shared, out: Path, number: int) -> li
     Raises:
         Interrupted: see :func:`dnkd_ext.train.at_once.train_at_once`.
     """
-    cache = out / "images.safetensors"
-    given = []
     for job in jobs:
         job.out.mkdir(parents=True, exist_ok=True)
-        config = job.config
-        if config.data.task == "cifar" and config.data.cache is None:
-            config = replace(config, {"cache": os.fspath(cache)})
-        shared.source(config)
-        prepare_device(config, shared.world)
-        shared.teacher_with_means(config, job.out)
-        given.append(dataclasses.replace(job, config=config))
+        prepare_device(job.config, shared.world)
+        shared.teacher_with_means(job.config, job.out)
     shared.forget()
-    try:
-        failed = train_at_once(given, number)
-    finally:
-        cache.unlink(missing_ok=True)
-    return failed
+    return train_at_once(jobs, number)
 
 
 def _heading(job: Job, source: Any, world: World) -> str:
@@ -805,10 +867,8 @@ def run_eval(
         network = _load_teacher(model, weights, source, config, world).model
         try_out(network, f"--model {model}", config, source)
         batches = source.test(config, world)
-    autocast = torch.autocast(
-        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
-    )
-    result = evaluate(network, batches, len(source.classes), autocast, world)
+    precision = autocast(config.run, world)
+    result = evaluate(network, batches, len(source.classes), precision, world)
     return {
         "model": model,
         "weights": weights if weights == PRETRAINED else str(weights_file(weights)),

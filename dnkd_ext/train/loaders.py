@@ -30,7 +30,7 @@ from dnkd_ext.train.samples import (
     seeded,
 )
 
-__all__ = ["EvalLoader", "Order", "TrainLoader", "leave_signals_to_the_main_process"]
+__all__ = ["EvalLoader", "Order", "TrainLoader", "as_it_is", "leave_signals_to_the_main_process"]
 
 
 class Order(NamedTuple):
@@ -59,7 +59,8 @@ class _Rows:
         return len(self.order.index)
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """For a DataLoader whose data set makes whole batches."""
     return batch
 
 
@@ -169,7 +170,7 @@ class _Loader(BatchShare):
             }
             if self._shards is not None:
                 self._loader = DataLoader(
-                    self._shards, batch_size=None, collate_fn=_as_it_is, **shared
+                    self._shards, batch_size=None, collate_fn=as_it_is, **shared
                 )
             else:
                 self._loader = DataLoader(

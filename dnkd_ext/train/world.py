@@ -92,6 +92,14 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def to_first(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, on the first; none on the others."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values)
+        return values or []
+
     def from_first(self, value: Any) -> Any:
         """What the first process has."""
         values = [value]

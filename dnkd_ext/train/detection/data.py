@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.loaders import leave_signals_to_the_main_process
+from dnkd_ext.train.loaders import as_it_is, leave_signals_to_the_main_process
 from dnkd_ext.train.readers import DataError
 from dnkd_ext.train.world import World
 
@@ -291,10 +291,6 @@ class _Images(Dataset):
 # -- batches --------------------------------------------------------------------------------------
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def _read(
     split: BoxSplit, batches: list[list[Sample]], config: TrainConfig, world: World
 ) -> Iterator[list[Item]]:
@@ -303,7 +299,7 @@ def _read(
         _Images(split),
         batch_sampler=batches,
         num_workers=config.reader.workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,
         # Of its own, so that what the step draws does not depend on when a loader was made.

@@ -16,12 +16,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
-from dnkd_ext.train.classification import weights_digest
+from dnkd_ext.train.classification import PRETRAINED, weights_digest
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.detection.heads import DistillingRoIHeads
 from dnkd_ext.train.models import load_weights
 
-__all__ = ["FEATURES", "NAMES", "PRETRAINED", "create_detector", "load_detector"]
+__all__ = ["FEATURES", "NAMES", "create_detector", "load_detector"]
 
 PREFIX = "fasterrcnn_"
 NAMES = tuple(
@@ -29,8 +29,6 @@ NAMES = tuple(
 )
 # Width of the box head's output, as torchvision makes it.
 FEATURES = 1024
-# What stands for torchvision's own weights in the place of a file.
-PRETRAINED = "pretrained"
 # The blocks of MobileNetV2 that end a stage, their channels, and where the five parts begin that
 # trainable_layers counts: stem, C2, C3, C4, C5.
 MOBILENET_STAGES = {3: 24, 6: 32, 13: 96, 17: 320}

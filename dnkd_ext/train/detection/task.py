@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.train.classification import Teacher, identity, read_class_means, weights_file
+from dnkd_ext.train.classification import (
+    PRETRAINED,
+    Teacher,
+    identity,
+    read_class_means,
+    weights_file,
+)
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection.data import (
     BoxSplit,
@@ -30,13 +36,13 @@ from dnkd_ext.train.detection.evaluation import (
     ground_truth,
     write_detections,
 )
-from dnkd_ext.train.detection.models import FEATURES, PRETRAINED, create_detector, load_detector
-from dnkd_ext.train.engine import Task
+from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
+from dnkd_ext.train.engine import Task, autocast
+from dnkd_ext.train.files import DETECTIONS
 from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.world import World
 
 __all__ = [
-    "DETECTIONS",
     "DetectionTask",
     "check_settings",
     "gather_class_means",
@@ -45,8 +51,6 @@ __all__ = [
     "read_means",
     "run_evaluation",
 ]
-
-DETECTIONS = "detections.json"
 
 
 def load_teacher(
@@ -102,8 +106,13 @@ def _words(value: Any) -> str:
 def gathering_notes(config: TrainConfig) -> dict[str, str]:
     """What a file of class means says about how they were gathered."""
     options = config.detection
-    sampled = {"rpn_proposals": options.rpn_proposals, "proposals": options.proposals}
-    return {name: json.dumps(value) for name, value in {**_settings(config), **sampled}.items()}
+    seen = {
+        "precision": config.run.precision,
+        **_settings(config),
+        "rpn_proposals": options.rpn_proposals,
+        "proposals": options.proposals,
+    }
+    return {name: json.dumps(value) for name, value in seen.items()}
 
 
 def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) -> ClassMeans:
@@ -146,11 +155,11 @@ def gather_class_means(
     # As many proposals as in training; its head has nothing that behaves otherwise then.
     model.rpn.train()
     devices = [world.device] if world.device.type == "cuda" else []
-    autocast = _autocast(config, world)
+    precision = autocast(config.run, world)
 
     def look(batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         images, targets, numbers = batch
-        with autocast:
+        with precision:
             seeds = [(config.run.seed, number) for number in numbers]
             return sampled_features(model, images, targets, seeds)
 
@@ -197,12 +206,6 @@ def sampled_features(
     return model.roi_heads.box_head(pooled), torch.cat(labels)
 
 
-def _autocast(config: TrainConfig, world: World) -> torch.autocast:
-    return torch.autocast(
-        world.device.type, torch.bfloat16, enabled=config.run.precision == "bfloat16"
-    )
-
-
 def run_evaluation(
     model: str, weights: str, config: TrainConfig, world: World, detections: Path | None
 ) -> dict[str, float | int | str]:
@@ -211,20 +214,23 @@ def run_evaluation(
     Raises:
         FileNotFoundError, ValueError: as :func:`load_teacher` and :func:`read_test_split`.
     """
-    check_settings(weights, config)
-    split = read_test_split(config)
-    network = load_teacher(model, weights, split, config, world).model
+    with world.together():
+        check_settings(weights, config)
+        split = read_test_split(config)
+        network = load_teacher(model, weights, split, config, world).model
+        # Now, lest its errors come when all is detected.
+        truth = ground_truth(split) if world.is_first else None
     found = detect(
         network,
         TestBatches(split, config, world),
-        _autocast(config, world),
+        autocast(config.run, world),
         world,
         progress=config.run.progress,
     )
     figures: dict[str, float] = {}
     with world.first_alone():
         if world.is_first:
-            figures = coco_figures(ground_truth(split), found, split.image_ids.tolist())
+            figures = coco_figures(truth, found, split.image_ids.tolist())
             if detections is not None:
                 write_detections(detections, found)
     return {
@@ -276,7 +282,7 @@ class DetectionTask(Task):
         self.steps_per_epoch = len(self._train)
         self.batch_size = config.optim.batch_size
         self.identity = identity(config, source, teacher)
-        self._autocast = _autocast(config, world)
+        self._autocast = autocast(run, world)
         self._truth: Any = None
         with world.first_alone():
             if world.is_first:
@@ -289,7 +295,8 @@ class DetectionTask(Task):
         """What would fail once training begins, told before.
 
         Raises:
-            ValueError: no such student, no or other weights of its backbone, too large a batch.
+            ValueError: no such student, no or other weights of its backbone, too large a batch, or
+                a teacher that was trained with other settings.
             FileNotFoundError: no such file of weights.
             ModuleNotFoundError: pycocotools is not installed.
         """
@@ -305,6 +312,8 @@ class DetectionTask(Task):
                 f"--batch-size must be at most the {source.train_images} training images, got "
                 f"{config.optim.batch_size}"
             )
+        if teacher is not None and config.model.teacher_weights is not None:
+            check_settings(config.model.teacher_weights, config)
         create_detector(
             config.model.student,
             len(source.classes),
