@@ -137,7 +137,7 @@ def _loading(machine: tuple[str, str], group: list[Row]) -> str:
         {f"{row['date']}, dnkd_ext {row['version']} at {row['commit']}" for row in group}
     )
     return (
-        f"\n### On {hardware}, {_number(_value(group[0], 'threads'))} threads, torch {torch}\n\n"
+        f"\n### On {hardware}, torch {torch}\n\n"
         f"{'; '.join(which)}; {_number(_value(group[0], 'images'))} {group[0]['data']}, batches of "
         f"{_number(_value(group[0], 'batch'))}. The command:\n\n"
         f"    python -m benchmarks loading --out FILE.csv\n\n{loading_table(group)}"
