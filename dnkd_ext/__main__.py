@@ -1,7 +1,5 @@
 """``python -m dnkd_ext`` is the command line."""
 
-import sys
+from dnkd_ext.cli import entry
 
-from dnkd_ext.cli import main
-
-sys.exit(main())
+entry()

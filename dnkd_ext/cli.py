@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["entry", "main"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,3 +133,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__name__ != "OtherProcessFailed":
             raise
         return 2  # the process that failed has told why
+
+
+def entry() -> None:
+    """Run one command of the command line, and end with its exit status."""
+    status = main()
+    distributed = sys.modules.get("torch.distributed")
+    if status and distributed is not None and distributed.is_initialized():
+        # After an error the process group stands, for others may wait in a collective call of it;
+        # its threads would make an abort of the interpreter's end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1097,7 +1098,7 @@ def test_of_several_processes_one_tells_what_is_wrong(images, tmp_path):
     wrong += [[*means, "--data", str(images), "--device", "cpu", "--eval-batch-size", "0"]]
     wrong += [["eval", "--model", "x", "--weights", "y", "--data", str(images), "--device", "cpu"]]
     script = f"""
-import sys
+import os, sys
 from dnkd_ext.cli import main
 for command in {wrong!r}:
     print("command", file=sys.stderr)
@@ -1106,6 +1107,8 @@ for command in {wrong!r}:
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2, status
+sys.stderr.flush()
+os._exit(0)  # with the process group of the commands that failed
 """
     (tmp_path / "script.py").write_text(script)
     done = by_two(str(tmp_path / "script.py"), timeout=120)
@@ -1121,6 +1124,19 @@ for command in {wrong!r}:
     ):
         lines = [line for line in done.stderr.splitlines() if message in line]
         assert len(lines) == 1, (message, done.stderr)
+
+
+def test_an_error_of_several_processes_is_no_abort(images, tmp_path):
+    """Their group stands when they end."""
+    wrong = options(images, tmp_path / "run", "--data", str(tmp_path / "none"))
+    done = by_two("-m", "dnkd_ext", *wrong, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("no data folder at") == 1
+    assert "terminate called" not in done.stderr
+    found = re.findall(r"exitcode +: (-?\d+)", done.stderr)
+    # torchrun ends the other one where it is not first.
+    assert found
+    assert {*found} <= {"2", str(-signal.SIGTERM)}
 
 
 def test_overwrite_replaces_a_run_but_nothing_else(images, tmp_path):
