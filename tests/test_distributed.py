@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 from typing import Any
 
@@ -30,6 +31,9 @@ def _process(rank: int, world_size: int, folder: str, work: Any, arguments: Any)
         torch.save(work(rank, world_size, *arguments), f"{folder}/result{rank}.pt")
         distributed.barrier()
     finally:
+        # A DistributedDataParallel that is still to be collected holds the group, whose threads
+        # would then abort the interpreter's end.
+        gc.collect()
         distributed.destroy_process_group()
 
 
