@@ -39,9 +39,8 @@ class Case:
 
     # How many inputs, the first ones, get a gradient.
     leaves = 1
-    # How many of our losses it is made of, and launches of a forward pass that are of none of them.
+    # How many of our losses it is made of.
     losses = 1
-    extra_launches = 0
 
     @property
     def name(self) -> str:
@@ -351,7 +350,6 @@ class KdPlusPlusCase(Case):
 
     leaves = 2
     losses = 2
-    extra_launches = 1  # adds the two
 
     @property
     def label(self) -> str:

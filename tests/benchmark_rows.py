@@ -29,7 +29,7 @@ def found_in(rows):
 def gpu_rows(*, launches=(2, 3), syncs=0, graph="yes", peak=None, copy=95):
     rows = []
     for case in cases.cases("cuda"):
-        forward, both = (count * case.losses + case.extra_launches for count in launches)
+        forward, both = (count * case.losses for count in launches)
         for row in rows_of(
             ("copy", copy), ("ours", 100), ("eager", 500), ("compile", 250),
             ("ours", 60, results.FORWARD),
