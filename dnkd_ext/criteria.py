@@ -26,7 +26,7 @@ from dnkd_ext.losses._logits import LogitTerms
 from dnkd_ext.losses.dkd_loss import ce_dkd_loss
 from dnkd_ext.losses.hcl_loss import hcl_loss
 from dnkd_ext.losses.kd_loss import ce_kd_loss
-from dnkd_ext.losses.nd_loss import class_means_table, nd_loss
+from dnkd_ext.losses.nd_loss import add_nd_loss, class_means_table
 from dnkd_ext.review import ReviewFusion, stage_channels
 
 if TYPE_CHECKING:
@@ -157,7 +157,9 @@ class _PlusPlus(nn.Module):
             return CriterionTerms(*terms, torch.zeros_like(terms.ce))
         assert student_features is not None
         assert self.class_means is not None
-        weighted = nd_loss(
+        # A weight of 0 may be a ramp's; the graph stays: gradients are 0, not None.
+        loss, nd = add_nd_loss(
+            terms.loss,
             student_features,
             target,
             self.class_means,
@@ -167,13 +169,7 @@ class _PlusPlus(nn.Module):
             loss_weight=nd_weight,
             eps=self.eps,
         )
-        nd = weighted.detach()
-        if isinstance(nd_weight, Tensor):
-            # On the device, where alone the weight is known; NaN / 0 must not hide behind the 0.
-            nd = torch.where((nd_weight == 0) & (nd == 0), 0, nd / nd_weight).to(weighted.dtype)
-        elif nd_weight not in (0, 1):  # 0: a ramp; the graph stays: gradients are 0, not None
-            nd = nd / nd_weight
-        return CriterionTerms(terms.loss + weighted, terms.ce, terms.kd, nd)
+        return CriterionTerms(loss, terms.ce, terms.kd, nd)
 
     def _check_features(self, student_logits: Tensor, student_features: Tensor | None) -> None:
         """Errors that name what the criterion needs, before anything is computed."""

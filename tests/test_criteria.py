@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dnkd_ext
 
@@ -279,6 +280,16 @@ def test_without_the_nd_loss(kind, generator):
         torch.testing.assert_close(inputs["student_logits"].grad, gradient, rtol=1e-9, atol=1e-12)
 
 
+def nodes_of(loss):
+    """The nodes of its graph but those of leaves."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        for other, _ in node.next_functions:
+            if other is not None and "AccumulateGrad" not in other.name() and other not in nodes:
+                nodes.append(other)
+    return nodes
+
+
 @pytest.mark.usefixtures("needs_extension")
 @pytest.mark.parametrize(("name", "kernels"), [("kd", 2), ("dkd", 2), ("hard", 3)])
 @pytest.mark.parametrize("ramp", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
@@ -287,10 +298,10 @@ def test_upstream_gradients_stay_one(name, kernels, ramp, generator):
     inputs = bring(draw(generator), torch.float32)
     criterion = CRITERIA[name](inputs["means"], **WEIGHTS)
     loss = call(criterion, inputs, kd_ramp=ramp, nd_ramp=ramp).loss
-    nodes = [loss.grad_fn]
-    while sums := [node for node in nodes if node.name() == "AddBackward0"]:
-        nodes.remove(sums[0])
-        nodes += [node for node, _ in sums[0].next_functions]
+    nodes = nodes_of(loss)
+    sums = [node for node in nodes if node.name() == "AddBackward0"]
+    assert len(sums) == kernels - 2  # the ND loss adds itself
+    nodes = [node for node in nodes if node not in sums]
     assert len(nodes) == kernels
     assert all("dnkd" in node.name() for node in nodes), nodes
     seen = []
@@ -298,6 +309,178 @@ def test_upstream_gradients_stay_one(name, kernels, ramp, generator):
         node.register_prehook(lambda gradients: seen.append(gradients[0]))
     loss.backward()
     assert [gradient.item() for gradient in seen] == [1.0] * kernels
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+        self.names.append(str(operator))
+        return operator(*arguments, **(options or {}))
+
+
+@pytest.mark.usefixtures("needs_extension")
+class TestTheNdLossAddsItself:
+    """Its kernel gives the sum of the loss before it and itself, and itself without its weight."""
+
+    LEAVES = ("student_logits", "student_features")
+
+    def added(self, inputs, base, features=None, weight=1.5):
+        is_tensor = isinstance(weight, torch.Tensor)
+        return torch.ops.dnkd_ext._nd_loss_added(
+            base,
+            inputs["student_features"] if features is None else features,
+            inputs["target"],
+            inputs["means"],
+            inputs["teacher_features"],
+            None,
+            weight if is_tensor else None,
+            1.0 if is_tensor else weight,
+            255,
+            1e-12,
+        )
+
+    def plain(self, kind, inputs, weight, **options):
+        """Loss and ND loss from the parts, added by PyTorch."""
+        first = call(CRITERIA[kind](None, nd_weight=0, **OPTIONS[kind], **options), inputs)
+        nd = lambda weight: dnkd_ext.nd_loss(  # noqa: E731
+            inputs["student_features"],
+            inputs["target"],
+            inputs["means"],
+            teacher_features=inputs["teacher_features"],
+            loss_weight=weight,
+            **options,
+        )
+        return first.loss + nd(weight), nd(1.0).detach() * (weight != 0)
+
+    @pytest.mark.parametrize("target", ["indices", "ignored", "mixup"])
+    @pytest.mark.parametrize("weight", [1.0, 0.3, -2.5, 0.0, torch.tensor(0.3), torch.tensor(0.0)])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+    )
+    def test_as_pytorch_would(self, kind, dtype, weight, target, device, generator):
+        inputs = bring(draw(generator, target), dtype, device)
+        is_tensor = isinstance(weight, torch.Tensor)
+        given = weight.to(device) if is_tensor else weight
+        # The ramp is part of the weight; a criterion's own that is 0 leaves the ND loss out.
+        criterion = CRITERIA[kind](inputs["means"], **OPTIONS[kind], ignore_index=255)
+        terms = call(criterion, inputs, nd_ramp=given)
+        loss, nd = self.plain(kind, inputs, given, ignore_index=255)
+        unit = torch.finfo(loss.dtype).eps
+        torch.testing.assert_close(terms.loss, loss, rtol=unit, atol=0)
+        torch.testing.assert_close(terms.nd, nd, rtol=2 * unit, atol=0)
+        if dtype != torch.float64:
+            assert torch.equal(terms.loss, loss)
+        leaves = [inputs[key] for key in self.LEAVES]
+        for factor in (1.0, -3.0):
+            for a, b in zip(
+                torch.autograd.grad(factor * terms.loss, leaves, retain_graph=True),
+                torch.autograd.grad(factor * loss, leaves, retain_graph=True),
+                strict=True,
+            ):
+                assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("nd_weight", [1.0, 1.5, torch.tensor(1.5)])
+    def test_nothing_but_two_kernels(self, nd_weight, generator):
+        inputs = bring(draw(generator), torch.float32)
+        criterion = dnkd_ext.KDPlusPlus(inputs["means"], nd_weight=nd_weight)
+        with _Calls() as calls:
+            terms = call(criterion, inputs)
+        names = [name for name in calls.names if not name.startswith("aten.detach")]
+        if isinstance(nd_weight, torch.Tensor):
+            assert names.pop(0) == "aten.mul.Tensor"  # by the ramp
+        assert names == [
+            "dnkd_ext._logit_loss_forward.default",
+            "dnkd_ext._nd_loss_added_forward.default",
+        ]
+        assert len(nodes_of(terms.loss)) == 2
+
+    def test_derivatives(self, generator):
+        """First and second ones, in both modes, of what it is added to as of the features."""
+        inputs = bring(draw(generator, "ignored", rows=4), torch.float64)
+        base = torch.tensor(0.75, dtype=torch.float64, requires_grad=True)
+
+        def both(base, features):
+            return self.added(inputs, base.exp(), features)[0] ** 2
+
+        for function, leaves in (
+            (both, (base, inputs["student_features"])),
+            (lambda base: both(base, inputs["student_features"].detach()), (base,)),
+            (lambda features: both(base.detach(), features), (inputs["student_features"],)),
+        ):
+            assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+            assert torch.autograd.gradgradcheck(function, leaves)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_the_gradient_of_the_base_is_that_of_the_sum(self, dtype, device, generator):
+        inputs = bring(draw(generator), dtype, device)
+        features = inputs["student_features"]
+        for needs_gradient in (False, True):
+            base = torch.tensor(2.0, device=device, requires_grad=True)
+            loss, nd = self.added(inputs, base, features.detach().requires_grad_(needs_gradient))
+            assert loss.requires_grad
+            assert not nd.requires_grad
+            upstream = torch.tensor(-7.0, device=device)
+            with _Calls() as calls:
+                (gradient,) = torch.autograd.grad(loss, base, upstream, retain_graph=True)
+            assert gradient == -7
+            assert not any("dnkd" in name for name in calls.names)  # nothing for the features
+            loss.backward(upstream)
+            assert base.grad == -7
+        with torch.no_grad():
+            assert not self.added(inputs, base)[0].requires_grad
+        assert not self.added(inputs, base.detach(), features.detach())[0].requires_grad
+
+    def test_features_that_need_no_gradient(self, kind, generator):
+        inputs = bring(draw(generator), torch.float32)
+        criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+        wanted = call(criterion, inputs)
+        wanted.loss.backward()
+        frozen = bring(inputs, torch.float32)
+        frozen["student_features"].requires_grad_(False)
+        terms = call(criterion, frozen)
+        assert torch.equal(terms.loss, wanted.loss)
+        terms.loss.backward()
+        assert torch.equal(frozen["student_logits"].grad, inputs["student_logits"].grad)
+
+    @pytest.mark.parametrize("wide", ["student_logits", "student_features"])
+    def test_other_dtypes_are_added_as_ever(self, kind, wide, generator):
+        inputs = bring(draw(generator), torch.float32)
+        inputs[wide] = inputs[wide].detach().double().requires_grad_()
+        terms = call(CRITERIA[kind](inputs["means"], **OPTIONS[kind]), inputs, nd_ramp=0.3)
+        loss, nd = self.plain(kind, inputs, 0.3)
+        assert terms.loss.dtype == torch.float64
+        torch.testing.assert_close(terms.loss, loss)
+        torch.testing.assert_close(terms.nd, nd)
+        terms.loss.backward()
+        assert [inputs[key].grad.dtype for key in self.LEAVES] == [
+            inputs[key].dtype for key in self.LEAVES
+        ]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_saved_tensor_hooks(self, dtype, generator):
+        inputs = bring(draw(generator), dtype)
+        criterion = dnkd_ext.KDPlusPlus(inputs["means"], **WEIGHTS)
+        leaves = [inputs[key] for key in self.LEAVES]
+        wanted = torch.autograd.grad(3 * call(criterion, inputs).loss, leaves)
+        kept = []
+        hooks = (lambda x: kept.append(x) or x), (lambda x: x)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            loss = 3 * call(criterion, inputs).loss
+        before = [one.clone() for one in kept]
+        for a, b in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+
+    @pytest.mark.parametrize(
+        "base", [torch.ones(1), torch.ones((), dtype=torch.float64), torch.ones((), device="meta")]
+    )
+    def test_a_bad_base(self, base, generator):
+        inputs = bring(draw(generator), torch.float32)
+        with pytest.raises(RuntimeError, match="base must be a 0-dim tensor of type Float on cpu"):
+            self.added(inputs, base)
 
 
 def test_logit_standardization(generator):

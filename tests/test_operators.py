@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from tests.cases import CASES, convert, finite, replaced, tensors_of
+from tests.cases import CASES, ND_LOSS, convert, finite, replaced, tensors_of
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
@@ -24,6 +24,20 @@ def test_opcheck(case, dtype, reduction, needs_gradient, device, generator):
         args, kwargs = finite(convert(case.variants[variant](generator, 6, 16, 5), dtype, device))
         args[0] = args[0].detach().requires_grad_(needs_gradient)
         opcheck(operator, case.operator_arguments(*args, **kwargs, reduction=reduction))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("needing", [(), ("base",), ("student",), ("base", "student")], ids=str)
+def test_opcheck_of_the_added_nd_loss(dtype, needing, device, generator):
+    for variant in ND_LOSS.smooth:
+        given = convert(ND_LOSS.variants[variant](generator, 6, 16, 5), dtype, device)
+        args, kwargs = finite(given)
+        student, *others, reduction, eps = ND_LOSS.operator_arguments(*args, **kwargs)
+        assert reduction == "mean"
+        student = student.detach().requires_grad_("student" in needing)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        base = torch.tensor(2.0, dtype=wide, device=device, requires_grad="base" in needing)
+        opcheck(torch.ops.dnkd_ext._nd_loss_added.default, (base, student, *others, eps))
 
 
 def test_opcheck_of_inner_operators(case, device, generator):

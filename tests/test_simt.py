@@ -23,9 +23,12 @@ def harness(tmp_path_factory):
 def run_nd_loss(
     harness, *, dtype, width, rows=11, classes=5, means_are_float=True, stride=None, shift=0,
     target="int64", teacher="features", reduction="mean", saves="gradient", weight=None,
-    upstream=None, ignored=(), bad=(), multiprocessors=2, reverse=False, seed=0,
+    base=None, upstream=None, ignored=(), bad=(), multiprocessors=2, reverse=False, seed=0,
 ):  # fmt: skip
-    """Both sides: (loss, gradient) of the kernels, and of the reference in float64."""
+    """Both sides: (loss, gradient) of the kernels, and of the reference in float64.
+
+    With `base`, that is added to the loss and the ND loss without its weights comes last.
+    """
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     means_dtype = torch.float32 if means_are_float and dtype != torch.float64 else dtype
@@ -51,7 +54,7 @@ def run_nd_loss(
         "reduction": REDUCTIONS.index(reduction), "eps": 1e-12, "loss_weight": 1.5,
         "stride": stride, "directions_stride": stride, "shift": shift,
         "teacher": {"none": 0, "features": 1, "norms": 2}[teacher],
-        "weight_tensor": weight is not None,
+        "weight_tensor": weight is not None, "base": base is not None,
         "saves": {"nothing": 0, "gradient": 1, "coefficients": 2}[saves],
         "multiprocessors": multiprocessors, "reverse_blocks": reverse, "phantom_classes": 0,
     }  # fmt: skip
@@ -63,12 +66,16 @@ def run_nd_loss(
         arrays.append(labels.int() if target == "int32" else labels)
     if weight is not None:
         arrays.append(torch.tensor([weight], dtype=accumulate(dtype)))
+    if base is not None:
+        arrays.append(torch.tensor([base], dtype=accumulate(dtype)))
     if saves == "coefficients":
         full = up.expand(rows) if reduction == "none" else up.reshape(1).expand(max(rows, 1))
         arrays.append(full[:rows].to(accumulate(dtype)))
     outputs = [((rows,) if reduction == "none" else (), accumulate(dtype))]
     if saves != "nothing":
         outputs.append(((rows, width), dtype))
+    if base is not None:
+        outputs.append(((), accumulate(dtype)))
     result = harness("nd_loss", numbers, arrays, outputs)
 
     leaf = student.double().requires_grad_()
@@ -85,7 +92,11 @@ def run_nd_loss(
             up.expand(loss.shape).double() if saves == "coefficients" else torch.ones_like(loss)
         )
     gradient = leaf.grad if rows else leaf
-    return result, (loss.detach(), gradient.detach())
+    if base is None:
+        return result, (loss.detach(), gradient.detach())
+    scale = options["loss_weight"]
+    nd = loss / scale if scale else loss
+    return result, ((base + loss).detach(), gradient.detach(), nd.detach())
 
 
 def assert_close(result, expected, dtype):
@@ -152,6 +163,22 @@ def test_arguments(harness, dtype, options):
     assert_close(result, (loss, gradient), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight": 0.25}, {"weight": 0.0}, {"width": 1100, "saves": "coefficients"}, {"rows": 0}],
+    ids=str,
+)
+def test_adds_to_a_base(harness, dtype, options):
+    """The sum and the ND loss alone, without its weights and 0 where they are."""
+    result, expected = run_nd_loss(
+        harness, dtype=dtype, **{"width": 64, "ignored": (1,) if not options else (), **options},
+        base=-2.5,
+    )  # fmt: skip
+    (loss, gradient, nd), (wanted, wanted_gradient, wanted_nd) = result, expected
+    programs.assert_close((loss, nd), (wanted, wanted_nd), gradient, wanted_gradient, dtype)
+
+
 @pytest.mark.parametrize("width", [64, 1100])
 def test_counts_many_rows(harness, width):
     """Several blocks of the count kernel, each block of the row kernel with many rows."""
@@ -196,7 +223,7 @@ def test_the_shim_sees_mistakes(harness):
     numbers = {
         "dtype": 2, "directions_are_float": 1, "target": 64, "rows": 2, "columns": 8, "classes": 4,
         "ignore_index": -100, "reduction": 1, "eps": 1e-12, "loss_weight": 1, "stride": 8,
-        "directions_stride": 8, "shift": 0, "teacher": 0, "weight_tensor": 0, "saves": 1,
+        "directions_stride": 8, "shift": 0, "teacher": 0, "weight_tensor": 0, "base": 0, "saves": 1,
         "multiprocessors": 1, "reverse_blocks": 0,
     }  # fmt: skip
     outputs = [((), torch.float32), ((2, 8), torch.float32)]

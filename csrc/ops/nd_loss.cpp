@@ -13,6 +13,7 @@
 #endif
 
 #include <string>
+#include <utility>
 
 #include "common/allocate.h"
 #include "common/autograd.h"
@@ -74,14 +75,22 @@ void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
       "row values must be (N, ...) contiguous, of the accumulate type");
 }
 
-// Returns (loss, saved): loss is [N] for reduction 'none', else []; saved is what the backward pass
-// needs: the gradient (N, D), or two scalars per row (N, 2), or nothing (0,).
-std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const OptionalTensor& target,
-                                           const Tensor& directions, const OptionalTensor& teacher,
-                                           const OptionalTensor& teacher_norms,
-                                           const OptionalTensor& weight, double loss_weight,
-                                           int64_t ignore_index, std::string_view reduction_name,
-                                           double eps, bool needs_gradient) {
+void check_base(const Tensor& base, const Tensor& student) {
+  const auto accumulate = accumulate_type(student.scalar_type());
+  TORCH_CHECK(
+      base.dim() == 0 && base.scalar_type() == accumulate && base.device() == student.device(),
+      "base must be a 0-dim tensor of type ", accumulate, " on ", student.device());
+}
+
+// Returns (loss, nd, saved): loss is [N] for reduction 'none', else [], and then added to `base`
+// where that is given; nd is the loss without base and weights, undefined without base; saved is
+// what the backward pass needs: the gradient (N, D), or two scalars per row (N, 2), or nothing
+// (0,).
+std::tuple<Tensor, Tensor, Tensor> run_forward(
+    const OptionalTensor& base, const Tensor& student, const OptionalTensor& target,
+    const Tensor& directions, const OptionalTensor& teacher, const OptionalTensor& teacher_norms,
+    const OptionalTensor& weight, double loss_weight, int64_t ignore_index,
+    std::string_view reduction_name, double eps, bool needs_gradient) {
   check_kernel_arguments(student, target, directions, teacher, teacher_norms);
   const auto accumulate = accumulate_type(student.scalar_type());
   TORCH_CHECK(!weight.has_value() || (weight->dim() == 0 && weight->scalar_type() == accumulate &&
@@ -99,7 +108,13 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
   Tensor loss =
       reduction == Reduction::kNone ? at::empty({p.rows}, scalars) : at::empty({}, scalars);
   p.loss = loss.mutable_data_ptr();
-  Tensor saved;
+  Tensor nd, saved;
+  if (base.has_value()) {
+    check_base(*base, student);
+    p.base = base->const_data_ptr();
+    nd = at::empty({}, scalars);
+    p.nd = nd.mutable_data_ptr();
+  }
   if (!needs_gradient) {
     saved = at::empty({0}, scalars);
   } else if (keeps_coefficients(student.scalar_type(), reduction)) {
@@ -116,11 +131,34 @@ std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const Optional
         at::empty({nd_loss_scratch_bytes_cuda(p)}, student.options().dtype(at::kByte));
     C10_CUDA_CHECK(static_cast<cudaError_t>(nd_loss_forward_cuda(
         p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
-    return {loss, saved};
+    return {std::move(loss), std::move(nd), std::move(saved)};
   }
 #endif
   nd_loss_forward_cpu(p);
-  return {loss, saved};
+  return {std::move(loss), std::move(nd), std::move(saved)};
+}
+
+// (loss, saved)
+std::tuple<Tensor, Tensor> nd_loss_forward(const Tensor& student, const OptionalTensor& target,
+                                           const Tensor& directions, const OptionalTensor& teacher,
+                                           const OptionalTensor& teacher_norms,
+                                           const OptionalTensor& weight, double loss_weight,
+                                           int64_t ignore_index, std::string_view reduction,
+                                           double eps, bool needs_gradient) {
+  auto [loss, nd, saved] =
+      run_forward(std::nullopt, student, target, directions, teacher, teacher_norms, weight,
+                  loss_weight, ignore_index, reduction, eps, needs_gradient);
+  return {std::move(loss), std::move(saved)};
+}
+
+// (base + loss, nd, saved)
+std::tuple<Tensor, Tensor, Tensor> nd_loss_added_forward(
+    const Tensor& base, const Tensor& student, const OptionalTensor& target,
+    const Tensor& directions, const OptionalTensor& teacher, const OptionalTensor& teacher_norms,
+    const OptionalTensor& weight, double loss_weight, int64_t ignore_index, double eps,
+    bool needs_gradient) {
+  return run_forward(base, student, target, directions, teacher, teacher_norms, weight, loss_weight,
+                     ignore_index, "mean", eps, needs_gradient);
 }
 
 // upstream: [N] or []; returns the gradient (N, D).
@@ -177,15 +215,26 @@ struct Arguments {
   int64_t ignore_index;
   std::string_view reduction;
   double eps;
+  OptionalTensor base = std::nullopt;  // what the loss is added to, with reduction 'mean'
 };
 
-std::tuple<Tensor, Tensor> call_forward(const NdArguments& in, const Arguments& a,
-                                        bool needs_gradient) {
+// (loss, nd, saved), see run_forward()
+std::tuple<Tensor, Tensor, Tensor> call_forward(const NdArguments& in, const Arguments& a,
+                                                bool needs_gradient) {
+  if (a.base.has_value()) {
+    static const auto added = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("dnkd_ext::_nd_loss_added_forward", "")
+                                  .typed<decltype(nd_loss_added_forward)>();
+    return added.call(*a.base, in.student, in.target, in.directions, in.teacher, in.teacher_norms,
+                      in.weight, a.loss_weight, a.ignore_index, a.eps, needs_gradient);
+  }
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dnkd_ext::_nd_loss_forward", "")
                              .typed<decltype(nd_loss_forward)>();
-  return op.call(in.student, in.target, in.directions, in.teacher, in.teacher_norms, in.weight,
-                 a.loss_weight, a.ignore_index, a.reduction, a.eps, needs_gradient);
+  auto [loss, saved] =
+      op.call(in.student, in.target, in.directions, in.teacher, in.teacher_norms, in.weight,
+              a.loss_weight, a.ignore_index, a.reduction, a.eps, needs_gradient);
+  return {std::move(loss), Tensor(), std::move(saved)};
 }
 
 // The loss in the shape the caller sees: that of the rows for reduction 'none'.
@@ -199,14 +248,22 @@ int64_t teacher_version(const Arguments& a) {
   return version_of(teacher);
 }
 
-class NdLoss : public torch::autograd::Function<NdLoss> {
- public:
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
-                        const Arguments* a) {
+// What both functions below share.
+template <typename Function>
+class NdFunction : public torch::autograd::Function<Function> {
+ protected:
+  // The results of call_forward(), with what gradient() needs kept if the student is to have one.
+  static std::tuple<Tensor, Tensor, Tensor> run(torch::autograd::AutogradContext* ctx,
+                                                const Tensor& student, const Arguments* a) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const NdArguments in = prepare_nd(a->student, a->target, a->class_means, a->teacher_features,
                                       a->teacher_norms, a->weight);
-    auto [loss, saved] = call_forward(in, *a, /*needs_gradient=*/true);
+    const bool needs_gradient = student.requires_grad();
+    auto results = call_forward(in, *a, needs_gradient);
+    if (!needs_gradient) {
+      return results;
+    }
+    const Tensor& saved = std::get<2>(results);
     const bool keeps_mixtures =
         !in.target.has_value() &&
         keeps_coefficients(student.scalar_type(), to_reduction(a->reduction));
@@ -225,15 +282,14 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
     ctx->saved_data["options"] =
         c10::ivalue::Tuple::create({a->loss_weight, a->ignore_index, std::string(a->reduction),
                                     a->eps, teacher_version(*a), has_saved_tensor_hooks()});
-    return shaped_loss(loss, student);
+    return results;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
-                                                 torch::autograd::variable_list upstreams) {
+  // The student's.
+  static Tensor gradient(torch::autograd::AutogradContext* ctx, const Tensor& upstream) {
     const auto variables = ctx->get_saved_variables();
     const Tensor &student = variables[0], &target = variables[1], &class_means = variables[2],
                  &saved = variables[4], &mixtures = variables[5];
-    const Tensor& upstream = upstreams[0];
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     const auto kept = [&](const char* name) {
       const auto found = ctx->saved_data.find(name);
@@ -252,17 +308,15 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
       TORCH_CHECK(teacher_version(a) == options[4].toInt(),
                   "the teacher's features or norms were modified by an inplace operation between "
                   "the loss and its second derivative");
-      const Tensor gradient =
-          differentiable_gradient("dnkd_ext::_nd_loss_reference",
-                                  {student, target, class_means, features, norms, weight,
-                                   options[0], options[1], options[2], options[3]},
-                                  student, upstream);
-      return {gradient, Tensor()};
+      return differentiable_gradient("dnkd_ext::_nd_loss_reference",
+                                     {student, target, class_means, features, norms, weight,
+                                      options[0], options[1], options[2], options[3]},
+                                     student, upstream);
     }
     const Reduction reduction = to_reduction(options[2].toStringRef());
     if (!keeps_coefficients(student.scalar_type(), reduction)) {
       const Tensor gradient = chain(saved, upstream, options[5].toBool());
-      return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
+      return student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes());
     }
     OptionalTensor labels;
     Tensor directions = mixtures;
@@ -277,7 +331,41 @@ class NdLoss : public torch::autograd::Function<NdLoss> {
                                .typed<decltype(nd_loss_backward)>();
     const Tensor gradient = op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream,
                                     as_rows(student), labels, directions, saved);
-    return {gradient.view_symint(student.sym_sizes()), Tensor()};
+    return gradient.view_symint(student.sym_sizes());
+  }
+};
+
+class NdLoss : public NdFunction<NdLoss> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        const Arguments* a) {
+    return shaped_loss(std::get<0>(run(ctx, student, a)), student);
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list upstreams) {
+    return {gradient(ctx, upstreams[0]), Tensor()};
+  }
+};
+
+// Gives (base + loss, nd). `base` is that of the arguments, here for the engine to see.
+class NdLossAdded : public NdFunction<NdLossAdded> {
+ public:
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
+                                                const Tensor& student, const Tensor& base,
+                                                const Arguments* a) {
+    const auto [loss, nd, saved] = run(ctx, student, a);
+    ctx->mark_non_differentiable({nd});
+    // Of nd no gradient ever comes; without this the engine would make zeros for it.
+    ctx->set_materialize_grads(false);
+    return {loss, nd};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list upstreams) {
+    const Tensor& upstream = upstreams[0];
+    const bool is_wanted = upstream.defined() && ctx->needs_input_grad(0);
+    return {is_wanted ? gradient(ctx, upstream) : Tensor(), upstream, Tensor()};
   }
 };
 
@@ -306,6 +394,36 @@ Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tenso
   return shaped_loss(std::get<0>(call_forward(in, a, /*needs_gradient=*/false)), student);
 }
 
+std::tuple<Tensor, Tensor> nd_loss_added_autograd(const Tensor& base, const Tensor& student,
+                                                  const Tensor& target, const Tensor& class_means,
+                                                  const OptionalTensor& teacher_features,
+                                                  const OptionalTensor& teacher_norms,
+                                                  const OptionalTensor& weight, double loss_weight,
+                                                  int64_t ignore_index, double eps) {
+  check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
+  check_base(base, student);
+  const Arguments a{student,       target, class_means, teacher_features,
+                    teacher_norms, weight, loss_weight, ignore_index,
+                    "mean",        eps,    base};
+  const bool is_forward_mode =
+      student._fw_grad(/*level=*/0).defined() || base._fw_grad(/*level=*/0).defined();
+  if (!is_forward_mode && at::GradMode::is_enabled() &&
+      (student.requires_grad() || base.requires_grad())) {
+    const auto losses = NdLossAdded::apply(student, base, &a);
+    return {losses[0], losses[1]};
+  }
+  Tensor sum;
+  if (is_forward_mode) {
+    sum = base.add(nd_loss_autograd(student, target, class_means, teacher_features, teacher_norms,
+                                    weight, loss_weight, ignore_index, "mean", eps));
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const NdArguments in =
+      prepare_nd(student, target, class_means, teacher_features, teacher_norms, weight);
+  auto [loss, nd, saved] = call_forward(in, a, /*needs_gradient=*/false);
+  return {std::move(is_forward_mode ? sum : loss), std::move(nd)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
@@ -313,10 +431,20 @@ TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
       "nd_loss(Tensor student_features, Tensor target, Tensor class_means, "
       "Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, float loss_weight, "
       "int ignore_index, str reduction, float eps) -> Tensor");
+  // (base + nd_loss(..., reduction='mean'), that loss without its weights for logging)
+  m.def(
+      "_nd_loss_added(Tensor base, Tensor student_features, Tensor target, Tensor class_means, "
+      "Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, float loss_weight, "
+      "int ignore_index, float eps) -> (Tensor loss, Tensor nd)");
   m.def(
       "_nd_loss_forward(Tensor student_features, Tensor? target, Tensor directions, "
       "Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, float loss_weight, "
       "int ignore_index, str reduction, float eps, bool needs_gradient) -> (Tensor, Tensor)");
+  m.def(
+      "_nd_loss_added_forward(Tensor base, Tensor student_features, Tensor? target, "
+      "Tensor directions, Tensor? teacher_features, Tensor? teacher_norms, Tensor? weight, "
+      "float loss_weight, int ignore_index, float eps, bool needs_gradient) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "_nd_loss_backward(Tensor upstream, Tensor student_features, Tensor? target, "
       "Tensor directions, Tensor coefficients) -> Tensor");
@@ -327,18 +455,25 @@ TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
       "int ignore_index, str reduction, float eps) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("nd_loss", nd_loss_autograd); }
+TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) {
+  m.impl("nd_loss", nd_loss_autograd);
+  m.impl("_nd_loss_added", nd_loss_added_autograd);
+}
 
 TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
   m.impl("nd_loss", nd_loss_autograd);
+  m.impl("_nd_loss_added", nd_loss_added_autograd);
   m.impl("_nd_loss_forward", nd_loss_forward);
+  m.impl("_nd_loss_added_forward", nd_loss_added_forward);
   m.impl("_nd_loss_backward", nd_loss_backward);
 }
 
 #ifdef DNKD_WITH_CUDA
 TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
   m.impl("nd_loss", nd_loss_autograd);
+  m.impl("_nd_loss_added", nd_loss_added_autograd);
   m.impl("_nd_loss_forward", nd_loss_forward);
+  m.impl("_nd_loss_added_forward", nd_loss_added_forward);
   m.impl("_nd_loss_backward", nd_loss_backward);
 }
 #endif

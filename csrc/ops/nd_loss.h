@@ -41,8 +41,10 @@ struct NdLossParams : NdInputs {
   Reduction reduction;
   double loss_weight;
   const void* weight;  // [] accumulate type, multiplies loss_weight, or null
+  const void* base;    // [] accumulate type, is added to the loss unless kNone, or null
 
   void* loss;          // accumulate type: [N] for kNone, else []
+  void* nd;            // [] accumulate type: the loss without base and weights, or null
   void* gradient;      // [N, D] contiguous, of loss with respect to student, or null
   void* coefficients;  // [N, 2] accumulate type: alpha and beta of every row, or null
 };

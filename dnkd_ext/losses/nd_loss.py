@@ -129,6 +129,63 @@ def nd_loss(
     )
 
 
+def add_nd_loss(
+    base: Tensor,
+    student_features: Tensor,
+    target: Tensor,
+    class_means: Tensor,
+    *,
+    teacher_features: Tensor | None,
+    teacher_norms: Tensor | None,
+    ignore_index: int,
+    loss_weight: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """A loss and the ND loss in one: ``(base + nd_loss(...), nd)``.
+
+    The ND loss is the mean over the rows; ``nd`` is the same without its weight, needs no gradient,
+    and is 0 where the weight is. Its own kernel adds and divides wherever ``base`` is as its result
+    would be; elsewhere PyTorch does, and where a graph is compiled, whose compiler fuses that.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and base.dim() == 0
+        and base.dtype == accumulate_dtype(student_features.dtype)
+        and base.device == student_features.device
+        and _extension.has_kernel_for(student_features)
+    ):
+        is_tensor = isinstance(loss_weight, Tensor)
+        return _added(
+            base,
+            student_features,
+            target,
+            class_means,
+            teacher_features,
+            teacher_norms,
+            loss_weight if is_tensor else None,
+            1.0 if is_tensor else loss_weight,
+            ignore_index,
+            eps,
+        )
+    weighted = nd_loss(
+        student_features,
+        target,
+        class_means,
+        teacher_features=teacher_features,
+        teacher_norms=teacher_norms,
+        ignore_index=ignore_index,
+        loss_weight=loss_weight,
+        eps=eps,
+    )
+    nd = weighted.detach()
+    if isinstance(loss_weight, Tensor):
+        # On the device, where alone the weight is known; NaN / 0 must not hide behind the 0.
+        nd = torch.where((loss_weight == 0) & (nd == 0), 0, nd / loss_weight).to(weighted.dtype)
+    elif loss_weight not in (0, 1):
+        nd = nd / loss_weight
+    return base + weighted, nd
+
+
 # -- reference ------------------------------------------------------------------------------------
 
 
@@ -367,6 +424,12 @@ def _fake(
     return student_features.new_empty(shape, dtype=accumulate_dtype(student_features.dtype))
 
 
+def _fake_added(base, *arguments):
+    *arguments, eps = arguments
+    loss = _fake(*arguments, "mean", eps)
+    return loss, torch.empty_like(loss)
+
+
 def _fake_forward(
     student_features,
     target,
@@ -391,16 +454,27 @@ def _fake_forward(
     return loss, student_features.new_empty((rows, columns))
 
 
+def _fake_added_forward(base, *arguments):
+    *arguments, eps, needs_gradient = arguments
+    loss, saved = _fake_forward(*arguments, "mean", eps, needs_gradient)
+    return loss, torch.empty_like(loss), saved
+
+
 def _fake_backward(upstream, student_features, target, directions, coefficients):
     return student_features.new_empty(student_features.shape)
 
 
 if _extension.is_loaded():
     _operator = torch.ops.dnkd_ext.nd_loss.default  # looked up once: each dot costs time
+    _added = torch.ops.dnkd_ext._nd_loss_added.default
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     _library.impl("_nd_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::nd_loss", _fake, lib=_library)
+    torch.library.register_fake("dnkd_ext::_nd_loss_added", _fake_added, lib=_library)
     torch.library.register_fake("dnkd_ext::_nd_loss_forward", _fake_forward, lib=_library)
+    torch.library.register_fake(
+        "dnkd_ext::_nd_loss_added_forward", _fake_added_forward, lib=_library
+    )
     torch.library.register_fake("dnkd_ext::_nd_loss_backward", _fake_backward, lib=_library)
 
 

@@ -301,6 +301,9 @@ def _nd_inner_operators(
         for reduction in ("mean", "none"):
             options = (None, None, 2.0, -100, reduction, 1e-12, needs_gradient)
             yield "_nd_loss_forward", (student, target, means, student * 2, *options)
+        base = torch.ones((), device=device)
+        options = (None, None, 2.0, -100, 1e-12, needs_gradient)
+        yield "_nd_loss_added_forward", (base, student, target, means, student * 2, *options)
     coefficients = torch.randn(6, 2, generator=g).to(device)
     upstream = torch.ones(6, device=device)
     yield "_nd_loss_backward", (upstream, student, target, means, coefficients)

@@ -31,7 +31,7 @@ void nd_loss() {
   Array directions(span(p.classes, p.columns, p.directions_stride),
                    p.directions_are_float ? 4 : size, shift);
   Array target(p.rows, p.target_is_int32 ? 4 : 8, 0), weight(1, scalar, 0),
-      upstream(p.rows, scalar, 0);
+      upstream(p.rows, scalar, 0), base(1, scalar, 0), nd(1, scalar, 0);
   Array loss(is_none ? p.rows : 1, scalar, 0), gradient(p.rows * p.columns, size, 0),
       coefficients(2 * p.rows, scalar, 0);
 
@@ -47,6 +47,10 @@ void nd_loss() {
   }
   if (integer("weight_tensor") != 0) {
     p.weight = weight.read();
+  }
+  if (integer("base") != 0) {
+    p.base = base.read();
+    p.nd = nd.data();
   }
   p.classes += integer("phantom_classes");  // to see that reading behind the table is caught
   p.loss = loss.data();
@@ -80,6 +84,9 @@ void nd_loss() {
   }
   if (integer("saves") != 0) {
     gradient.write();
+  }
+  if (p.nd != nullptr) {
+    nd.write();
   }
 }
 

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
     return;
   }
   if (add_blocks<kBlock>(sums, scratch) && threadIdx.x == 0) {
-    *static_cast<A*>(p.loss) = static_cast<A>(sums[0] * scale);
+    nd_write_loss<A>(p, sums[0], scale);
   }
 }
 
