@@ -30,7 +30,8 @@ ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
 LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 9001, 65537, 65536)
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)
-# Rows and classes; the last three have several blocks that finish.
+# Rows and classes. The last but one splits the rows of a column among many blocks, the last reads
+# columns as vectors, too (of up to 150 multiprocessors).
 DIST_SIZES = (
     (5, 3),
     (6, 64),
@@ -41,6 +42,7 @@ DIST_SIZES = (
     (5, 2304),
     (3, 9000),
     (1100, 16),
+    (520, 9728),
 )
 # More rows than one block counts.
 MANY_ROWS = 2100

@@ -435,6 +435,7 @@ def test_opcheck(needs_extension, dtype, needs_gradient, device, generator):
     rows, moments = ops._dist_loss_moments(student.detach(), teacher, 2.0)
     opcheck(ops.dist_loss.default, (student, teacher, rows, moments, 1.5, 0.75, 2.0, 2))
     student = student.detach()
+    opcheck(ops._dist_loss_forward.default, (student, teacher, 1.5, 0.75, 2.0, needs_gradient))
     opcheck(ops._dist_loss_moments.default, (student, teacher, 2.0))
     opcheck(ops._dist_loss_finish.default, (rows, moments, 1.5, 0.75, 2.0, 2, needs_gradient))
     _, columns = ops._dist_loss_finish(rows, moments, 1.5, 0.75, 2.0, 2, True)

@@ -19,9 +19,12 @@ def harness(tmp_path_factory):
 
 def run(
     harness, *, dtype, classes, rows=11, teacher_is_wide=False, stride=None, shift=0, tau=2.0,
-    upstream=1.0, processes=1, needs_gradient=True, multiprocessors=2, reverse=False, change=None,
+    upstream=1.0, processes=0, needs_gradient=True, multiprocessors=2, reverse=False, change=None,
 ):  # fmt: skip
-    """Both sides: (loss, gradient) of the kernels, and of the reference in float64."""
+    """Both sides: (loss, gradient) of the kernels, and of the reference in float64.
+
+    ``processes``: 0 for moments and finish in one, otherwise apart, between them the all-reduce.
+    """
     g = torch.Generator().manual_seed(rows * 10000 + classes)
     draw = lambda: 2 * torch.randn(rows, classes, generator=g, dtype=torch.float64)  # noqa: E731
     teacher_dtype = accumulate(dtype) if teacher_is_wide else dtype
@@ -55,14 +58,26 @@ def check(result, expected, dtype):
 # one element more; vectors, more than one tile of columns, and more than registers keep.
 @pytest.mark.parametrize("classes", [1, 33, 64, 104, 520, 2304])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("teacher_is_wide", [False, True])
-def test_equals_the_reference(harness, dtype, classes, teacher_is_wide):
+@pytest.mark.parametrize(("teacher_is_wide", "processes"), [(False, 0), (True, 0), (False, 1)])
+def test_equals_the_reference(harness, dtype, classes, teacher_is_wide, processes):
     rows = 11 if classes < 300 else 3
     options = {"dtype": dtype, "classes": classes, "rows": rows, "upstream": -3.0}
-    check(*run(harness, **options, teacher_is_wide=teacher_is_wide), dtype)
+    check(*run(harness, **options, teacher_is_wide=teacher_is_wide, processes=processes), dtype)
+
+
+# Columns are read as vectors where whole tiles of them have work for all warps of a multiprocessor,
+# the last tile cut off: two parts of float64, of float32, of 16 bits; a single part.
+@pytest.mark.parametrize(("classes", "rows"), [(136, 70), (264, 70), (520, 70), (2304, 20)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("teacher_is_wide", "processes"), [(False, 0), (True, 1)])
+def test_columns_in_vectors(harness, dtype, classes, rows, teacher_is_wide, processes):
+    options = {"dtype": dtype, "classes": classes, "rows": rows, "processes": processes}
+    options |= {"teacher_is_wide": teacher_is_wide, "multiprocessors": 1}
+    check(*run(harness, **options), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,34 +96,50 @@ def test_equals_the_reference(harness, dtype, classes, teacher_is_wide):
     ],
     ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()),
 )
-def test_arguments(harness, dtype, options):
-    check(*run(harness, dtype=dtype, **{"classes": 64, **options}), dtype)
+def test_arguments(harness, dtype, processes, options):
+    options = {"classes": 64, "processes": processes, **options}
+    check(*run(harness, dtype=dtype, **options), dtype)
 
 
 @pytest.mark.parametrize("classes", [3, 5, 64])
-def test_many_rows(harness, classes):
-    """Columns split among many warps, several blocks of the finish kernel."""
-    check(*run(harness, dtype=torch.float32, classes=classes, rows=1100), torch.float32)
+@pytest.mark.parametrize(("multiprocessors", "processes"), [(40, 0), (2, 1)])
+def test_many_rows(harness, classes, multiprocessors, processes):
+    """Columns split among many warps, of which some get no row; several blocks that finish."""
+    options = {"classes": classes, "rows": 1100, "multiprocessors": multiprocessors}
+    check(*run(harness, dtype=torch.float32, processes=processes, **options), torch.float32)
 
 
-def test_many_columns(harness):
-    """Several blocks of the finish kernel by columns."""
-    check(*run(harness, dtype=torch.float32, classes=1100, rows=2), torch.float32)
+@pytest.mark.parametrize("processes", [0, 1])
+def test_many_columns(harness, processes):
+    """Several blocks that finish, by columns."""
+    options = {"classes": 1100, "rows": 2, "processes": processes}
+    check(*run(harness, dtype=torch.float32, **options), torch.float32)
 
 
-@pytest.mark.parametrize("classes", [64, 520])
-def test_does_not_depend_on_the_order_of_blocks(harness, classes):
-    options = {"dtype": torch.float32, "classes": classes, "rows": 20, "multiprocessors": 6}
-    forward, _ = run(harness, **options)
+# Three and more parts, whose sum depends on the order: of several tiles; of one; of two that are
+# read as vectors of float64, which alone does not round the difference away.
+@pytest.mark.parametrize(
+    ("classes", "rows", "multiprocessors"), [(200, 80, 12), (17, 150, 6), (128, 125, 2)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("processes", [0, 1])
+def test_does_not_depend_on_the_order_of_blocks(
+    harness, dtype, classes, rows, multiprocessors, processes
+):
+    """Bit for bit: another block is the last of its tile, another tile the last of all."""
+    options = {"dtype": dtype, "classes": classes, "rows": rows, "processes": processes}
+    options["multiprocessors"] = multiprocessors
+    forward, expected = run(harness, **options)
     backward, _ = run(harness, **options, reverse=True)
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    check(forward, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_processes(harness, dtype):
     """The same batch in two processes: the same loss, the gradient of the columns twice."""
     options = {"dtype": dtype, "classes": 24}
-    (alone, gradient), _ = run(harness, **options)
+    (alone, gradient), _ = run(harness, **options, processes=1)
     (together, doubled), _ = run(harness, **options, processes=2)
     # Twice the rows of the same numbers: every correlation stays but for eps, and a column's
     # derivative by one row halves.

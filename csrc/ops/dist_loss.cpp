@@ -113,11 +113,8 @@ Tensor scratch_of(int64_t bytes, const Tensor& like) {
 }
 #endif
 
-// Returns (rows, moments): [N, kDistRowValues] accumulate type, [kDistMoments * C + 1] float64.
-// Moments of several batches add up to those of all of them.
-std::tuple<Tensor, Tensor> dist_loss_moments(const Tensor& student, const Tensor& teacher,
-                                             double tau) {
-  check_kernel_logits(student, teacher, tau);
+DistLossMomentsParams moments_params(const Tensor& student, const Tensor& teacher, double tau,
+                                     const Tensor& rows) {
   DistLossMomentsParams p{};
   p.dtype = to_dtype(student.scalar_type());
   p.teacher_is_wide = teacher.scalar_type() != student.scalar_type();
@@ -128,15 +125,32 @@ std::tuple<Tensor, Tensor> dist_loss_moments(const Tensor& student, const Tensor
   p.teacher = teacher.const_data_ptr();
   p.student_stride = student.stride(0);
   p.teacher_stride = teacher.stride(0);
-  Tensor rows = at::empty({p.rows, kDistRowValues},
-                          student.options().dtype(accumulate_type(student.scalar_type())));
-  Tensor moments = at::empty({kDistMoments * p.columns + 1}, student.options().dtype(at::kDouble));
   p.row_values = rows.mutable_data_ptr();
+  return p;
+}
+
+Tensor empty_rows(const Tensor& student) {
+  return at::empty({student.size(0), kDistRowValues},
+                   student.options().dtype(accumulate_type(student.scalar_type())));
+}
+
+Tensor empty_moments(const Tensor& like, int64_t columns) {
+  return at::empty({kDistMoments * columns + 1}, like.options().dtype(at::kDouble));
+}
+
+// Returns (rows, moments): [N, kDistRowValues] accumulate type, [kDistMoments * C + 1] float64.
+// Moments of several batches add up to those of all of them.
+std::tuple<Tensor, Tensor> dist_loss_moments(const Tensor& student, const Tensor& teacher,
+                                             double tau) {
+  check_kernel_logits(student, teacher, tau);
+  Tensor rows = empty_rows(student);
+  Tensor moments = empty_moments(student, student.size(1));
+  DistLossMomentsParams p = moments_params(student, teacher, tau, rows);
   p.moments = moments.mutable_data_ptr<double>();
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
     const c10::cuda::CUDAGuard device(student.device());
-    const Tensor scratch = scratch_of(dist_loss_moments_scratch_bytes_cuda(p), student);
+    const Tensor scratch = scratch_of(dist_loss_forward_scratch_bytes_cuda(p), student);
     C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_moments_cuda(
         p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
     return {rows, moments};
@@ -146,7 +160,38 @@ std::tuple<Tensor, Tensor> dist_loss_moments(const Tensor& student, const Tensor
   return {rows, moments};
 }
 
-// Returns (loss, columns): [], and [kDistColumnValues, C] or, where no gradient is needed, [0].
+// The loss, and what the gradient takes of the columns: [kDistColumnValues, C] or, where no
+// gradient is needed, [0].
+struct Finish {
+  DistLossFinishParams params;
+  Tensor loss;
+  Tensor columns;
+};
+
+Finish prepare_finish(const Tensor& rows, int64_t columns, double beta, double gamma, double tau,
+                      int64_t processes, bool needs_gradient) {
+  Finish finish{};
+  DistLossFinishParams& p = finish.params;
+  p.is_double = rows.scalar_type() == at::kDouble;
+  p.rows = rows.size(0);
+  p.columns = columns;
+  p.beta = beta;
+  p.gamma = gamma;
+  p.tau = tau;
+  p.processes = static_cast<double>(processes);
+  p.row_values = rows.const_data_ptr();
+  finish.loss = at::empty({}, rows.options());
+  p.loss = finish.loss.mutable_data_ptr();
+  if (needs_gradient) {
+    finish.columns = at::empty({kDistColumnValues, p.columns}, rows.options());
+    p.column_values = finish.columns.mutable_data_ptr();
+  } else {
+    finish.columns = at::empty({0}, rows.options());
+  }
+  return finish;
+}
+
+// Returns (loss, columns); see Finish.
 std::tuple<Tensor, Tensor> dist_loss_finish(const Tensor& rows, const Tensor& moments, double beta,
                                             double gamma, double tau, int64_t processes,
                                             bool needs_gradient) {
@@ -155,36 +200,47 @@ std::tuple<Tensor, Tensor> dist_loss_finish(const Tensor& rows, const Tensor& mo
                   (moments.size(0) - 1) % kDistMoments == 0 && moments.is_contiguous() &&
                   moments.scalar_type() == at::kDouble && moments.device() == rows.device(),
               "moments must be (", kDistMoments, " C + 1,) contiguous float64 on ", rows.device());
-  DistLossFinishParams p{};
-  p.is_double = rows.scalar_type() == at::kDouble;
-  p.rows = rows.size(0);
-  p.columns = (moments.size(0) - 1) / kDistMoments;
-  p.beta = beta;
-  p.gamma = gamma;
-  p.tau = tau;
-  p.processes = static_cast<double>(processes);
-  p.row_values = rows.const_data_ptr();
+  Finish finish = prepare_finish(rows, (moments.size(0) - 1) / kDistMoments, beta, gamma, tau,
+                                 processes, needs_gradient);
+  DistLossFinishParams& p = finish.params;
   p.moments = moments.const_data_ptr<double>();
-  Tensor loss = at::empty({}, rows.options());
-  p.loss = loss.mutable_data_ptr();
-  Tensor columns;
-  if (needs_gradient) {
-    columns = at::empty({kDistColumnValues, p.columns}, rows.options());
-    p.column_values = columns.mutable_data_ptr();
-  } else {
-    columns = at::empty({0}, rows.options());
-  }
 #ifdef DNKD_WITH_CUDA
   if (rows.is_cuda()) {
     const c10::cuda::CUDAGuard device(rows.device());
     const Tensor scratch = scratch_of(dist_loss_finish_scratch_bytes_cuda(p), rows);
     C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_finish_cuda(
         p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
-    return {loss, columns};
+    return {finish.loss, finish.columns};
   }
 #endif
   dist_loss_finish_cpu(p);
-  return {loss, columns};
+  return {finish.loss, finish.columns};
+}
+
+// The two steps in one, for the rows of this process alone. Returns (loss, rows, columns).
+std::tuple<Tensor, Tensor, Tensor> dist_loss_forward(const Tensor& student, const Tensor& teacher,
+                                                     double beta, double gamma, double tau,
+                                                     bool needs_gradient) {
+  check_kernel_logits(student, teacher, tau);
+  const Tensor rows = empty_rows(student);
+  DistLossMomentsParams p = moments_params(student, teacher, tau, rows);
+  Finish finish =
+      prepare_finish(rows, p.columns, beta, gamma, tau, /*processes=*/1, needs_gradient);
+#ifdef DNKD_WITH_CUDA
+  if (student.is_cuda()) {
+    const c10::cuda::CUDAGuard device(student.device());
+    const Tensor scratch = scratch_of(dist_loss_forward_scratch_bytes_cuda(p), student);
+    C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_forward_cuda(
+        p, finish.params, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    return {finish.loss, rows, finish.columns};
+  }
+#endif
+  const Tensor moments = empty_moments(student, p.columns);
+  p.moments = moments.mutable_data_ptr<double>();
+  finish.params.moments = p.moments;
+  dist_loss_moments_cpu(p);
+  dist_loss_finish_cpu(finish.params);
+  return {finish.loss, rows, finish.columns};
 }
 
 // upstream: []; returns the gradient (N, C).
@@ -244,21 +300,19 @@ struct Forward {
 };
 
 Forward call_forward(const Prepared& in, const Arguments& a, bool needs_gradient) {
-  static const auto moments_of = c10::Dispatcher::singleton()
-                                     .findSchemaOrThrow("dnkd_ext::_dist_loss_moments", "")
-                                     .typed<decltype(dist_loss_moments)>();
-  static const auto finish = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("dnkd_ext::_dist_loss_finish", "")
-                                 .typed<decltype(dist_loss_finish)>();
-  Tensor rows, moments;
   if (a.rows.has_value()) {
-    rows = *a.rows;
-    moments = *a.moments;
-  } else {
-    std::tie(rows, moments) = moments_of.call(in.student, in.teacher, a.tau);
+    static const auto finish = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("dnkd_ext::_dist_loss_finish", "")
+                                   .typed<decltype(dist_loss_finish)>();
+    auto [loss, columns] =
+        finish.call(*a.rows, *a.moments, a.beta, a.gamma, a.tau, a.processes, needs_gradient);
+    return {loss, *a.rows, columns};
   }
-  auto [loss, columns] =
-      finish.call(rows, moments, a.beta, a.gamma, a.tau, a.processes, needs_gradient);
+  static const auto forward = c10::Dispatcher::singleton()
+                                  .findSchemaOrThrow("dnkd_ext::_dist_loss_forward", "")
+                                  .typed<decltype(dist_loss_forward)>();
+  auto [loss, rows, columns] =
+      forward.call(in.student, in.teacher, a.beta, a.gamma, a.tau, needs_gradient);
   return {loss, rows, columns};
 }
 
@@ -339,6 +393,9 @@ TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
       "dist_loss(Tensor student_logits, Tensor teacher_logits, Tensor? rows, Tensor? moments, "
       "float beta, float gamma, float tau, int processes) -> Tensor");
   m.def(
+      "_dist_loss_forward(Tensor student_logits, Tensor teacher_logits, float beta, float gamma, "
+      "float tau, bool needs_gradient) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "_dist_loss_moments(Tensor student_logits, Tensor teacher_logits, float tau) -> "
       "(Tensor, Tensor)");
   m.def(
@@ -357,6 +414,7 @@ TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("dist_loss", dist_loss_autogr
 
 TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
   m.impl("dist_loss", dist_loss_autograd);
+  m.impl("_dist_loss_forward", dist_loss_forward);
   m.impl("_dist_loss_moments", dist_loss_moments);
   m.impl("_dist_loss_finish", dist_loss_finish);
   m.impl("_dist_loss_backward", dist_loss_backward);
@@ -365,6 +423,7 @@ TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
 #ifdef DNKD_WITH_CUDA
 TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
   m.impl("dist_loss", dist_loss_autograd);
+  m.impl("_dist_loss_forward", dist_loss_forward);
   m.impl("_dist_loss_moments", dist_loss_moments);
   m.impl("_dist_loss_finish", dist_loss_finish);
   m.impl("_dist_loss_backward", dist_loss_backward);

@@ -10,7 +10,8 @@
 //   d loss / d z = y_s (G - <y_s, G>) / tau,  G = d loss / d y_s
 //
 // In three steps, of which each needs the whole of the one before: sums over every row, sums over
-// every column, gradient. Probabilities are formed anew in each; none is kept.
+// every column ("moments") and from those the loss ("finish"), gradient. Probabilities are formed
+// anew in each; none is kept. Moments are added over processes before the finish, if at all.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +44,8 @@ struct DistLossMomentsParams {
   int64_t teacher_stride;
 
   void* row_values;  // [N, kDistRowValues] accumulate type
-  double* moments;   // [kDistMoments * C + 1]: [kDistMoments, C], and N
+  // [kDistMoments * C + 1]: [kDistMoments, C], and N. May be null for dist_loss_forward_cuda().
+  double* moments;
 };
 
 struct DistLossFinishParams {
@@ -57,7 +59,7 @@ struct DistLossFinishParams {
   double processes;  // that `moments` were added over; multiplies the gradient of the columns
 
   const void* row_values;
-  const double* moments;
+  const double* moments;  // without meaning for dist_loss_forward_cuda(), which forms its own
 
   void* loss;           // [] accumulate type
   void* column_values;  // [kDistColumnValues, C] accumulate type, or null
@@ -90,9 +92,13 @@ void dist_loss_backward_cpu(const DistLossBackwardParams& params);
 
 #ifdef DNKD_WITH_CUDA
 // Bytes of device scratch the launchers need besides their outputs; need not be cleared.
-int64_t dist_loss_moments_scratch_bytes_cuda(const DistLossMomentsParams& params);
+int64_t dist_loss_forward_scratch_bytes_cuda(const DistLossMomentsParams& params);
 int64_t dist_loss_finish_scratch_bytes_cuda(const DistLossFinishParams& params);
 // Return the first cudaError_t met (0: success). `stream` is a cudaStream_t.
+// Moments and finish of one process, in two launches.
+int dist_loss_forward_cuda(const DistLossMomentsParams& params, const DistLossFinishParams& finish,
+                           void* scratch, void* stream);
+// Takes the scratch of the forward pass.
 int dist_loss_moments_cuda(const DistLossMomentsParams& params, void* scratch, void* stream);
 int dist_loss_finish_cuda(const DistLossFinishParams& params, void* scratch, void* stream);
 int dist_loss_backward_cuda(const DistLossBackwardParams& params, void* stream);

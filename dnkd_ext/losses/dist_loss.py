@@ -296,6 +296,12 @@ def _fake(student_logits, teacher_logits, rows, moments, beta, gamma, tau, proce
     return student_logits.new_empty((), dtype=accumulate_dtype(student_logits.dtype))
 
 
+def _fake_forward(student_logits, teacher_logits, beta, gamma, tau, needs_gradient):
+    rows, moments = _fake_moments(student_logits, teacher_logits, tau)
+    loss, columns = _fake_finish(rows, moments, beta, gamma, tau, 1, needs_gradient)
+    return loss, rows, columns
+
+
 def _fake_moments(student_logits, teacher_logits, tau):
     rows, columns = student_logits.shape
     dtype = accumulate_dtype(student_logits.dtype)
@@ -320,6 +326,7 @@ if _extension.is_loaded():
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     _library.impl("_dist_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::dist_loss", _fake, lib=_library)
+    torch.library.register_fake("dnkd_ext::_dist_loss_forward", _fake_forward, lib=_library)
     torch.library.register_fake("dnkd_ext::_dist_loss_moments", _fake_moments, lib=_library)
     torch.library.register_fake("dnkd_ext::_dist_loss_finish", _fake_finish, lib=_library)
     torch.library.register_fake("dnkd_ext::_dist_loss_backward", _fake_backward, lib=_library)

@@ -28,15 +28,6 @@ void dist_loss() {
   p.teacher = teacher.read();
   upstream.read();
   p.row_values = row_values.data();
-  p.moments = static_cast<double*>(moments.data());
-  Array moments_scratch(dist_loss_moments_scratch_bytes_cuda(p), 1, 0);
-  check(dist_loss_moments_cuda(p, moments_scratch.data(), nullptr));
-
-  // As an all-reduce over processes with this same batch would leave them.
-  const int64_t processes = integer("processes");
-  for (int64_t j = 0; j < sums; ++j) {
-    p.moments[j] *= static_cast<double>(processes);
-  }
   DistLossFinishParams f{};
   f.is_double = p.dtype == Dtype::kFloat64;
   f.rows = p.rows;
@@ -44,14 +35,28 @@ void dist_loss() {
   f.beta = number("beta");
   f.gamma = number("gamma");
   f.tau = p.tau;
-  f.processes = static_cast<double>(processes);
   f.row_values = p.row_values;
-  f.moments = p.moments;
   f.loss = loss.data();
   const bool needs_gradient = integer("needs_gradient") != 0;
   f.column_values = needs_gradient ? column_values.data() : nullptr;
-  Array finish_scratch(dist_loss_finish_scratch_bytes_cuda(f), 1, 0);
-  check(dist_loss_finish_cuda(f, finish_scratch.data(), nullptr));
+  const int64_t processes = integer("processes");
+  if (processes == 0) {  // moments and finish in one
+    f.processes = 1;
+    Array scratch(dist_loss_forward_scratch_bytes_cuda(p), 1, 0);
+    check(dist_loss_forward_cuda(p, f, scratch.data(), nullptr));
+  } else {
+    p.moments = static_cast<double*>(moments.data());
+    Array moments_scratch(dist_loss_forward_scratch_bytes_cuda(p), 1, 0);
+    check(dist_loss_moments_cuda(p, moments_scratch.data(), nullptr));
+    // As an all-reduce over processes with this same batch would leave them.
+    for (int64_t j = 0; j < sums; ++j) {
+      p.moments[j] *= static_cast<double>(processes);
+    }
+    f.processes = static_cast<double>(processes);
+    f.moments = p.moments;
+    Array finish_scratch(dist_loss_finish_scratch_bytes_cuda(f), 1, 0);
+    check(dist_loss_finish_cuda(f, finish_scratch.data(), nullptr));
+  }
   loss.write();
   if (!needs_gradient) {
     return;

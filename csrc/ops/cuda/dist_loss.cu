@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "common/device.cuh"
 #include "ops/dist_loss.h"
 
@@ -16,6 +18,21 @@ constexpr int kKept = sizeof(S) == 4 ? 4 : 2;
 constexpr int kMinBlocks = 4;
 constexpr int kMinColumnBlocks = 3;
 constexpr int kWarps = kBlock / kWarpSize;
+
+// Sums of the correlations, by who formed them.
+struct DistSums {
+  double* rows;     // [row_sums]
+  double* columns;  // [column_sums]
+  int row_sums;
+  int column_sums;
+};
+
+// Device scratch of a forward pass.
+struct DistScratch {
+  unsigned* tickets;  // [tiles + 1] blocks that have finished of each tile, tiles that have
+  double* partial;    // [tiles, parts, kDistMoments, columns of a tile]
+  DistSums sums;      // by kThreads threads of the rows kernel; by tile
+};
 
 // -- rows ----------------------------------------------------------------------------------------
 
@@ -82,7 +99,8 @@ DNKD_INLINE void add_exponentials(const Pack<T, kVec>& pack, A units, A& largest
 
 template <typename S, typename T, int kVec, int kThreads>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
-    dist_loss_rows_kernel(const __grid_constant__ DistLossMomentsParams p) {
+    dist_loss_rows_kernel(const __grid_constant__ DistLossMomentsParams p,
+                          const __grid_constant__ DistScratch scratch) {
   using A = typename Accumulate<S>::type;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A maxima[2][2][kThreads / kWarpSize];
@@ -91,6 +109,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   const A units = static_cast<A>(Exponent<A>::kPerNatural / p.tau);
   const A columns = static_cast<A>(p.columns);
   int maxima_turn = 0, sums_turn = 0, deviations_turn = 0;
+  if (blockIdx.x == 0) {  // the columns kernel runs later
+    for (int i = threadIdx.x; i <= scratch.sums.column_sums; i += kBlock) {
+      scratch.tickets[i] = 0;
+    }
+  }
   RowOfBoth<S, T, kVec, kThreads> both;
   both.vectors = static_cast<int>(p.columns / kVec);
   both.lane = threadIdx.x % kThreads;
@@ -150,184 +173,275 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
                                         0};
       store_pack(static_cast<A*>(p.row_values) + row * kDistRowValues,
                  Pack<A, kDistRowValues>::of(values));
-    }
-  }
-}
-
-// -- columns -------------------------------------------------------------------------------------
-
-// Who adds what: a warp takes kWarpSize vectors of columns and one of `splits` ranges of rows; the
-// kWarps of a block take the same columns and add what they found.
-struct ColumnPlan {
-  bool is_vector;
-  int64_t tiles;
-  int64_t splits;  // a multiple of kWarps
-
-  __host__ __device__ int64_t parts() const { return splits / kWarps; }
-};
-
-// partial: [parts, kDistMoments, C]. kThreads: the warp, whose threads take different columns.
-template <typename S, typename T, int kVec, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
-    dist_loss_columns_kernel(const __grid_constant__ DistLossMomentsParams p,
-                             const __grid_constant__ ColumnPlan plan, double* partial) {
-  using A = typename Accumulate<S>::type;
-  const int lane = threadIdx.x % kThreads, warp = threadIdx.x / kThreads;
-  const int64_t part = blockIdx.x / plan.tiles;
-  const int64_t split = part * kWarps + warp;
-  const int64_t column = (blockIdx.x % plan.tiles * kThreads + lane) * kVec;
-  const bool is_inside = column < p.columns;
-  const int64_t step = (p.rows + plan.splits - 1) / plan.splits;
-  const int64_t first = split * step;
-  const int64_t last = !is_inside ? first : first + step < p.rows ? first + step : p.rows;
-  const A units = static_cast<A>(Exponent<A>::kPerNatural / p.tau);
-  const S* student = static_cast<const S*>(p.student) + column;
-  const T* teacher = static_cast<const T*>(p.teacher) + column;
-  const A* row_values = static_cast<const A*>(p.row_values);
-  double sums[kDistMoments][kVec] = {};
-  // The next row is under way while this one is added.
-  Pack<S, kVec> next_student = {};
-  Pack<T, kVec> next_teacher = {};
-  if (first < last) {
-    next_student = load_pack<S, kVec>(student + first * p.student_stride);
-    next_teacher = load_pack<T, kVec>(teacher + first * p.teacher_stride);
-  }
-  for (int64_t row = first; row < last; ++row) {
-    const Pack<S, kVec> s = next_student;
-    const Pack<T, kVec> t = next_teacher;
-    if (row + 1 < last) {
-      next_student = load_pack<S, kVec>(student + (row + 1) * p.student_stride);
-      next_teacher = load_pack<T, kVec>(teacher + (row + 1) * p.teacher_stride);
-    }
-    const A* values = row_values + row * kDistRowValues;
-    const A s_largest = values[0], s_inverse = values[1];
-    const A t_largest = values[2], t_inverse = values[3];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      const double a = exp_of_units((static_cast<A>(s[i]) - s_largest) * units) * s_inverse;
-      const double b = exp_of_units((static_cast<A>(t[i]) - t_largest) * units) * t_inverse;
-      sums[0][i] += a;
-      sums[1][i] += b;
-      sums[2][i] += a * a;
-      sums[3][i] += b * b;
-      sums[4][i] += a * b;
-    }
-  }
-  // One moment after the other, so that the other warps' take little memory; always in their order.
-  __shared__ double others[kWarps - 1][kVec][kThreads];
-#pragma unroll
-  for (int m = 0; m < kDistMoments; ++m) {
-    __syncthreads();
-    if (warp > 0) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        others[warp - 1][i][lane] = sums[m][i];
+      // In memory, by this thread alone, because a sum in a register costs a block of occupancy.
+      double* const rho = scratch.sums.rows + blockIdx.x * kRowsPerBlock + threadIdx.x / kThreads;
+      if (row < step) {
+        *rho = terms.rho;
+      } else {
+        atomicAdd(rho, terms.rho);
       }
     }
-    __syncthreads();
-    if (warp == 0 && is_inside) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-#pragma unroll
-        for (int w = 0; w < kWarps - 1; ++w) {
-          sums[m][i] += others[w][i][lane];
-        }
-      }
-      store_pack(partial + (part * kDistMoments + m) * p.columns + column,
-                 Pack<double, kVec>::of(sums[m]));
-    }
-  }
-}
-
-// Adds the parts in an order of their own: each warp every kWarps-th, then the warps. A thread per
-// sum of a column.
-__global__ void __launch_bounds__(kBlock)
-    dist_loss_reduce_kernel(const __grid_constant__ DistLossMomentsParams p,
-                            const __grid_constant__ ColumnPlan plan, const double* partial) {
-  __shared__ double shared[kWarps][kWarpSize];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t count = kDistMoments * p.columns;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
-  double sum = 0;
-  if (at < count) {
-    for (int64_t part = warp; part < plan.parts(); part += kWarps) {
-      sum += partial[part * count + at];
-    }
-  }
-  shared[warp][lane] = sum;
-  __syncthreads();
-  if (warp == 0 && at < count) {
-    sum = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      sum += shared[w][lane];
-    }
-    p.moments[at] = sum;
-  }
-  if (at == 0 && warp == 0) {
-    p.moments[count] = static_cast<double>(p.rows);
   }
 }
 
 // -- loss ----------------------------------------------------------------------------------------
 
-template <typename A>
-DNKD_INLINE void write_loss(const DistLossFinishParams& p, double row_sum, double column_sum) {
-  *static_cast<A*>(p.loss) = static_cast<A>(dist_total(
-      row_sum, column_sum, static_cast<double>(p.rows), p.moments[kDistMoments * p.columns],
-      static_cast<double>(p.columns), p.beta, p.gamma, p.tau));
+// True in the last of `blocks` blocks to call it with a ticket, which then sees what the others
+// have written. All threads call it.
+DNKD_INLINE bool is_last_block(unsigned* ticket, unsigned blocks) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(ticket, 1u) == blocks - 1;
+    __threadfence();  // what the others left is read behind the barrier
+  }
+  __syncthreads();
+  return is_last;
 }
 
-// Sums of the correlations, by block: partial [blocks, 2]; a single block writes the loss.
+// Writes what the gradient takes of a column, and returns its correlation. Its sums are those at
+// `place` of [kDistMoments, width].
+template <typename A>
+DNKD_INLINE double finish_column(const DistLossFinishParams& p, const double* moments,
+                                 int64_t width, int64_t place, int64_t column, double all_rows) {
+  const double weight = -p.tau * p.gamma * p.processes / static_cast<double>(p.columns);
+  const DistColumn values = dist_column(moments, width, place, all_rows > 1 ? all_rows : 1.0,
+                                        sizeof(A) == sizeof(double));
+  A* to = static_cast<A*>(p.column_values);
+  if (to != nullptr) {
+    to[column] = static_cast<A>(weight * values.terms.cross);
+    to[p.columns + column] = static_cast<A>(weight * values.terms.own);
+    to[2 * p.columns + column] = static_cast<A>(values.student_mean);
+    to[3 * p.columns + column] = static_cast<A>(values.teacher_mean);
+  }
+  return values.terms.rho;
+}
+
+// One block, all threads of which call it, adds the sums in an order of their own.
+template <typename A>
+DNKD_INLINE void write_loss(const DistLossFinishParams& p, const DistSums& sums, double all_rows) {
+  double row_sum = 0, column_sum = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < sums.row_sums; i += kBlock) {
+    row_sum += sums.rows[i];
+  }
+#pragma unroll 4
+  for (int i = threadIdx.x; i < sums.column_sums; i += kBlock) {
+    column_sum += sums.columns[i];
+  }
+  row_sum = block_sum<kBlock>(row_sum);
+  column_sum = block_sum<kBlock>(column_sum);
+  if (threadIdx.x == 0) {
+    *static_cast<A*>(p.loss) =
+        static_cast<A>(dist_total(row_sum, column_sum, static_cast<double>(p.rows), all_rows,
+                                  static_cast<double>(p.columns), p.beta, p.gamma, p.tau));
+  }
+}
+
+// After the moments were added over processes: the sums by block; a single block writes the loss.
 template <typename A>
 __global__ void __launch_bounds__(kBlock)
-    dist_loss_finish_kernel(const __grid_constant__ DistLossFinishParams p, double* partial) {
+    dist_loss_finish_kernel(const __grid_constant__ DistLossFinishParams p,
+                            const __grid_constant__ DistSums sums) {
   const A* row_values = static_cast<const A*>(p.row_values);
-  A* column_values = static_cast<A*>(p.column_values);
   const double all_rows = p.moments[kDistMoments * p.columns];
-  const double weight = -p.tau * p.gamma * p.processes / static_cast<double>(p.columns);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBlock;
   double row_sum = 0, column_sum = 0;
+#pragma unroll 4
   for (int64_t i = first; i < p.rows; i += step) {
     row_sum += static_cast<double>(row_values[i * kDistRowValues + 6]);
   }
   for (int64_t j = first; j < p.columns; j += step) {
-    const DistColumn column = dist_column(p.moments, p.columns, j, all_rows > 1 ? all_rows : 1.0,
-                                          sizeof(A) == sizeof(double));
-    column_sum += column.terms.rho;
-    if (column_values != nullptr) {
-      column_values[j] = static_cast<A>(weight * column.terms.cross);
-      column_values[p.columns + j] = static_cast<A>(weight * column.terms.own);
-      column_values[2 * p.columns + j] = static_cast<A>(column.student_mean);
-      column_values[3 * p.columns + j] = static_cast<A>(column.teacher_mean);
-    }
+    column_sum += finish_column<A>(p, p.moments, p.columns, j, j, all_rows);
   }
   row_sum = block_sum<kBlock>(row_sum);
   column_sum = block_sum<kBlock>(column_sum);
   if (threadIdx.x == 0) {
-    if (gridDim.x == 1) {
-      write_loss<A>(p, row_sum, column_sum);
-    } else {
-      partial[2 * blockIdx.x] = row_sum;
-      partial[2 * blockIdx.x + 1] = column_sum;
-    }
+    sums.rows[blockIdx.x] = row_sum;
+    sums.columns[blockIdx.x] = column_sum;
+  }
+  if (gridDim.x == 1) {
+    write_loss<A>(p, sums, all_rows);  // thread 0 reads what it wrote
   }
 }
 
 template <typename A>
 __global__ void __launch_bounds__(kBlock)
-    dist_loss_total_kernel(const __grid_constant__ DistLossFinishParams p, const double* partial,
-                           int blocks) {
-  double row_sum = 0, column_sum = 0;
-  for (int b = threadIdx.x; b < blocks; b += kBlock) {
-    row_sum += partial[2 * b];
-    column_sum += partial[2 * b + 1];
+    dist_loss_total_kernel(const __grid_constant__ DistLossFinishParams p,
+                           const __grid_constant__ DistSums sums) {
+  write_loss<A>(p, sums, p.moments[kDistMoments * p.columns]);
+}
+
+// -- columns -------------------------------------------------------------------------------------
+
+// Who adds what: a tile of columns is kWarpSize vectors wide; each of its `parts` blocks takes
+// kWarps * step rows, a warp `step` of them.
+struct ColumnPlan {
+  bool rows_in_vectors;
+  bool columns_in_vectors;
+  int width;  // columns of a tile
+  unsigned tiles;
+  unsigned parts;
+  int64_t step;
+};
+
+// Adds what the warps of a block have of the same columns, in their order; the first gets the sums.
+DNKD_INLINE void add_warps(double (&sums)[kDistMoments],
+                           double (&others)[kWarps - 1][kDistMoments][kWarpSize]) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  __syncthreads();  // an earlier call may still be read
+  if (warp > 0) {
+#pragma unroll
+    for (int m = 0; m < kDistMoments; ++m) {
+      others[warp - 1][m][lane] = sums[m];
+    }
   }
-  row_sum = block_sum<kBlock>(row_sum);
+  __syncthreads();
+  if (warp == 0) {
+#pragma unroll
+    for (int m = 0; m < kDistMoments; ++m) {
+#pragma unroll
+      for (int w = 0; w < kWarps - 1; ++w) {
+        sums[m] += others[w][m][lane];
+      }
+    }
+  }
+}
+
+// Writes the moments, the loss, or both: what is not null. The last block of a tile adds its parts,
+// the last tile the correlations, each in an order that does not depend on which one it is.
+template <typename S, typename T, int kVec>
+__global__ void __launch_bounds__(kBlock, kMinColumnBlocks)
+    dist_loss_columns_kernel(const __grid_constant__ DistLossMomentsParams p,
+                             const __grid_constant__ DistLossFinishParams f,
+                             const __grid_constant__ ColumnPlan plan,
+                             const __grid_constant__ DistScratch scratch) {
+  using A = typename Accumulate<S>::type;
+  constexpr int kWidth = kWarpSize * kVec;
+  constexpr int kBatch = kVec > 1 ? 1 : 16 / static_cast<int>(sizeof(A));  // rows at once
+  __shared__ double others[kWarps - 1][kDistMoments][kWarpSize];
+  __shared__ double totals[kDistMoments][kWidth];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const unsigned tile = blockIdx.x % plan.tiles, part = blockIdx.x / plan.tiles;
+  const int64_t first_column = static_cast<int64_t>(tile) * kWidth;
+  const int64_t column = first_column + lane * kVec;
+  const int64_t first = (static_cast<int64_t>(part) * kWarps + warp) * plan.step;
+  const int64_t last = column >= p.columns          ? first
+                       : first + plan.step < p.rows ? first + plan.step
+                                                    : p.rows;
+  const A units = static_cast<A>(Exponent<A>::kPerNatural / p.tau);
+  const S* student = static_cast<const S*>(p.student) + column;
+  const T* teacher = static_cast<const T*>(p.teacher) + column;
+  const A* row_values = static_cast<const A*>(p.row_values);
+  double sums[kVec][kDistMoments] = {};
+  // The next rows are under way while these are added. One behind the last adds 0.
+  Pack<S, kVec> next_student[kBatch];
+  Pack<T, kVec> next_teacher[kBatch];
+  const auto fetch = [&](int64_t row) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      next_student[b] = {};
+      next_teacher[b] = {};
+      if (row + b < last) {
+        next_student[b] = load_pack<S, kVec>(student + (row + b) * p.student_stride);
+        next_teacher[b] = load_pack<T, kVec>(teacher + (row + b) * p.teacher_stride);
+      }
+    }
+  };
+  fetch(first);
+  for (int64_t row = first; row < last; row += kBatch) {
+    Pack<S, kVec> s[kBatch];
+    Pack<T, kVec> t[kBatch];
+    Pack<A, 4> values[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      s[b] = next_student[b];
+      t[b] = next_teacher[b];
+      values[b] = {};
+      if (row + b < last) {
+        values[b] = load_pack<A, 4>(row_values + (row + b) * kDistRowValues);
+      }
+    }
+    fetch(row + kBatch);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const A s_largest = values[b][0], s_inverse = values[b][1];
+      const A t_largest = values[b][2], t_inverse = values[b][3];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const double x = exp_of_units((static_cast<A>(s[b][i]) - s_largest) * units) * s_inverse;
+        const double y = exp_of_units((static_cast<A>(t[b][i]) - t_largest) * units) * t_inverse;
+        sums[i][0] += x;
+        sums[i][1] += y;
+        sums[i][2] += x * x;
+        sums[i][3] += y * y;
+        sums[i][4] += x * y;
+      }
+    }
+  }
+  // Vectors' i-th elements lie together.
+  double* const of_tile =
+      scratch.partial + static_cast<int64_t>(tile) * plan.parts * kDistMoments * kWidth;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    add_warps(sums[i], others);
+    if (warp == 0) {
+#pragma unroll
+      for (int m = 0; m < kDistMoments; ++m) {
+        of_tile[(part * kDistMoments + m) * kWidth + i * kWarpSize + lane] = sums[i][m];
+      }
+    }
+  }
+  if (!is_last_block(&scratch.tickets[tile], plan.parts)) {
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kVec; ++i) {
+    double sum[kDistMoments] = {};
+#pragma unroll 4
+    for (unsigned other = warp; other < plan.parts; other += kWarps) {
+#pragma unroll
+      for (int m = 0; m < kDistMoments; ++m) {
+        sum[m] += of_tile[(other * kDistMoments + m) * kWidth + i * kWarpSize + lane];
+      }
+    }
+    add_warps(sum, others);
+    if (warp == 0) {
+#pragma unroll
+      for (int m = 0; m < kDistMoments; ++m) {
+        totals[m][i * kWarpSize + lane] = sum[m];
+      }
+    }
+  }
+  __syncthreads();
+  const double rows = static_cast<double>(p.rows);
+  double column_sum = 0;
+  for (int j = threadIdx.x; j < kWidth && first_column + j < p.columns; j += kBlock) {
+    const int place = j % kVec * kWarpSize + j / kVec;
+    if (p.moments != nullptr) {
+#pragma unroll
+      for (int m = 0; m < kDistMoments; ++m) {
+        p.moments[m * p.columns + first_column + j] = totals[m][place];
+      }
+    }
+    if (f.loss != nullptr) {
+      column_sum += finish_column<A>(f, totals[0], kWidth, place, first_column + j, rows);
+    }
+  }
+  if (p.moments != nullptr && tile == 0 && threadIdx.x == 0) {
+    p.moments[kDistMoments * p.columns] = rows;
+  }
+  if (f.loss == nullptr) {
+    return;
+  }
   column_sum = block_sum<kBlock>(column_sum);
   if (threadIdx.x == 0) {
-    write_loss<A>(p, row_sum, column_sum);
+    scratch.sums.columns[tile] = column_sum;
+  }
+  if (is_last_block(&scratch.tickets[plan.tiles], plan.tiles)) {
+    write_loss<A>(f, scratch.sums, rows);
   }
 }
 
@@ -426,43 +540,83 @@ auto dispatch(const Params& p, const Function& function) {
 template <typename S, typename T>
 ColumnPlan column_plan(const DistLossMomentsParams& p) {
   constexpr int64_t kWarpsPerMultiprocessor = 16;
-  constexpr int64_t kLeastRows = 16;
-  constexpr int64_t kMostSplits = 1024;
-  ColumnPlan plan;
-  plan.is_vector = reads_vectors<S, T>(p);
-  const int64_t width = kWarpSize * (plan.is_vector ? kVectorWidth<S> : 1);
-  plan.tiles = (p.columns + width - 1) / width;
-  plan.splits = multiprocessors() * kWarpsPerMultiprocessor / plan.tiles;
+  constexpr int64_t kLeastRows = 8;
+  constexpr int64_t kMostParts = 128;
+  constexpr int64_t kMostPartsOfVectors = 16;
+  const int64_t warps = multiprocessors() * kWarpsPerMultiprocessor;
   const int64_t most = (p.rows + kLeastRows - 1) / kLeastRows;
-  plan.splits = plan.splits < most ? plan.splits : most;
-  plan.splits = plan.splits < kMostSplits ? plan.splits : kMostSplits;
-  plan.splits = (plan.splits < 1 ? 1 : (plan.splits + kWarps - 1) / kWarps) * kWarps;
+  ColumnPlan plan;
+  plan.rows_in_vectors = reads_vectors<S, T>(p);
+  // Vectors make wide tiles: they are for matrices that have work for all warps even so, without
+  // many parts per tile, which one block has to add.
+  const int64_t whole = p.columns / (kWarpSize * kVectorWidth<S>);
+  plan.columns_in_vectors = plan.rows_in_vectors && whole * most >= warps &&
+                            whole * kWarps * kMostPartsOfVectors >= warps;
+  plan.width = kWarpSize * (plan.columns_in_vectors ? kVectorWidth<S> : 1);
+  const int64_t tiles = (p.columns + plan.width - 1) / plan.width;
+  const int64_t splits = warps / tiles < most ? warps / tiles : most;
+  const int64_t parts = (splits + kWarps - 1) / kWarps;
+  plan.tiles = static_cast<unsigned>(tiles);
+  plan.parts = static_cast<unsigned>(parts < 1 ? 1 : parts < kMostParts ? parts : kMostParts);
+  plan.step = (p.rows + plan.parts * kWarps - 1) / (plan.parts * kWarps);
   return plan;
 }
 
+// Lays out the scratch from `bytes` on, which may be null, and returns its size.
+int64_t lay_out(DistScratch& scratch, const DistLossMomentsParams& p, const ColumnPlan& plan,
+                void* bytes) {
+  const uint64_t begin = reinterpret_cast<uint64_t>(bytes);
+  uint64_t end = begin;
+  const auto take = [&](int64_t count, auto*& array) {
+    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(end);
+    end += (static_cast<uint64_t>(count) * sizeof(*array) + 15) / 16 * 16;
+  };
+  const int64_t most =
+      static_cast<int64_t>(multiprocessors()) * kMaxBlocksPerMultiprocessor * kWarps;
+  const int64_t tiles = plan.tiles;
+  take(tiles + 1, scratch.tickets);
+  take(tiles * plan.parts * kDistMoments * plan.width, scratch.partial);
+  take(p.rows < most ? p.rows : most, scratch.sums.rows);
+  take(tiles, scratch.sums.columns);
+  scratch.sums.row_sums = 0;  // set when the rows kernel is launched
+  scratch.sums.column_sums = static_cast<int>(tiles);
+  return static_cast<int64_t>(end - begin);
+}
+
+template <auto kKernel>
+int launch_rows(const DistLossMomentsParams& p, DistScratch& scratch, int rows_per_block,
+                void* stream) {
+  const int64_t blocks = blocks_for<kKernel>(p.rows, rows_per_block, kBlock);
+  const int64_t most = blocks * rows_per_block;
+  scratch.sums.row_sums = static_cast<int>(p.rows < most ? p.rows : most);
+  return launch(kKernel, blocks, kBlock, stream, p, scratch);
+}
+
 template <typename S, typename T, int kVec>
-int moments_with(const DistLossMomentsParams& p, const ColumnPlan& plan, double* partial,
+int rows_with(const DistLossMomentsParams& p, DistScratch& scratch, void* stream) {
+  return takes_a_block<S>(p.columns, kVec)
+             ? launch_rows<dist_loss_rows_kernel<S, T, kVec, kBlock>>(p, scratch, 1, stream)
+             : launch_rows<dist_loss_rows_kernel<S, T, kVec, kWarpSize>>(p, scratch, kWarps,
+                                                                         stream);
+}
+
+// The moments, the loss, or both: what is not null. Without rows, too, the rows kernel clears the
+// tickets.
+template <typename S, typename T>
+int forward_with(const DistLossMomentsParams& p, const DistLossFinishParams& f, void* bytes,
                  void* stream) {
-  int error = 0;
-  if (p.rows == 0) {  // nothing but the sums to clear
-  } else if (takes_a_block<S>(p.columns, kVec)) {
-    constexpr auto kKernel = dist_loss_rows_kernel<S, T, kVec, kBlock>;
-    error = launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p);
-  } else {
-    constexpr auto kKernel = dist_loss_rows_kernel<S, T, kVec, kWarpSize>;
-    error = launch(kKernel, blocks_for<kKernel>(p.rows, kWarps, kBlock), kBlock, stream, p);
-  }
+  const ColumnPlan plan = column_plan<S, T>(p);
+  DistScratch scratch;
+  lay_out(scratch, p, plan, bytes);
+  const int error = plan.rows_in_vectors ? rows_with<S, T, kVectorWidth<S>>(p, scratch, stream)
+                                         : rows_with<S, T, 1>(p, scratch, stream);
   if (error != 0) {
     return error;
   }
-  constexpr auto kColumns = dist_loss_columns_kernel<S, T, kVec, kWarpSize>;
-  error = launch(kColumns, plan.tiles * plan.parts(), kBlock, stream, p, plan, partial);
-  if (error != 0) {
-    return error;
-  }
-  const int64_t sums = kDistMoments * p.columns;
-  return launch(dist_loss_reduce_kernel, (sums + kWarpSize - 1) / kWarpSize, kBlock, stream, p,
-                plan, static_cast<const double*>(partial));
+  const auto kernel = plan.columns_in_vectors ? dist_loss_columns_kernel<S, T, kVectorWidth<S>>
+                                              : dist_loss_columns_kernel<S, T, 1>;
+  return launch(kernel, static_cast<int64_t>(plan.tiles) * plan.parts, kBlock, stream, p, f, plan,
+                scratch);
 }
 
 template <typename S, typename T, int kVec>
@@ -475,44 +629,48 @@ int backward_with(const DistLossBackwardParams& p, void* stream) {
   return launch(kKernel, blocks_for<kKernel>(p.rows, kWarps, kBlock), kBlock, stream, p);
 }
 
-// A block takes several rows and columns for each of its threads before there are two blocks.
+// A column per thread before there are two blocks, which are cheap beside the double arithmetic;
+// several rows.
 int64_t finish_blocks(const DistLossFinishParams& p) {
-  constexpr int64_t kPerBlock = 8 * kBlock;
-  constexpr int64_t kMost = 256;
-  const int64_t longest = p.rows > p.columns ? p.rows : p.columns;
-  const int64_t blocks = (longest + kPerBlock - 1) / kPerBlock;
+  constexpr int64_t kRowsPerBlock = 8 * kBlock;
+  constexpr int64_t kMost = 512;
+  const int64_t by_rows = (p.rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t by_columns = (p.columns + kBlock - 1) / kBlock;
+  const int64_t blocks = by_rows > by_columns ? by_rows : by_columns;
   return blocks < kMost ? blocks : kMost;
 }
 
 template <typename A>
-int finish_with(const DistLossFinishParams& p, double* partial, void* stream) {
+int finish_with(const DistLossFinishParams& p, double* scratch, void* stream) {
   const int64_t blocks = finish_blocks(p);
-  const int error = launch(dist_loss_finish_kernel<A>, blocks, kBlock, stream, p, partial);
+  const int count = static_cast<int>(blocks);
+  const DistSums sums = {scratch, scratch + blocks, count, count};
+  const int error = launch(dist_loss_finish_kernel<A>, blocks, kBlock, stream, p, sums);
   if (error != 0 || blocks == 1) {
     return error;
   }
-  return launch(dist_loss_total_kernel<A>, 1, kBlock, stream, p,
-                static_cast<const double*>(partial), static_cast<int>(blocks));
+  return launch(dist_loss_total_kernel<A>, 1, kBlock, stream, p, sums);
 }
 
 }  // namespace
 
-int64_t dist_loss_moments_scratch_bytes_cuda(const DistLossMomentsParams& p) {
-  const int64_t parts = dispatch(p, [&](auto student, auto teacher) {
-    return column_plan<decltype(student), decltype(teacher)>(p).parts();
+int64_t dist_loss_forward_scratch_bytes_cuda(const DistLossMomentsParams& p) {
+  return dispatch(p, [&](auto student, auto teacher) {
+    DistScratch scratch;
+    const ColumnPlan plan = column_plan<decltype(student), decltype(teacher)>(p);
+    return lay_out(scratch, p, plan, nullptr);
   });
-  return parts * kDistMoments * p.columns * static_cast<int64_t>(sizeof(double));
+}
+
+int dist_loss_forward_cuda(const DistLossMomentsParams& p, const DistLossFinishParams& f,
+                           void* scratch, void* stream) {
+  return dispatch(p, [&](auto student, auto teacher) {
+    return forward_with<decltype(student), decltype(teacher)>(p, f, scratch, stream);
+  });
 }
 
 int dist_loss_moments_cuda(const DistLossMomentsParams& p, void* scratch, void* stream) {
-  return dispatch(p, [&](auto student, auto teacher) {
-    using S = decltype(student);
-    using T = decltype(teacher);
-    const ColumnPlan plan = column_plan<S, T>(p);
-    double* partial = static_cast<double*>(scratch);
-    return plan.is_vector ? moments_with<S, T, kVectorWidth<S>>(p, plan, partial, stream)
-                          : moments_with<S, T, 1>(p, plan, partial, stream);
-  });
+  return dist_loss_forward_cuda(p, DistLossFinishParams{}, scratch, stream);
 }
 
 int64_t dist_loss_finish_scratch_bytes_cuda(const DistLossFinishParams& p) {
@@ -520,9 +678,8 @@ int64_t dist_loss_finish_scratch_bytes_cuda(const DistLossFinishParams& p) {
 }
 
 int dist_loss_finish_cuda(const DistLossFinishParams& p, void* scratch, void* stream) {
-  double* partial = static_cast<double*>(scratch);
-  return p.is_double ? finish_with<double>(p, partial, stream)
-                     : finish_with<float>(p, partial, stream);
+  double* sums = static_cast<double*>(scratch);
+  return p.is_double ? finish_with<double>(p, sums, stream) : finish_with<float>(p, sums, stream);
 }
 
 int dist_loss_backward_cuda(const DistLossBackwardParams& p, void* stream) {

@@ -200,8 +200,9 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return other;
 }
 
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned old = *address;
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
   *address += value;
   return old;
 }
