@@ -1,11 +1,12 @@
 """Everything that needs a GPU, in stages that can be interrupted, with its results in one folder.
 
-build compiles for the GPU that is there, tests runs what needs one, bench measures the ladder of
-peers, e2e whole training steps and the parts of training, sanitize runs compute-sanitizer over
-every kernel variant, kernels reads what the compiler made of them, and host-tests runs the other
-tests: what a GPU alone can tell comes first, should the time not suffice for all. Every stage
-consists of items and keeps which of them passed: started again it goes on where it stopped, unless
-the sources or the GPU changed. A stage stops at its limit in time; what it did by then is kept.
+build compiles for the GPU that is there, tests runs what needs one, and beside it sanitize runs
+compute-sanitizer over every kernel variant; bench measures the ladder of peers, e2e whole training
+steps and the parts of training, kernels reads what the compiler made of them, and host-tests runs
+the other tests: what a GPU alone can tell comes first, should the time not suffice for all. Every
+stage consists of items and keeps which of them passed: started again it goes on where it stopped,
+unless the sources or the GPU changed. A stage stops at its limit in time; what it did by then is
+kept.
 Needs no network; uses the Python it runs in.
 """
 
@@ -33,7 +34,9 @@ from typing import IO, Any
 from benchmarks.peers import unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "tests", "bench", "e2e", "sanitize", "kernels", "host-tests")
+STAGES = ("build", "tests", "sanitize", "bench", "e2e", "kernels", "host-tests")
+# They run at the same time: the host binds both, and nothing in them is timed.
+TOGETHER = ("tests", "sanitize")
 # Seconds; below the ten minutes after which many machines end a job.
 LIMIT = 540
 # At most this many files: state, summary, and these logs and results.
@@ -94,6 +97,7 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
         which = "cuda" if stage == "tests" else "not cuda"
         pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which)
         files = sorted((ROOT / "tests").glob("test_*.py"))
+        files.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
         if stage == "tests":  # the others need not be imported to know
             files = [path for path in files if needs_a_gpu(path.read_text())]
         check = Item("self-check", (python, "-m", "dnkd_ext", "info", "--check"))
@@ -141,9 +145,9 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
         return [measure("run", "run", LADDER, "--peers", ",".join(there))]
     return [
         measure("e2e", "e2e", STEPS),
+        measure("training recorded", "training", TRAINING, "--cuda-graph"),
         measure("detection", "e2e", STEPS, "--shape", "detection"),
         measure("training", "training", TRAINING),
-        measure("training recorded", "training", TRAINING, "--cuda-graph"),
     ]
 
 
@@ -152,6 +156,7 @@ class State:
 
     def __init__(self, path: Path, key: dict[str, str]) -> None:
         self.path, self.key = path, key
+        self._lock = threading.Lock()
         self.stages: dict[str, dict[str, Any]] = {}
         try:
             known = json.loads(path.read_text())
@@ -175,9 +180,10 @@ class State:
 
     def save(self) -> None:
         """Replace the file at once, so that an interruption leaves the old or the new one."""
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text(json.dumps({"stages": self.stages}, indent=1) + "\n")
-        beside.replace(self.path)
+        with self._lock:
+            beside = self.path.with_suffix(".tmp")
+            beside.write_text(json.dumps({"stages": self.stages}, indent=1) + "\n")
+            beside.replace(self.path)
 
 
 def status(record: dict[str, Any], planned: Sequence[Item]) -> str:
@@ -189,17 +195,25 @@ def status(record: dict[str, Any], planned: Sequence[Item]) -> str:
 
 
 def run_stage(
-    stage: str, planned: Sequence[Item], out: Path, state: State, limit: float, jobs: int = 1
+    stage: str,
+    planned: Sequence[Item],
+    out: Path,
+    state: State,
+    limit: float,
+    jobs: int = 1,
+    cancelled: threading.Event | None = None,
 ) -> str:
     """Run the items that have not passed, the new ones first, until the limit.
 
     With ``jobs`` more than 1 as many run at a time, and each enters the log when it has ended.
+    ``cancelled`` ends what runs, from another thread.
     """
+    cancelled = cancelled or threading.Event()
     record = state.of(stage)
     start = time.monotonic()
     left = [item for item in planned if record["items"].get(item.name) != PASSED]
     left.sort(key=lambda item: item.name in record["items"])  # those that failed come last
-    lock, cancelled = threading.Lock(), threading.Event()
+    lock = threading.Lock()
 
     def work(item: Item, log: IO[str], own: IO[str]) -> None:
         begin = time.monotonic()
@@ -207,7 +221,7 @@ def run_stage(
         if remaining <= 0 or cancelled.is_set():
             return
         print(f"{stage}: {item.name}", file=sys.stderr, flush=True)
-        code = _run(item, own, remaining, cancelled)
+        code = _run(item, own, remaining, cancelled, jobs)
         with lock:
             if own is not log:
                 own.seek(0)
@@ -243,12 +257,15 @@ def run_stage(
     return status(record, planned)
 
 
-def _run(item: Item, log: IO[str], remaining: float, cancelled: threading.Event) -> int | None:
+def _run(
+    item: Item, log: IO[str], remaining: float, cancelled: threading.Event, jobs: int
+) -> int | None:
     """The exit status; None where it was stopped because the time was over."""
     log.write(f"\n== {item.name}\n$ {' '.join(item.command)}\n")
     log.flush()
     environment = {
-        "TORCHINDUCTOR_COMPILE_THREADS": "2",  # several tests run at a time
+        # Where several run at a time, threads that wait for each other would take all processors.
+        **({"TORCHINDUCTOR_COMPILE_THREADS": "2", "OMP_NUM_THREADS": "2"} if jobs > 1 else {}),
         **os.environ, "PYTHONUNBUFFERED": "1", "DNKD_CUDA": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "DNKD_REQUIRE_EXT": "1" if item.name not in ("build", "kernels") else "0",
@@ -395,25 +412,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, built for "
         f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
     )
+    todo = []
     for stage in stages:
         if arguments.force or stage == "build":  # which is nothing where it is up to date
             state.forget(stage)
-        planned = items(stage, out, force=arguments.force)
-        if status(state.of(stage), planned) == PASSED:
+        if status(state.of(stage), items(stage, out, force=arguments.force)) == PASSED:
             print(f"{stage} passed before with these sources on this GPU (--force does it again)")
-            continue
-        # Tests are bound by the host; what is measured or watched has the machine to itself.
-        jobs = max(1, min(8, (os.cpu_count() or 1) // 2)) if stage.endswith("tests") else 1
+        else:
+            todo.append(stage)
+    cancelled = threading.Event()
+
+    def work(stage: str, limit: float) -> str:
+        planned = items(stage, out, force=arguments.force)
+        # What is measured has the machine to itself.
+        several = stage.endswith("tests") or stage in TOGETHER
+        jobs = min(16, os.cpu_count() or 1) if several else 1
+        word = run_stage(stage, planned, out, state, limit, jobs, cancelled)
+        state.save()
+        return word
+
+    while todo:
+        now = [stage for stage in todo if stage in TOGETHER]
+        now = now if todo[0] in now else todo[:1]
+        todo = [stage for stage in todo if stage not in now]
         limit = min(arguments.limit, begin + arguments.total - time.monotonic())
         if limit <= 0:
             break
-        word = run_stage(stage, planned, out, state, limit, jobs)
-        state.save()
-        print(f"{word} {stage}", flush=True)
+        if len(now) == 1:
+            words = [work(now[0], limit)]
+        else:
+            with ThreadPoolExecutor(len(now)) as pool:
+                try:
+                    words = list(pool.map(work, now, [limit] * len(now)))
+                except BaseException:
+                    cancelled.set()
+                    raise
+        for stage, word in zip(now, words, strict=True):
+            print(f"{word} {stage}", flush=True)
+            if word != PASSED:
+                _print_tail(out / LOGS[stage])
         lines, _ = summarise(out, state, device, heading)
         (out / SUMMARY).write_text("\n".join(lines) + "\n")
-        if word != PASSED:
-            _print_tail(out / LOGS[stage])
     lines, good = summarise(out, state, device, heading)
     (out / SUMMARY).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

@@ -42,6 +42,12 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """Convolutions of a GPU in float32, which PyTorch otherwise lets round as TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(20260101)

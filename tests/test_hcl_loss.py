@@ -136,7 +136,8 @@ def test_half_precision_does_not_overflow(device):
     """Squares of 300 are beyond float16, their mean in float32 is not."""
     student = torch.full((2, 3, 8, 8), 300.0, dtype=torch.float16, device=device)
     loss = dnkd_ext.hcl_loss([student], [torch.zeros_like(student)])
-    assert loss.item() == 90000
+    # In which order a GPU adds is its own affair.
+    assert loss.item() == pytest.approx(90000, rel=2**-22)
 
 
 def test_autocast(device, generator, deterministic):

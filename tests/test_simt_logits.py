@@ -280,6 +280,13 @@ def label_far_below(student, teacher, labels):
     teacher[rows, labels] = -9e3
 
 
+def moved(student, teacher, labels):
+    """A shift of 2e5 still goes into the exponents' products, one of 3e6 does not."""
+    student += 2e5
+    teacher[::2] -= 2e5
+    student[1] += 3e6
+
+
 def closed_classes(student, teacher, labels):
     """-inf in teacher and student, in the teacher alone, and no other class like the label."""
     labels[:] = 0
@@ -301,7 +308,7 @@ def flat(student, teacher, labels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
 @pytest.mark.parametrize(
-    "change", [far_apart, label_far_above, label_far_below], ids=lambda f: f.__name__
+    "change", [far_apart, label_far_above, label_far_below, moved], ids=lambda f: f.__name__
 )
 def test_large_logits(harness, dtype, columns, kind, change):
     result = run_logit_loss(harness, dtype=dtype, columns=columns, kind=kind, change=change)
@@ -314,7 +321,7 @@ def test_large_logits(harness, dtype, columns, kind, change):
 @pytest.mark.parametrize("saves", ["gradient", "coefficients"])
 def test_closed_classes(harness, columns, kind, saves):
     """Classes at -inf count as those whose probability is 0 all the same."""
-    for temperature in (2.0, 3.0):
+    for temperature in (2.0, 3.0, 4.0):
         result = run_logit_loss(
             harness, dtype=torch.float32, columns=columns, kind=kind, change=closed_classes,
             saves=saves, temperature=temperature, reduction="none", stand_in=-1e5,

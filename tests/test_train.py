@@ -1294,12 +1294,11 @@ def test_defaults_are_those_of_the_device_and_the_task():
 @pytest.mark.cuda
 @pytest.mark.parametrize("more", [["--cuda-graph"], ["--compile"], ["--precision", "bfloat16"]])
 def test_faster_ways_train_alike(images, teacher, tmp_path, more):
-    base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0)]
+    # At a rate at which rounding does not decide where a run goes.
+    base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0), "--lr", "0.005"]
     base.append("--no-cuda-graph")
     plain = run(images, tmp_path / "plain", *base)
     other = run(images, tmp_path / "other", *base, *more)
+    near = 0.02 if "bfloat16" in more else 5e-3
     for one, two in zip(plain, other, strict=True):
-        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=0.1)
-    first = float(plain[0]["train_loss"])
-    near = 0.02 if "bfloat16" in more else 2e-3
-    assert float(other[0]["train_loss"]) == pytest.approx(first, rel=near)
+        assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=near)

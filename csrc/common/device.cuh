@@ -53,6 +53,9 @@ DNKD_INLINE float logarithm(float value) { return logf(value); }
 DNKD_INLINE double logarithm(double value) { return log(value); }
 DNKD_INLINE float log_one_plus(float value) { return log1pf(value); }
 DNKD_INLINE double log_one_plus(double value) { return log1p(value); }
+// a b + c, rounded once.
+DNKD_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+DNKD_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 // Of a NaN and a number, the number.
 DNKD_INLINE float larger(float a, float b) { return fmaxf(a, b); }
 DNKD_INLINE double larger(double a, double b) { return fmax(a, b); }
@@ -211,6 +214,15 @@ DNKD_INLINE Pack<T, kVec> load_pack(const T* from) {
   return pack;
 }
 
+// A pointer that the compiler keeps, instead of forming it anew in every turn of a loop.
+template <typename T>
+DNKD_INLINE T* kept_pointer(T* pointer) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
 // One store each: of an assignment nvcc 13 makes stores of single elements wherever it does not see
 // the address to be aligned. The compiler does not know that they write to memory, so that loads
 // may go before them: nothing that is stored so is read or written again by the same kernel.
@@ -261,6 +273,137 @@ DNKD_INLINE void share_pack(T* to, const Pack<T, kVec>& pack) {
     }
   }
 }
+
+// -- copies into shared memory that go on beside what is computed
+// ----------------------------------
+
+// Each thread copies for itself, in groups that it waits for in their order. The test shim brings
+// its own; before sm_80 a copy is an ordinary one, which is over when it is called.
+#ifndef DNKD_ASYNC_COPIES
+// An address in shared memory, which the compiler keeps.
+using SharedAddress = unsigned;
+DNKD_INLINE SharedAddress shared_address(const void* pointer) {
+  SharedAddress address = static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(address));
+#endif
+  return address;
+}
+template <int kBytes>
+DNKD_INLINE void copy_async(SharedAddress to, const void* from) {
+  static_assert(kBytes == 8 || kBytes == 16, "no copy of this size");
+#if !defined(__CUDA_ARCH__)
+#elif __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+  }
+#else
+  if constexpr (kBytes == 16) {
+    const uint4 raw = *static_cast<const uint4*>(from);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(raw.x), "r"(raw.y),
+                 "r"(raw.z), "r"(raw.w)
+                 : "memory");
+  } else {
+    const uint2 raw = *static_cast<const uint2*>(from);
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(raw.x), "r"(raw.y) : "memory");
+  }
+#endif
+}
+DNKD_INLINE void end_copy_group() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for all but the last kPending groups.
+template <int kPending>
+DNKD_INLINE void wait_for_groups() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+#endif
+
+// Copies of whole rows, which one thread starts and any may wait for. From sm_90 on; before,
+// nothing that calls them is launched, see copies_in_bulk(). The test shim brings its own.
+#ifndef DNKD_ASYNC_COPIES
+// In shared memory: how many bytes are still to come.
+struct BulkArrival {
+  uint64_t state;
+};
+// By one thread; a barrier of the block must follow.
+DNKD_INLINE void begin_arrivals(BulkArrival* arrival) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// By one thread: this many bytes will come.
+DNKD_INLINE void expect_bytes(BulkArrival* arrival, unsigned bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
+      "r"(bytes)
+      : "memory");
+#endif
+}
+// By one thread: a multiple of 16 bytes, between addresses that are multiples of 16.
+DNKD_INLINE void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(arrival))
+      : "memory");
+#endif
+}
+// Waits for the bytes of the first expectation (parity 0), the second (1), the third (0) ...
+DNKD_INLINE void wait_for_bulk(BulkArrival* arrival, unsigned parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(arrival)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+#endif
+
+// Where a thread keeps a pack in shared memory: accesses of 16 (8) bytes `step` bytes apart,
+// between which lie those of the other threads, so that neighbours meet no bank twice.
+template <typename T, int kVec>
+struct Staged {
+  static constexpr int kBytes = sizeof(Pack<T, kVec>) >= 16 ? 16 : 8;
+  static constexpr int kAccesses = sizeof(Pack<T, kVec>) / kBytes;
+  using Raw = typename RawOf<kBytes>::type;
+
+  // Bytes of `threads` packs.
+  static constexpr int bytes_of(int threads) { return threads * kAccesses * kBytes; }
+
+  template <int kThreads>
+  DNKD_INLINE static void fetch(SharedAddress packs, const T* from) {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      copy_async<kBytes>(packs + (i * kThreads + threadIdx.x) * kBytes,
+                         reinterpret_cast<const char*>(from) + i * kBytes);
+    }
+  }
+  template <int kThreads>
+  DNKD_INLINE static Pack<T, kVec> load(const char* packs) {
+    Pack<T, kVec> pack;
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      reinterpret_cast<Raw*>(&pack)[i] =
+          *reinterpret_cast<const Raw*>(packs + (i * kThreads + threadIdx.x) * kBytes);
+    }
+    return pack;
+  }
+};
 
 // Elements of a 16-byte access.
 template <typename T>
@@ -417,6 +560,17 @@ inline int multiprocessors() {
                ? count
                : 1;
   });
+}
+
+// Whether the current device has copy_bulk().
+inline bool copies_in_bulk() {
+  static std::atomic<int> known[kMaxDevices];
+  return remembered(known, [](int device) {
+           int major = 0;
+           const auto error =
+               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+           return error == cudaSuccess && major >= 9 ? 2 : 1;
+         }) == 2;
 }
 
 // Blocks of a kernel that the current device holds at once, each with shared_bytes of dynamic

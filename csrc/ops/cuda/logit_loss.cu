@@ -45,99 +45,162 @@ DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
   return is_power && !standardize ? static_cast<int>(temperature) : 0;
 }
 
-// The columns of a row, read by kThreads threads of which this is `lane`, kVec at a time. Each
-// thread keeps the first `slots` vectors it reads in shared memory that only it uses; the others it
-// reads again.
-template <typename S, typename T, int kVec, int kThreads>
-struct Columns {
-  static constexpr int kSharedBy = kThreads;
-  // Vectors per thread whose loads are under way before the first is used.
-  static constexpr int kBatch = sizeof(Pack<T, kVec>) > 16 ? 2 : 4;
-  static constexpr int kStep = kBlockOf<kThreads> * kVec;  // between a thread's slots
+// Of vectors that are not kept; few, since the others take the registers.
+constexpr int kForwardBatch = 1;
 
-  using LargestStudent = Largest<S>;
-  using LargestTeacher = Largest<T>;
+// Packs of a row that each thread of a large or huge block keeps in registers, where the shared
+// memory does not take all.
+template <typename S, typename T, int kThreads>
+constexpr int kInRegisters = kThreads <= kBlock || sizeof(S) == 8 ? 0
+                             : sizeof(T) > sizeof(S)              ? 2
+                                                                  : 3;
 
+// Where a row begins, and its first vector: where the student's lies as one in memory. The
+// teacher's and what else is read or written as vectors lies alike, see can_read_vectors().
+template <typename S, typename T, int kVec>
+struct RowAt {
   const S* student;
   const T* teacher;
-  S* kept_student;
-  T* kept_teacher;
-  int slots;
-  int columns;
-  int head = 0;  // elements before the first vector
-  int lane;
+  const S* student_vectors;
+  const T* teacher_vectors;
+  int head = 0;     // elements before the first vector
+  int vectors = 0;  // whole ones
 
-  // Goes to a row. The first vector is where the student's lies as one in memory; the teacher's
-  // and what else is read or written as vectors lies alike, see can_read_vectors().
-  DNKD_INLINE void go_to(const S* student_row, const T* teacher_row) {
-    student = student_row;
-    teacher = teacher_row;
+  DNKD_INLINE RowAt(const S* student_row, const T* teacher_row, int columns)
+      : student(student_row), teacher(teacher_row) {
     if constexpr (kVec > 1) {
       head = static_cast<int>((0 - reinterpret_cast<uint64_t>(student) / sizeof(S)) & (kVec - 1));
       head = head < columns ? head : columns;
     }
+    vectors = (columns - head) / kVec;
+    student_vectors = kept_pointer(student + head);
+    teacher_vectors = kept_pointer(teacher + head);
   }
+};
 
-  DNKD_INLINE int vectors() const { return (columns - head) / kVec; }
+// The columns of a row, read by kThreads threads of which this is `lane`, kVec at a time. Of what a
+// thread reads it keeps the first `slots` vectors in shared memory that only it uses, and the next
+// ones in registers; the others it reads again, kBatch under way at a time. While a row is read for
+// the last time the next one takes its place.
+template <typename S, typename T, int kVec, int kThreads, int kBatch>
+struct Columns {
+  using Row = RowAt<S, T, kVec>;
+  using OfStudent = Staged<S, kVec>;
+  using OfTeacher = Staged<T, kVec>;
+  static constexpr int kSharedBy = kThreads;
+  static constexpr int kAll = kBlockOf<kThreads>;  // threads of a block
+  static constexpr int kStudentBytes = OfStudent::bytes_of(kAll);
+  static constexpr int kSlotBytes = kStudentBytes + OfTeacher::bytes_of(kAll);
+  static constexpr int kRegisters = kInRegisters<S, T, kThreads>;
+  using LargestStudent = Largest<S>;
+  using LargestTeacher = Largest<T>;
+
+  Row row;
+  const char* kept;
+  SharedAddress kept_address;
+  int slots;
+  int columns;
+  int lane;
+  Pack<S, kVec> student_in_registers[kRegisters > 0 ? kRegisters : 1];
+  Pack<T, kVec> teacher_in_registers[kRegisters > 0 ? kRegisters : 1];
+
+  // Begins to read a row's vector v, of slot k, or of the k-th that is kept in registers.
+  DNKD_INLINE void fetch_slot(const Row& of, int k, int v) const {
+    const SharedAddress to = kept_address + k * kSlotBytes;
+    OfStudent::template fetch<kAll>(to, of.student_vectors + v * kVec);
+    OfTeacher::template fetch<kAll>(to + kStudentBytes, of.teacher_vectors + v * kVec);
+  }
+  DNKD_INLINE void fetch_register(const Row& of, int k, int v) {
+    student_in_registers[k] = load_pack<S, kVec>(of.student_vectors + v * kVec);
+    teacher_in_registers[k] = load_pack<T, kVec>(of.teacher_vectors + v * kVec);
+  }
+  // Begins to read all that is kept of a row; arrived() waits for it.
+  DNKD_INLINE void fetch(const Row& of) {
+    int v = lane;
+    for (int k = 0; k < slots && v < of.vectors; ++k, v += kThreads) {
+      fetch_slot(of, k, v);
+    }
+#pragma unroll
+    for (int k = 0; k < kRegisters; ++k) {
+      v = lane + (slots + k) * kThreads;
+      if (v < of.vectors) {
+        fetch_register(of, k, v);
+      }
+    }
+    end_copy_group();
+  }
+  DNKD_INLINE void arrived() const { wait_for_groups<0>(); }
 
   // Calls each(student, teacher, column) for all vectors, where `column` is that of the first
   // element, and for the elements beside whole vectors one by one.
   template <typename Each>
-  DNKD_INLINE void read(const Each& each) const {
-    read_from<true>(0, each);
-    read_rest(each);
+  DNKD_INLINE void read(const Each& each) {
+    visit<false>(row, false, each);
   }
-
-  // The same, after read(): from shared memory as far as that went.
+  // The same for the last time: the next row, if there is one, is fetched behind it.
   template <typename Each>
-  DNKD_INLINE void read_again(const Each& each) const {
-    const int end = vectors();
-    int k = 0;
-#pragma unroll 1
-    for (int v = lane; k < slots && v < end; ++k, v += kThreads) {
-      each(load_pack<S, kVec>(kept_student + k * kStep),
-           load_pack<T, kVec>(kept_teacher + k * kStep), head + v * kVec);
-    }
-    read_from<false>(k, each);
-    read_rest(each);
+  DNKD_INLINE void read_last(const Row& next, bool has_next, const Each& each) {
+    visit<true>(next, has_next, each);
+    end_copy_group();
   }
 
-  // A thread's vectors from the k-th on, from memory.
-  template <bool kKeeps, typename Each>
-  DNKD_INLINE void read_from(int k, const Each& each) const {
-    const int end = vectors();
+ private:
+  template <bool kLast, typename Each>
+  DNKD_INLINE void visit(const Row next, bool has_next, const Each& each) {
+    const int end = row.vectors, head = row.head;
+    const int next_end = kLast && has_next ? next.vectors : 0;
+    const int own = end > lane ? (end - lane + kThreads - 1) / kThreads : 0;
+    const int shared = own < slots ? own : slots;
+    int v = lane;
 #pragma unroll 1
-    for (int v = lane + k * kThreads; v < end; k += kBatch, v += kBatch * kThreads) {
+    for (int k = 0; k < shared; ++k, v += kThreads) {
+      const char* at = kept + k * kSlotBytes;
+      each(OfStudent::template load<kAll>(at), OfTeacher::template load<kAll>(at + kStudentBytes),
+           head + v * kVec);
+      if (kLast && v < next_end) {
+        fetch_slot(next, k, v);
+      }
+    }
+    if (kLast && shared < slots && v < next_end) {  // rows may have a vector more or less
+      fetch_slot(next, shared, v);
+    }
+    if constexpr (kRegisters > 0) {
+#pragma unroll
+      for (int r = 0; r < kRegisters; ++r) {
+        v = lane + (slots + r) * kThreads;
+        if (v < end) {
+          each(student_in_registers[r], teacher_in_registers[r], head + v * kVec);
+        }
+        if (kLast && v < next_end) {
+          fetch_register(next, r, v);
+        }
+      }
+    }
+    v = lane + (slots + kRegisters) * kThreads;
+#pragma unroll 1
+    for (; v < end; v += kBatch * kThreads) {
       Pack<S, kVec> s[kBatch];
       Pack<T, kVec> t[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int column = head + (v + i * kThreads) * kVec;
+        const int element = (v + i * kThreads) * kVec;
         if (v + i * kThreads < end) {
-          s[i] = load_pack<S, kVec>(student + column);
-          t[i] = load_pack<T, kVec>(teacher + column);
+          s[i] = load_pack<S, kVec>(row.student_vectors + element);
+          t[i] = load_pack<T, kVec>(row.teacher_vectors + element);
         }
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (v + i * kThreads < end) {
-          if (kKeeps && k + i < slots) {
-            share_pack(kept_student + (k + i) * kStep, s[i]);
-            share_pack(kept_teacher + (k + i) * kStep, t[i]);
-          }
           each(s[i], t[i], head + (v + i * kThreads) * kVec);
         }
       }
     }
-  }
-
-  template <typename Each>
-  DNKD_INLINE void read_rest(const Each& each) const {
     if constexpr (kVec > 1) {
       static_assert(2 * kVec <= kWarpSize, "an element for every thread");
-      const int column = lane < head ? lane : lane + vectors() * kVec;
+      const int column = lane < head ? lane : lane + end * kVec;
       if (column < columns) {
-        each(load_pack<S, 1>(student + column), load_pack<T, 1>(teacher + column), column);
+        each(load_pack<S, 1>(row.student + column), load_pack<T, 1>(row.teacher + column), column);
       }
     }
   }
@@ -147,18 +210,41 @@ struct Columns {
 template <typename A>
 struct Scales {
   static constexpr A kUnit = static_cast<A>(Exponent<A>::kPerNatural);
+  // Besides powers: the fourth power, of exponents that are formed by one operation.
+  static constexpr int kFusedFourth = 5;
   A shift;
   A teacher_shift;
   A units;          // times z', the exponent of the student
   A teacher_units;  // times t', that of the teacher
-  int power;        // power_of()
+  A offset;         // -shift times units
+  A teacher_offset;
+  int power;  // power_of(), or kFusedFourth
 
   DNKD_INLINE Scales(const LogitRow<A>& row, int power_)
       : shift(row.shift),
         teacher_shift(row.teacher_shift),
         units(row.scale * kUnit),
         teacher_units(row.teacher_scale * kUnit),
-        power(power_) {}
+        offset(-(shift * units)),
+        teacher_offset(-(teacher_shift * teacher_units)),
+        power(power_) {
+    // The offset's rounding is the same for all of a row, so that it leaves the probabilities as
+    // they are. Of larger logits it might overflow.
+    constexpr A kMost = 1e5;
+    if (power == 4 && offset < kMost && -offset < kMost && teacher_offset < kMost &&
+        -teacher_offset < kMost) {
+      power = kFusedFourth;
+    }
+  }
+
+  // z' = z - shift, with the shift that the exponentials have.
+  DNKD_INLINE A centred(A z) const {
+    return power == kFusedFourth ? multiply_add(units, z, offset) / units : z - shift;
+  }
+  DNKD_INLINE A centred_teacher(A t) const {
+    return power == kFusedFourth ? multiply_add(teacher_units, t, teacher_offset) / teacher_units
+                                 : t - teacher_shift;
+  }
 };
 
 // What is formed of each element of a group.
@@ -176,31 +262,39 @@ template <int kSize, bool kExcludes, typename S, typename T, typename A, int kVe
 DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pack<T, kVec>& t,
                                                 int first, const Scales<A>& scales, int excluded) {
   Exponentials<A, kSize> e;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const A u = scales.units * (s[first + i] - scales.shift);
-    const A v = scales.teacher_units * (static_cast<A>(t[first + i]) - scales.teacher_shift);
-    e.difference[i] = v - u;
-    e.student[i] = exp_of_units(u);
-    e.teacher[i] = exp_of_units(v);
-    e.plain[i] = e.student[i];
-  }
-  if (scales.power == 0) {
+  if (scales.power == Scales<A>::kFusedFourth) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      e.plain[i] = exp_of_units((s[first + i] - scales.shift) * Scales<A>::kUnit);
+      const A u = multiply_add(scales.units, s[first + i], scales.offset);
+      const A v =
+          multiply_add(scales.teacher_units, static_cast<A>(t[first + i]), scales.teacher_offset);
+      e.difference[i] = v - u;
+      e.student[i] = exp_of_units(u);
+      e.teacher[i] = exp_of_units(v);
+      const A square = e.student[i] * e.student[i];
+      e.plain[i] = square * square;
     }
-  }
-  if (scales.power >= 2) {
+  } else {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      e.plain[i] *= e.plain[i];
+      const A u = scales.units * (s[first + i] - scales.shift);
+      const A v = scales.teacher_units * (static_cast<A>(t[first + i]) - scales.teacher_shift);
+      e.difference[i] = v - u;
+      e.student[i] = exp_of_units(u);
+      e.teacher[i] = exp_of_units(v);
+      e.plain[i] = e.student[i];
     }
-  }
-  if (scales.power == 4) {
+    if (scales.power == 0) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      e.plain[i] *= e.plain[i];
+      for (int i = 0; i < kSize; ++i) {
+        e.plain[i] = exp_of_units((s[first + i] - scales.shift) * Scales<A>::kUnit);
+      }
+    } else if (scales.power > 1) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const A square = e.plain[i] * e.plain[i];
+        e.plain[i] = scales.power == 4 ? square * square : square;
+      }
     }
   }
   if constexpr (kExcludes) {
@@ -216,31 +310,31 @@ DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pa
   return e;
 }
 
-// The gradient of a row. `label`: its position, or -1 without one. kExcludes: where `decoupled` may
-// be set. kPlain: without probabilities and standardization.
+// The gradient of a row, behind which the next one is fetched. `label`: its position, or -1 without
+// one. kExcludes: where `decoupled` may be set. kPlain: without probabilities and standardization.
 template <bool kExcludes, bool kPlain, typename A, typename Row, typename S>
-DNKD_INLINE void write_gradient(S* out, const Row& data, const LogitRow<A>& row, int label,
-                                bool decoupled, const A* probabilities, int power,
-                                bool standardize) {
+DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next, bool has_next,
+                                const LogitRow<A>& row, int label, bool decoupled,
+                                const A* probabilities, int power, bool standardize) {
   const Scales<A> scales(row, power);
-  data.read_again([&](const auto& s, const auto& t, int column) {
+  data.read_last(next, has_next, [&](const auto& s, const auto& t, int column) {
     constexpr int kVec = std::decay_t<decltype(s)>::kCount;
     constexpr int kSize = kVec < kGroup ? kVec : kGroup;
+    const int at = label - column;
     A value[kVec];
 #pragma unroll
     for (int g = 0; g < kVec; g += kSize) {
-      const int at = label - column - g;
-      const auto e = exponentials<kSize, kExcludes>(s, t, g, scales, decoupled ? at : -1);
+      const auto e = exponentials<kSize, kExcludes>(s, t, g, scales, decoupled ? at - g : -1);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
         value[g + i] = row.plain * e.plain[i] +
                        (row.student * e.student[i] + (row.teacher * e.teacher[i] + row.constant));
       }
-      if (static_cast<unsigned>(at) < kSize) {
+    }
+    if (static_cast<unsigned>(at) < kVec) {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          value[g + i] += i == at ? row.label : A(0);
-        }
+      for (int i = 0; i < kVec; ++i) {
+        value[i] += i == at ? row.label : A(0);
       }
     }
     if constexpr (!kPlain) {
@@ -263,15 +357,15 @@ DNKD_INLINE void write_gradient(S* out, const Row& data, const LogitRow<A>& row,
 }
 
 template <bool kExcludes, typename A, typename Row, typename S>
-DNKD_INLINE void write_gradient(S* out, const Row& data, const LogitRow<A>& row, int label,
-                                bool decoupled, const A* probabilities, int power,
-                                bool standardize) {
+DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next, bool has_next,
+                                const LogitRow<A>& row, int label, bool decoupled,
+                                const A* probabilities, int power, bool standardize) {
   if (probabilities != nullptr || standardize) {
-    write_gradient<kExcludes, false>(out, data, row, label, decoupled, probabilities, power,
-                                     standardize);
+    write_gradient<kExcludes, false>(out, data, next, has_next, row, label, decoupled,
+                                     probabilities, power, standardize);
   } else {
-    write_gradient<kExcludes, true>(out, data, row, label, decoupled, probabilities, power,
-                                    standardize);
+    write_gradient<kExcludes, true>(out, data, next, has_next, row, label, decoupled, probabilities,
+                                    power, standardize);
   }
 }
 
@@ -288,7 +382,7 @@ DNKD_INLINE void fill_gradient(S* out, const Row& data, typename Accumulate<S>::
 // What the sums over a row become; `label` is its position, or -1 without one. All threads of the
 // row call it.
 template <bool kDecoupled, typename A, typename Row, typename Buffers>
-DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilities, int power,
+DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, int power,
                                  const LogitOptions<A>& options, Buffers& buffers, int& turn) {
   constexpr int kThreads = Row::kSharedBy;
   // The label's logit is left out of what DKD sums over.
@@ -320,7 +414,7 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   sum.scale = sum.teacher_scale = 1 / options.temperature;
   if (options.standardize) {
     A means[2] = {0, 0};
-    data.read_again([&](const auto& s, const auto& t, int) {
+    data.read([&](const auto& s, const auto& t, int) {
       constexpr int kVec = std::decay_t<decltype(s)>::kCount;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
@@ -332,7 +426,7 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
     means[0] /= options.columns;
     means[1] /= options.columns;
     A squares[2] = {0, 0};
-    data.read_again([&](const auto& s, const auto& t, int) {
+    data.read([&](const auto& s, const auto& t, int) {
       constexpr int kVec = std::decay_t<decltype(s)>::kCount;
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
@@ -358,7 +452,7 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   row.teacher_scale = sum.teacher_scale;
   const Scales<A> scales(row, power);
   A sums[4] = {0, 0, 0, 0};  // plain, student, teacher, difference
-  data.read_again([&](const auto& s, const auto& t, int column) {
+  data.read([&](const auto& s, const auto& t, int column) {
     constexpr int kVec = std::decay_t<decltype(s)>::kCount;
     constexpr int kSize = kVec < kGroup ? kVec : kGroup;
 #pragma unroll
@@ -383,7 +477,7 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   // What only some calls want is read for by itself.
   if (probabilities != nullptr || (options.has_ce && options.smoothing != 0)) {
     A expectations[3] = {0, 0, 0};  // logits, probability, expected
-    data.read_again([&](const auto& s, const auto&, int column) {
+    data.read([&](const auto& s, const auto&, int column) {
       constexpr int kVec = std::decay_t<decltype(s)>::kCount;
       Pack<A, kVec> r = {};
       if (probabilities != nullptr) {
@@ -391,7 +485,7 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
       }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const A z = s[i] - sum.shift;
+        const A z = scales.centred(s[i]);
         expectations[0] += z;
         expectations[1] += r[i];
         expectations[2] += probabilities == nullptr ? A(0) : r[i] * z;
@@ -404,7 +498,7 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
   }
   if (options.standardize) {
     A moments[2] = {0, 0};  // of the student's exponentials, of the teacher's
-    data.read_again([&](const auto& s, const auto& t, int column) {
+    data.read([&](const auto& s, const auto& t, int column) {
       constexpr int kVec = std::decay_t<decltype(s)>::kCount;
       constexpr int kSize = kVec < kGroup ? kVec : kGroup;
 #pragma unroll
@@ -423,8 +517,8 @@ DNKD_INLINE LogitSums<A> sum_row(const Row& data, int label, const A* probabilit
     sum.teacher_moment = moments[1];
   }
   if (label >= 0) {
-    sum.label = widen(data.student[label]) - sum.shift;
-    sum.teacher_label = static_cast<A>(widen(data.teacher[label])) - sum.teacher_shift;
+    sum.label = scales.centred(widen(data.row.student[label]));
+    sum.teacher_label = scales.centred_teacher(static_cast<A>(widen(data.row.teacher[label])));
   }
   return sum;
 }
@@ -474,19 +568,27 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   __syncthreads();
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
 
-  Columns<S, T, kVec, kThreads> data;
+  Columns<S, T, kVec, kThreads, kForwardBatch> data{{nullptr, nullptr, 0}};
   data.slots = slots;
   data.columns = static_cast<int>(p.columns);
   data.lane = threadIdx.x % kThreads;
-  data.kept_student = reinterpret_cast<S*>(kept) + threadIdx.x * kVec;
-  data.kept_teacher =
-      reinterpret_cast<T*>(reinterpret_cast<S*>(kept) + slots * data.kStep) + threadIdx.x * kVec;
+  data.kept = reinterpret_cast<char*>(kept);
+  data.kept_address = shared_address(kept);
 
   double totals[2] = {0, 0};  // of ce and kd
   int turn = 0;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
-       row < p.rows; row += step) {
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
+  const auto at = [&](int64_t of) {
+    return typename decltype(data)::Row(static_cast<const S*>(p.student) + of * p.student_stride,
+                                        static_cast<const T*>(p.teacher) + of * p.teacher_stride,
+                                        data.columns);
+  };
+  auto next = at(row < p.rows ? row : 0);
+  if (row < p.rows) {
+    data.fetch(next);
+  }
+  for (; row < p.rows; row += step) {
     // The same for all threads of a row, and with a block per row for the whole block: the
     // barriers in sum_row are reached by all or by none.
     int label = -1;
@@ -497,8 +599,10 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
       is_bad = !is_ignored && (named < 0 || named >= p.columns);
       label = is_ignored || is_bad ? -1 : static_cast<int>(named);
     }
-    data.go_to(static_cast<const S*>(p.student) + row * p.student_stride,
-               static_cast<const T*>(p.teacher) + row * p.teacher_stride);
+    data.row = next;
+    const bool has_next = row + step < p.rows;
+    next = at(has_next ? row + step : row);
+    data.arrived();
     const A* probabilities =
         p.has_ce && p.probabilities != nullptr
             ? static_cast<const A*>(p.probabilities) + row * p.probabilities_stride
@@ -531,14 +635,16 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
         static_cast<LogitRow<A>*>(p.coefficients)[row] = terms.row;
       }
     }
-    if (p.gradient != nullptr) {
-      S* out = static_cast<S*>(p.gradient) + row * p.columns;
-      if (is_read && !is_bad) {
-        write_gradient<kDecoupled>(out, data, terms.row, label, kDecoupled, probabilities, power,
-                                   p.standardize);
-      } else {
-        fill_gradient(out, data, is_bad ? nan : A(0));
-      }
+    const bool writes = p.gradient != nullptr && is_read && !is_bad;
+    S* out = kept_pointer(static_cast<S*>(p.gradient) + row * p.columns);
+    if (writes) {
+      write_gradient<kDecoupled>(out, data, next, has_next, terms.row, label, kDecoupled,
+                                 probabilities, power, p.standardize);
+    } else if (p.gradient != nullptr) {
+      fill_gradient(out, data, is_bad ? nan : A(0));
+    }
+    if (!writes && has_next) {
+      data.fetch(next);
     }
   }
 
@@ -556,9 +662,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
   using A = typename Accumulate<S>::type;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
-  Columns<S, T, kVec, kThreads> data;
-  data.kept_student = nullptr;
-  data.kept_teacher = nullptr;
+  Columns<S, T, kVec, kThreads, (sizeof(Pack<T, kVec>) > 16 ? 2 : 4)> data{{nullptr, nullptr, 0}};
+  data.kept = nullptr;
+  data.kept_address = {};
   data.slots = 0;
   data.columns = static_cast<int>(p.columns);
   data.lane = threadIdx.x % kThreads;
@@ -589,13 +695,16 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
     terms.linear *= up;
     terms.label *= up;
     terms.probability *= up;
-    data.go_to(static_cast<const S*>(p.student) + row * p.student_stride,
-               static_cast<const T*>(p.teacher) + row * p.teacher_stride);
+    const typename decltype(data)::Row here(
+        static_cast<const S*>(p.student) + row * p.student_stride,
+        static_cast<const T*>(p.teacher) + row * p.teacher_stride, data.columns);
+    data.row = here;
     const A* probabilities =
         p.has_ce && p.probabilities != nullptr
             ? static_cast<const A*>(p.probabilities) + row * p.probabilities_stride
             : nullptr;
-    write_gradient<true>(out, data, terms, label, p.decoupled, probabilities, power, p.standardize);
+    write_gradient<true>(out, data, here, false, terms, label, p.decoupled, probabilities, power,
+                         p.standardize);
   }
 }
 
@@ -605,16 +714,21 @@ template <typename S, typename T, bool kDecoupled, int kVec, int kThreads>
 struct ForwardLaunch {
   static constexpr auto kKernel = logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads>;
   static constexpr int kBlockThreads = kBlockOf<kThreads>;
-  static constexpr int kSlotBytes = kBlockThreads * kVec * static_cast<int>(sizeof(S) + sizeof(T));
+  static constexpr int kSlotBytes = Columns<S, T, kVec, kThreads, kForwardBatch>::kSlotBytes;
 
-  int64_t wanted;  // slots that keep all of a row
-  int64_t slots;
+  int64_t wanted;     // vectors of every thread
+  int64_t slots = 0;  // those that shared memory keeps; elements one by one are not kept
 
   explicit ForwardLaunch(const LogitLossParams& p)
-      : wanted((p.columns / kVec + kThreads - 1) / kThreads),
-        slots(dynamic_shared_limit<kKernel, kSharingBlocks<kThreads>>() / kSlotBytes) {
-    slots = slots < wanted ? slots : wanted;
+      : wanted((p.columns / kVec + kThreads - 1) / kThreads) {
+    if constexpr (kVec > 1) {
+      slots = dynamic_shared_limit<kKernel, kSharingBlocks<kThreads>>() / kSlotBytes;
+      slots = slots < wanted ? slots : wanted;
+    }
   }
+
+  // What shared memory and registers keep.
+  int64_t kept() const { return slots + kInRegisters<S, T, kThreads>; }
 
   int operator()(const LogitLossParams& p, const RowScratch& scratch, void* stream) const {
     const int bytes = static_cast<int>(slots) * kSlotBytes;
@@ -641,7 +755,7 @@ int forward_with(const LogitLossParams& p, const RowScratch& scratch, void* stre
   if constexpr (kVec > 1 && sizeof(S) < 8) {
     // Two blocks hide each other's waits. But of what they cannot keep, those of all
     // multiprocessors together would read more again than the L2 cache holds.
-    if (4 * large.slots < 3 * large.wanted) {
+    if (4 * large.kept() < 3 * large.wanted) {
       return ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock>(p)(p, scratch, stream);
     }
   }

@@ -24,6 +24,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define DNKD_DYNAMIC_SHARED(name) uint4* const name = simt::dynamic_shared.get()
+#define DNKD_ASYNC_COPIES
 
 struct uint2 {
   alignas(8) unsigned x;
@@ -49,6 +50,7 @@ struct cudaLaunchConfig_t {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
@@ -59,6 +61,7 @@ namespace simt {
 inline int multiprocessors = 2;      // small, so that blocks take several rows
 inline bool reverse_blocks = false;  // the last block first
 inline int shared_per_multiprocessor = 64 << 10;
+inline int capability = 9;
 constexpr int kReservedShared = 1 << 10;          // of each block
 constexpr int kSharedWithoutAsking = 48 << 10;    // dynamic shared memory of a block
 inline std::map<const void*, int> shared_limits;  // of kernels that may use more
@@ -75,8 +78,15 @@ struct Barrier {
   }
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Fiber {
   ucontext_t context;
+  std::vector<std::vector<Copy>> copies{1};  // by group, the last one still open
   bool done = false;
   Barrier* waits_for = nullptr;
   long generation = 0;
@@ -170,6 +180,8 @@ inline void run_block(int threads) {
 inline void __syncthreads() { simt::wait(simt::block_barrier); }
 inline void __threadfence() {}
 
+inline void __syncwarp() { simt::wait(simt::warp_barriers[simt::current / simt::kWarp]); }
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -198,6 +210,82 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   std::memcpy(&other, &simt::lanes[self ^ lane_mask], sizeof(T));
   simt::wait(simt::warp_barriers[warp]);
   return other;
+}
+
+// What device.cuh copies beside the computation: done as late as the waits allow, so that a read of
+// what was not waited for finds NaN.
+using SharedAddress = char*;
+inline SharedAddress shared_address(void* pointer) { return static_cast<char*>(pointer); }
+template <int kBytes>
+void copy_async(SharedAddress to, const void* from) {
+  if (reinterpret_cast<uint64_t>(to) % kBytes != 0 ||
+      reinterpret_cast<uint64_t>(from) % kBytes != 0) {
+    simt::fail("an asynchronous copy that is not aligned");
+  }
+  simt::fibers[simt::current].copies.back().push_back({to, from, kBytes});
+}
+inline void end_copy_group() { simt::fibers[simt::current].copies.emplace_back(); }
+template <int kPending>
+void wait_for_groups() {
+  auto& groups = simt::fibers[simt::current].copies;
+  while (static_cast<int>(groups.size()) > kPending + 1) {
+    for (const simt::Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+struct BulkArrival {
+  uint64_t phase;
+};
+namespace simt {
+struct Arrivals {
+  std::vector<Copy> copies;
+  unsigned expected = 0;
+  unsigned phase = 0;
+  bool expects = false;
+};
+inline std::map<BulkArrival*, Arrivals> arrivals;  // of the block that runs
+}  // namespace simt
+inline void begin_arrivals(BulkArrival* arrival) { simt::arrivals[arrival] = {}; }
+inline void expect_bytes(BulkArrival* arrival, unsigned bytes) {
+  auto& own = simt::arrivals.at(arrival);
+  if (own.expects) {
+    simt::fail("bytes are expected before the last ones were waited for");
+  }
+  own.expects = true;
+  own.expected = bytes;
+}
+inline void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
+  if ((reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | bytes) % 16 != 0) {
+    simt::fail("a bulk copy that is not aligned");
+  }
+  simt::arrivals.at(arrival).copies.push_back({to, from, static_cast<int>(bytes)});
+}
+inline void wait_for_bulk(BulkArrival* arrival, unsigned parity) {
+  auto& own = simt::arrivals.at(arrival);
+  // The thread that sends may come later.
+  for (int turns = 0; own.phase % 2 == parity && !own.expects; ++turns) {
+    if (turns == 10000) {
+      simt::fail("a wait for bytes that nobody expects");
+    }
+    swapcontext(&simt::fibers[simt::current].context, &simt::scheduler);
+  }
+  if (own.phase % 2 != parity) {
+    return;
+  }
+  unsigned arrived = 0;
+  for (const simt::Copy& copy : own.copies) {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    arrived += copy.bytes;
+  }
+  if (arrived != own.expected) {
+    simt::fail("other bytes arrive than are expected");
+  }
+  own.copies.clear();
+  own.expects = false;
+  ++own.phase;
 }
 
 template <typename T>
@@ -233,7 +321,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::multiprocessors
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? simt::multiprocessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? simt::capability
            : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor
                ? simt::shared_per_multiprocessor
                : simt::shared_per_multiprocessor - simt::kReservedShared;
