@@ -226,14 +226,22 @@ DNKD_INLINE T* kept_pointer(T* pointer) {
 // One store each: of an assignment nvcc 13 makes stores of single elements wherever it does not see
 // the address to be aligned. The compiler does not know that they write to memory, so that loads
 // may go before them: nothing that is stored so is read or written again by the same kernel.
+// kOnce: of what this kernel's caches need no more.
+template <bool kOnce>
 DNKD_INLINE void store_global(uint4* to, uint4 value) {
 #ifdef __CUDA_ARCH__
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+  if constexpr (kOnce) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+  } else {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w));
+  }
 #else
   *to = value;
 #endif
 }
+template <bool kOnce>
 DNKD_INLINE void store_global(uint2* to, uint2 value) {
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
@@ -244,7 +252,7 @@ DNKD_INLINE void store_global(uint2* to, uint2 value) {
 }
 
 // Into global memory.
-template <typename T, int kVec>
+template <bool kOnce = false, typename T, int kVec>
 DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
   if constexpr (kVec == 1) {
     *to = pack.elements[0];
@@ -254,7 +262,7 @@ DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
     using Raw = typename RawOf<kBytes>::type;
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(pack)) / kBytes; ++i) {
-      store_global(reinterpret_cast<Raw*>(to) + i, reinterpret_cast<const Raw*>(&pack)[i]);
+      store_global<kOnce>(reinterpret_cast<Raw*>(to) + i, reinterpret_cast<const Raw*>(&pack)[i]);
     }
   }
 }
@@ -348,14 +356,29 @@ DNKD_INLINE void expect_bytes(BulkArrival* arrival, unsigned bytes) {
       : "memory");
 #endif
 }
-// By one thread: a multiple of 16 bytes, between addresses that are multiples of 16.
+// By one thread: a multiple of 16 bytes, between addresses that are multiples of 16. kOnce: of what
+// is not needed again, so that it leaves the L2 cache first; the other way round otherwise.
+template <bool kOnce>
 DNKD_INLINE void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint64_t policy;
+  if constexpr (kOnce) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  } else {
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  }
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(arrival))
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(arrival)), "l"(policy)
       : "memory");
+#endif
+}
+// By one thread: brings a multiple of 16 bytes from an address that is a multiple of 16 into the L2
+// cache.
+DNKD_INLINE void prefetch_bulk(const void* from, unsigned bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 #endif
 }
 // Waits for the bytes of the first expectation (parity 0), the second (1), the third (0) ...

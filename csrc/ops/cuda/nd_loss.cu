@@ -35,7 +35,7 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
         values[i] = value(s[i], static_cast<A>(c[i]));
       }
     }
-    store_pack(out + static_cast<int64_t>(v) * kVec, Pack<S, kVec>::of(values));
+    store_pack<true>(out + static_cast<int64_t>(v) * kVec, Pack<S, kVec>::of(values));
   };
 #pragma unroll
   for (int k = 0; k < kKeep; ++k) {
@@ -60,87 +60,21 @@ DNKD_INLINE void write_gradient(S* out, const S* student, const M* direction,
   }
 }
 
-// How the rows of a bulk kernel arrive in shared memory: those that its threads work on next, in
-// turn in `stages` places of stage_bytes, 0 stages without.
-struct BulkPlan {
-  int stages;
-  int student_bytes;  // of the vectors of a row
-  int direction_bytes;
-  int stage_bytes;
-};
-constexpr int kMostStages = 4;
-
-// kBulk: the copy engine brings rows of which the registers keep all, several ahead, so that the
-// memory is busy while one is computed and its gradient written. Otherwise the threads read a row
-// when they come to it.
-template <typename S, typename M, int kVec, int kThreads, bool kBulk>
-__global__ void __launch_bounds__(kBlock, kBulk ? kBulkBlocks : kMinBlocks<S, M>)
+template <typename S, typename M, int kVec, int kThreads>
+__global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
     nd_loss_forward_kernel(const __grid_constant__ NdLossParams p,
-                           const __grid_constant__ RowScratch scratch,
-                           const __grid_constant__ BulkPlan plan) {
+                           const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;
   constexpr int kKeep = kKept<S>;
+  constexpr bool kBulk = false;
+  constexpr const char* arrived = nullptr;
+  constexpr int student_bytes = 0, direction_bytes = 0;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A row_buffers[2][4][kThreads / kWarpSize];
   const int lane = threadIdx.x % kThreads;
   const int columns = static_cast<int>(p.columns);
   const int vectors = columns / kVec;
   const A* teacher_norms = static_cast<const A*>(p.teacher_norms);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
-
-  const auto label_at = [&](int64_t of) {
-    return of < p.rows ? label_of(p.target, p.target_is_int32, of) : int64_t{-1};
-  };
-  // Places and arrivals of the threads that share a row.
-  __shared__ BulkArrival all_arrivals[kBulk ? kRowsPerBlock * kMostStages : 1];
-  DNKD_DYNAMIC_SHARED(shared);
-  BulkArrival* const arrivals = all_arrivals + threadIdx.x / kThreads * kMostStages;
-  char* const places =
-      reinterpret_cast<char*>(shared) + threadIdx.x / kThreads * plan.stages * plan.stage_bytes;
-  const int student_bytes = plan.student_bytes, direction_bytes = plan.direction_bytes;
-  // Sends for a row; for one that is not read nothing comes.
-  const auto fetch = [&](int64_t from, int64_t label, int stage) {
-    if (lane != 0 || from >= p.rows) {
-      return;
-    }
-    if (label < 0 || label >= p.classes || (p.target != nullptr && label == p.ignore_index)) {
-      expect_bytes(arrivals + stage, 0);
-      return;
-    }
-    char* to = places + stage * plan.stage_bytes;
-    expect_bytes(arrivals + stage, plan.stage_bytes);
-    copy_bulk(to, static_cast<const S*>(p.student) + from * p.student_stride, student_bytes,
-              arrivals + stage);
-    copy_bulk(to + student_bytes, static_cast<const M*>(p.directions) + label * p.directions_stride,
-              direction_bytes, arrivals + stage);
-    if (p.teacher != nullptr) {
-      copy_bulk(to + student_bytes + direction_bytes,
-                static_cast<const S*>(p.teacher) + from * p.teacher_stride, student_bytes,
-                arrivals + stage);
-    }
-  };
-  int stage = 0;
-  unsigned parity = 0;
-  int64_t label_to_fetch = 0;  // of the row that is sent for next
-  if constexpr (kBulk) {
-    int64_t first_labels[kMostStages];
-#pragma unroll
-    for (int i = 0; i < kMostStages; ++i) {
-      first_labels[i] = i < plan.stages ? label_at(row + i * step) : -1;
-    }
-    if (lane < plan.stages) {
-      begin_arrivals(arrivals + lane);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kMostStages; ++i) {
-      if (i < plan.stages) {
-        fetch(row + i * step, first_labels[i], i);
-      }
-    }
-    label_to_fetch = label_at(row + plan.stages * step);
-  }
 
   double scale = p.loss_weight;
   if (p.weight != nullptr) {
@@ -153,23 +87,23 @@ __global__ void __launch_bounds__(kBlock, kBulk ? kBulkBlocks : kMinBlocks<S, M>
 
   double sums[1] = {0};  // of row losses
   int turn = 0;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
   // A row's reads wait for its label: that of the next one is under way while a row is computed.
-  int64_t next_label = label_at(row);
+  int64_t next_label = row < p.rows ? label_of(p.target, p.target_is_int32, row) : 0;
   for (; row < p.rows; row += step) {
     // The same for all threads of a row, and with a block per row for the whole block: the barrier
     // in row_sum is reached by all or by none.
     const int64_t label = next_label;
-    next_label = label_at(row + step);
+    if (row + step < p.rows) {
+      next_label = label_of(p.target, p.target_is_int32, row + step);
+    }
     const bool is_ignored = p.target != nullptr && label == p.ignore_index;
     const bool is_named = label >= 0 && label < p.classes;
     const bool is_read = is_named && !is_ignored;
     const S* student = static_cast<const S*>(p.student) + row * p.student_stride;
     const M* direction =
         static_cast<const M*>(p.directions) + (is_read ? label : 0) * p.directions_stride;
-    const char* arrived = places + stage * plan.stage_bytes;
-    if constexpr (kBulk) {
-      wait_for_bulk(arrivals + stage, parity);
-    }
     Pack<S, kVec> kept_student[kKeep];
     Pack<M, kVec> kept_direction[kKeep];
     NdRowTerms<A> terms = {0, 0, 0};
@@ -186,21 +120,6 @@ __global__ void __launch_bounds__(kBlock, kBulk ? kBulkBlocks : kMinBlocks<S, M>
     } else if (!is_ignored) {
       const A nan = __builtin_nanf("");
       terms = {nan, nan, nan};
-    }
-    if constexpr (kBulk) {
-      // All have read this row where there are sums; none may be a turn behind the arrivals.
-      if (!is_read && kThreads == kBlock) {
-        __syncthreads();
-      } else if (!is_read) {
-        __syncwarp();
-      }
-      fetch(row + plan.stages * step, label_to_fetch, stage);
-      label_to_fetch = label_at(row + (plan.stages + 1) * step);
-      stage += 1;
-      if (stage == plan.stages) {
-        stage = 0;
-        parity ^= 1;
-      }
     }
     // Not 0 * scale, which is NaN for an infinite weight.
     const A alpha = is_ignored ? A(0) : terms.alpha * static_cast<A>(scale);
@@ -279,46 +198,15 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
 
 // -- launchers -----------------------------------------------------------------------------------
 
-// Whether and how rows can come in bulk: their vectors must be kept in registers, and be of 16
-// bytes, as the copy engine wants them.
-template <typename S, typename M, int kVec, int kThreads>
-BulkPlan bulk_plan(const NdLossParams& p) {
-  constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kThreads, true>;
-  const int64_t vectors = p.columns / kVec;
-  if (kVec * sizeof(M) < 16 || vectors < 1 || vectors > kThreads * kKept<S> || !copies_in_bulk()) {
-    return {};
-  }
-  BulkPlan plan;
-  plan.student_bytes = static_cast<int>(vectors * kVec * sizeof(S));
-  plan.direction_bytes = static_cast<int>(vectors * kVec * sizeof(M));
-  plan.stage_bytes = plan.student_bytes * (p.teacher != nullptr ? 2 : 1) + plan.direction_bytes;
-  const int room = dynamic_shared_limit<kKernel, kBulkBlocks>();
-  const int stages = room / (kBlock / kThreads * plan.stage_bytes);
-  plan.stages = stages < 2 ? 0 : stages < kMostStages ? stages : kMostStages;
-  return plan;
-}
-
-template <typename S, typename M, int kVec, int kThreads>
-int forward_by(const NdLossParams& p, const RowScratch& scratch, void* stream) {
-  constexpr int kRows = kBlock / kThreads;
-  if constexpr (kVec > 1) {
-    const BulkPlan plan = bulk_plan<S, M, kVec, kThreads>(p);
-    if (plan.stages > 0) {
-      constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kThreads, true>;
-      const int bytes = kRows * plan.stages * plan.stage_bytes;
-      const int64_t blocks = blocks_for<kKernel>(p.rows, kRows, kBlock, bytes);
-      return launch_sharing(kKernel, blocks, kBlock, bytes, stream, p, scratch, plan);
-    }
-  }
-  constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kThreads, false>;
-  return launch(kKernel, blocks_for<kKernel>(p.rows, kRows, kBlock), kBlock, stream, p, scratch,
-                BulkPlan{});
-}
-
 template <typename S, typename M, int kVec>
 int forward_with(const NdLossParams& p, const RowScratch& scratch, void* stream) {
-  return takes_a_block<S>(p.columns, kVec) ? forward_by<S, M, kVec, kBlock>(p, scratch, stream)
-                                           : forward_by<S, M, kVec, kWarpSize>(p, scratch, stream);
+  if (takes_a_block<S>(p.columns, kVec)) {
+    constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kBlock>;
+    return launch(kKernel, blocks_for<kKernel>(p.rows, 1, kBlock), kBlock, stream, p, scratch);
+  }
+  constexpr auto kKernel = nd_loss_forward_kernel<S, M, kVec, kWarpSize>;
+  return launch(kKernel, blocks_for<kKernel>(p.rows, kBlock / kWarpSize, kBlock), kBlock, stream, p,
+                scratch);
 }
 
 template <typename S, typename M>

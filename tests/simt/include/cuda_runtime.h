@@ -257,7 +257,13 @@ inline void expect_bytes(BulkArrival* arrival, unsigned bytes) {
   own.expects = true;
   own.expected = bytes;
 }
-inline void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
+inline void prefetch_bulk(const void* from, unsigned bytes) {
+  if ((reinterpret_cast<uint64_t>(from) | bytes) % 16 != 0) {
+    simt::fail("a bulk prefetch that is not aligned");
+  }
+}
+template <bool kOnce>
+void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
   if ((reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | bytes) % 16 != 0) {
     simt::fail("a bulk copy that is not aligned");
   }
