@@ -24,7 +24,6 @@ def run_nd_loss(
     harness, *, dtype, width, rows=11, classes=5, means_are_float=True, stride=None, shift=0,
     target="int64", teacher="features", reduction="mean", saves="gradient", weight=None,
     base=None, upstream=None, ignored=(), bad=(), multiprocessors=2, reverse=False, seed=0,
-    capability=9, shared=228 << 10,
 ):  # fmt: skip
     """Both sides: (loss, gradient) of the kernels, and of the reference in float64.
 
@@ -58,7 +57,6 @@ def run_nd_loss(
         "weight_tensor": weight is not None, "base": base is not None,
         "saves": {"nothing": 0, "gradient": 1, "coefficients": 2}[saves],
         "multiprocessors": multiprocessors, "reverse_blocks": reverse, "phantom_classes": 0,
-        "capability": capability, "shared": shared,
     }  # fmt: skip
     arrays = [strided(student, stride)]
     if teacher != "none":
@@ -119,29 +117,18 @@ def test_forms_the_gradient(harness, dtype, width, means_are_float):
     assert_close(*result, dtype)
 
 
-@pytest.mark.parametrize("width", [64, 68, 520, 2048])
+@pytest.mark.parametrize("width", [64, 520])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_come_in_bulk_are_those_that_are_read(harness, dtype, width):
-    """Many rows per block, among them some that are not read, with and without a copy engine, and
-    with less shared memory: the same bits."""
-    results = [
-        run_nd_loss(
-            harness, dtype=dtype, width=width, rows=45, means_are_float=False, ignored=(0, 7, 8),
-            bad=(13, 31), multiprocessors=1, **place,
-        )
-        for place in ({}, {"shared": 100 << 10}, {"capability": 8}, {"reduction": "none"})
-    ]  # fmt: skip
-    for (loss, gradient), _ in results[1:3]:
-        assert torch.equal(loss, results[0][0][0]) or loss.isnan()
-        assert torch.equal(gradient.isnan(), results[0][0][1].isnan())
-        assert torch.equal(gradient.nan_to_num(), results[0][0][1].nan_to_num())
+def test_rows_that_are_not_read_among_many(harness, dtype, width):
+    """A block takes many rows, whose labels it reads ahead."""
+    (losses, gradient), (expected, wanted) = run_nd_loss(
+        harness, dtype=dtype, width=width, rows=45, means_are_float=False, ignored=(0, 7, 8),
+        bad=(13, 31), multiprocessors=1, reduction="none",
+    )  # fmt: skip
+    assert losses[[13, 31]].isnan().all()
+    assert gradient[[13, 31]].isnan().all()
     kept = [row for row in range(45) if row not in (13, 31)]
-    (losses, gradient), (expected, wanted) = results[3]
-    assert_close(
-        (losses[kept], gradient[kept]) if gradient is not None else (losses[kept],),
-        (expected[kept], wanted[kept]),
-        dtype,
-    )
+    assert_close((losses[kept], gradient[kept]), (expected[kept], wanted[kept]), dtype)
 
 
 @pytest.mark.parametrize("width", [7, 64, 520, 2304])

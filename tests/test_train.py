@@ -1299,6 +1299,7 @@ def test_faster_ways_train_alike(images, teacher, tmp_path, more):
     base.append("--no-cuda-graph")
     plain = run(images, tmp_path / "plain", *base)
     other = run(images, tmp_path / "other", *base, *more)
-    near = 0.02 if "bfloat16" in more else 5e-3
-    for one, two in zip(plain, other, strict=True):
+    # Differences of rounding grow from epoch to epoch.
+    nears = (0.02, 0.1, 0.1) if "bfloat16" in more else (2e-3, 5e-3, 5e-3)
+    for one, two, near in zip(plain, other, nears, strict=True):
         assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=near)

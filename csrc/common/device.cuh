@@ -226,7 +226,7 @@ DNKD_INLINE T* kept_pointer(T* pointer) {
 // One store each: of an assignment nvcc 13 makes stores of single elements wherever it does not see
 // the address to be aligned. The compiler does not know that they write to memory, so that loads
 // may go before them: nothing that is stored so is read or written again by the same kernel.
-// kOnce: of what this kernel's caches need no more.
+// kOnce: of what the caches need no more, so that it leaves them first.
 template <bool kOnce>
 DNKD_INLINE void store_global(uint4* to, uint4 value) {
 #ifdef __CUDA_ARCH__
@@ -267,26 +267,11 @@ DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
   }
 }
 
-// Into shared memory, as load_pack() reads it.
-template <typename T, int kVec>
-DNKD_INLINE void share_pack(T* to, const Pack<T, kVec>& pack) {
-  if constexpr (kVec == 1) {
-    *to = pack.elements[0];
-  } else {
-    constexpr int kBytes = sizeof(pack) >= 16 ? 16 : 8;
-    using Raw = typename RawOf<kBytes>::type;
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(pack)) / kBytes; ++i) {
-      reinterpret_cast<Raw*>(to)[i] = reinterpret_cast<const Raw*>(&pack)[i];
-    }
-  }
-}
+// -- copies beside the computation ----------------------------------------------------------------
 
-// -- copies into shared memory that go on beside what is computed
-// ----------------------------------
-
-// Each thread copies for itself, in groups that it waits for in their order. The test shim brings
-// its own; before sm_80 a copy is an ordinary one, which is over when it is called.
+// Into shared memory. Each thread copies for itself, in groups that it waits for in their order.
+// The test shim brings its own; before sm_80 a copy is an ordinary one, which is over when it is
+// called.
 #ifndef DNKD_ASYNC_COPIES
 // An address in shared memory, which the compiler keeps.
 using SharedAddress = unsigned;
@@ -333,72 +318,8 @@ DNKD_INLINE void wait_for_groups() {
 }
 #endif
 
-// Copies of whole rows, which one thread starts and any may wait for. From sm_90 on; before,
-// nothing that calls them is launched, see copies_in_bulk(). The test shim brings its own.
-#ifndef DNKD_ASYNC_COPIES
-// In shared memory: how many bytes are still to come.
-struct BulkArrival {
-  uint64_t state;
-};
-// By one thread; a barrier of the block must follow.
-DNKD_INLINE void begin_arrivals(BulkArrival* arrival) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-// By one thread: this many bytes will come.
-DNKD_INLINE void expect_bytes(BulkArrival* arrival, unsigned bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
-      "r"(bytes)
-      : "memory");
-#endif
-}
-// By one thread: a multiple of 16 bytes, between addresses that are multiples of 16. kOnce: of what
-// is not needed again, so that it leaves the L2 cache first; the other way round otherwise.
-template <bool kOnce>
-DNKD_INLINE void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  uint64_t policy;
-  if constexpr (kOnce) {
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  } else {
-    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  }
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(arrival)), "l"(policy)
-      : "memory");
-#endif
-}
-// By one thread: brings a multiple of 16 bytes from an address that is a multiple of 16 into the L2
-// cache.
-DNKD_INLINE void prefetch_bulk(const void* from, unsigned bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-// Waits for the bytes of the first expectation (parity 0), the second (1), the third (0) ...
-DNKD_INLINE void wait_for_bulk(BulkArrival* arrival, unsigned parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(shared_address(arrival)),
-      "r"(parity)
-      : "memory");
-#endif
-}
-#endif
-
-// Where a thread keeps a pack in shared memory: accesses of 16 (8) bytes `step` bytes apart,
-// between which lie those of the other threads, so that neighbours meet no bank twice.
+// How the threads of a block keep packs in shared memory: the first 16 (8) bytes of all of them,
+// then the next, so that neighbours meet no bank twice.
 template <typename T, int kVec>
 struct Staged {
   static constexpr int kBytes = sizeof(Pack<T, kVec>) >= 16 ? 16 : 8;
@@ -583,17 +504,6 @@ inline int multiprocessors() {
                ? count
                : 1;
   });
-}
-
-// Whether the current device has copy_bulk().
-inline bool copies_in_bulk() {
-  static std::atomic<int> known[kMaxDevices];
-  return remembered(known, [](int device) {
-           int major = 0;
-           const auto error =
-               cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-           return error == cudaSuccess && major >= 9 ? 2 : 1;
-         }) == 2;
 }
 
 // Blocks of a kernel that the current device holds at once, each with shared_bytes of dynamic

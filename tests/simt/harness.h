@@ -94,7 +94,6 @@ int run(const std::map<std::string, void (*)()>& launchers) {
   }
   simt::multiprocessors = static_cast<int>(integer("multiprocessors"));
   simt::reverse_blocks = integer("reverse_blocks") != 0;
-  simt::capability = static_cast<int>(integer("capability"));
   simt::shared_per_multiprocessor = static_cast<int>(integer("shared"));
   const auto found = launchers.find(name);
   if (found == launchers.end()) {

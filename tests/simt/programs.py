@@ -34,7 +34,7 @@ def build(name: str, folder: Path):
     )  # fmt: skip
 
     def run(kernel, numbers, arrays, outputs):
-        numbers = {"shared": 64 << 10, "capability": 9, **numbers}
+        numbers = {"shared": 64 << 10, **numbers}
         line = " ".join([kernel, *(f"{k}={float(v)!r}" for k, v in numbers.items())]) + "\n"
         payload = b"".join(
             a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays if a.numel()

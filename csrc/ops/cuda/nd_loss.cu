@@ -66,9 +66,6 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, M>)
                            const __grid_constant__ RowScratch scratch) {
   using A = typename Accumulate<S>::type;
   constexpr int kKeep = kKept<S>;
-  constexpr bool kBulk = false;
-  constexpr const char* arrived = nullptr;
-  constexpr int student_bytes = 0, direction_bytes = 0;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   __shared__ A row_buffers[2][4][kThreads / kWarpSize];
   const int lane = threadIdx.x % kThreads;

@@ -15,9 +15,6 @@ constexpr int kMinBlocks = sizeof(S) > 2    ? 4
                            : sizeof(M) == 2 ? 6
                                             : 5;
 
-// Those of a kernel whose rows come in bulk; they share the shared memory.
-constexpr int kBulkBlocks = 4;
-
 // 16-byte vectors of a row that each thread keeps in registers (2048 elements of a row per block,
 // 1024 of float64); what is beyond is read again where it is needed again.
 template <typename S>

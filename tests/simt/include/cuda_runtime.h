@@ -50,7 +50,6 @@ struct cudaLaunchConfig_t {
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
-  cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
@@ -61,7 +60,6 @@ namespace simt {
 inline int multiprocessors = 2;      // small, so that blocks take several rows
 inline bool reverse_blocks = false;  // the last block first
 inline int shared_per_multiprocessor = 64 << 10;
-inline int capability = 9;
 constexpr int kReservedShared = 1 << 10;          // of each block
 constexpr int kSharedWithoutAsking = 48 << 10;    // dynamic shared memory of a block
 inline std::map<const void*, int> shared_limits;  // of kernels that may use more
@@ -180,8 +178,6 @@ inline void run_block(int threads) {
 inline void __syncthreads() { simt::wait(simt::block_barrier); }
 inline void __threadfence() {}
 
-inline void __syncwarp() { simt::wait(simt::warp_barriers[simt::current / simt::kWarp]); }
-
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
@@ -236,64 +232,6 @@ void wait_for_groups() {
   }
 }
 
-struct BulkArrival {
-  uint64_t phase;
-};
-namespace simt {
-struct Arrivals {
-  std::vector<Copy> copies;
-  unsigned expected = 0;
-  unsigned phase = 0;
-  bool expects = false;
-};
-inline std::map<BulkArrival*, Arrivals> arrivals;  // of the block that runs
-}  // namespace simt
-inline void begin_arrivals(BulkArrival* arrival) { simt::arrivals[arrival] = {}; }
-inline void expect_bytes(BulkArrival* arrival, unsigned bytes) {
-  auto& own = simt::arrivals.at(arrival);
-  if (own.expects) {
-    simt::fail("bytes are expected before the last ones were waited for");
-  }
-  own.expects = true;
-  own.expected = bytes;
-}
-inline void prefetch_bulk(const void* from, unsigned bytes) {
-  if ((reinterpret_cast<uint64_t>(from) | bytes) % 16 != 0) {
-    simt::fail("a bulk prefetch that is not aligned");
-  }
-}
-template <bool kOnce>
-void copy_bulk(void* to, const void* from, unsigned bytes, BulkArrival* arrival) {
-  if ((reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from) | bytes) % 16 != 0) {
-    simt::fail("a bulk copy that is not aligned");
-  }
-  simt::arrivals.at(arrival).copies.push_back({to, from, static_cast<int>(bytes)});
-}
-inline void wait_for_bulk(BulkArrival* arrival, unsigned parity) {
-  auto& own = simt::arrivals.at(arrival);
-  // The thread that sends may come later.
-  for (int turns = 0; own.phase % 2 == parity && !own.expects; ++turns) {
-    if (turns == 10000) {
-      simt::fail("a wait for bytes that nobody expects");
-    }
-    swapcontext(&simt::fibers[simt::current].context, &simt::scheduler);
-  }
-  if (own.phase % 2 != parity) {
-    return;
-  }
-  unsigned arrived = 0;
-  for (const simt::Copy& copy : own.copies) {
-    std::memcpy(copy.to, copy.from, copy.bytes);
-    arrived += copy.bytes;
-  }
-  if (arrived != own.expected) {
-    simt::fail("other bytes arrive than are expected");
-  }
-  own.copies.clear();
-  own.expects = false;
-  ++own.phase;
-}
-
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
@@ -327,8 +265,7 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? simt::multiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? simt::capability
+  *value = attribute == cudaDevAttrMultiProcessorCount ? simt::multiprocessors
            : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor
                ? simt::shared_per_multiprocessor
                : simt::shared_per_multiprocessor - simt::kReservedShared;
