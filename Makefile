@@ -7,7 +7,7 @@
 #   TORCH   what pip installs as torch, and beside it   (TORCH="torch==2.13.0")
 #   ARGS    further arguments for the command            (make test ARGS="-k parity")
 #   OUT     where demo and gpu-check write               (out/demo, out/gpu)
-#   STAGE   of gpu-check: build, tests, bench, e2e, sanitize, kernels or host-tests; each goes on
+#   STAGE   of gpu-check: build, tests, sanitize, bench, e2e, kernels or host-tests; each goes on
 #           where it stopped
 
 VENV   ?= .venv

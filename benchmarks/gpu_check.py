@@ -41,8 +41,8 @@ TOGETHER = ("tests", "sanitize")
 LIMIT = 540
 # At most this many files: state, summary, and these logs and results.
 LOGS = {
-    "build": "build.log", "kernels": "build.log", "tests": "tests.log", "host-tests": "tests.log",
-    "sanitize": "tests.log", "bench": "bench.log", "e2e": "bench.log",
+    "build": "tools.log", "kernels": "tools.log", "sanitize": "tools.log", "tests": "tests.log",
+    "host-tests": "tests.log", "bench": "bench.log", "e2e": "bench.log",
 }  # fmt: skip
 STATE, SUMMARY = "state.json", "summary.txt"
 LADDER, STEPS, TRAINING = "losses.csv", "steps.csv", "training.csv"
@@ -156,7 +156,7 @@ class State:
 
     def __init__(self, path: Path, key: dict[str, str]) -> None:
         self.path, self.key = path, key
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()  # of the stages, which several threads read and change
         self.stages: dict[str, dict[str, Any]] = {}
         try:
             known = json.loads(path.read_text())
@@ -172,7 +172,8 @@ class State:
 
     def of(self, stage: str) -> dict[str, Any]:
         """The record of a stage: ``items`` (name to PASS or FAIL) and ``seconds``."""
-        return self.stages.setdefault(stage, {"key": self.key, "items": {}, "seconds": 0.0})
+        with self.lock:
+            return self.stages.setdefault(stage, {"key": self.key, "items": {}, "seconds": 0.0})
 
     def forget(self, stage: str) -> None:
         """Begin a stage anew."""
@@ -180,7 +181,7 @@ class State:
 
     def save(self) -> None:
         """Replace the file at once, so that an interruption leaves the old or the new one."""
-        with self._lock:
+        with self.lock:
             beside = self.path.with_suffix(".tmp")
             beside.write_text(json.dumps({"stages": self.stages}, indent=1) + "\n")
             beside.replace(self.path)
@@ -213,7 +214,7 @@ def run_stage(
     start = time.monotonic()
     left = [item for item in planned if record["items"].get(item.name) != PASSED]
     left.sort(key=lambda item: item.name in record["items"])  # those that failed come last
-    lock = threading.Lock()
+    lock = state.lock
 
     def work(item: Item, log: IO[str], own: IO[str]) -> None:
         begin = time.monotonic()
@@ -222,6 +223,7 @@ def run_stage(
             return
         print(f"{stage}: {item.name}", file=sys.stderr, flush=True)
         code = _run(item, own, remaining, cancelled, jobs)
+        had_it_all = left == [item] or (item is left[0] and jobs == 1)
         with lock:
             if own is not log:
                 own.seek(0)
@@ -229,7 +231,7 @@ def run_stage(
             record["seconds"] += time.monotonic() - begin
             if code is not None:
                 record["items"][item.name] = PASSED if code in item.good else FAILED
-            elif item is left[0] and jobs == 1 and not item.resumes and not cancelled.is_set():
+            elif had_it_all and not item.resumes and not cancelled.is_set():
                 # It had all the time there is: it would never finish.
                 record["items"][item.name] = FAILED
                 log.write(f"{item.name} alone needs more than the limit of {limit:.0f} s\n")
@@ -422,15 +424,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             todo.append(stage)
     cancelled = threading.Event()
 
+    most = max(2, min(16, os.cpu_count() or 1))
+
     def work(stage: str, limit: float) -> str:
         planned = items(stage, out, force=arguments.force)
-        # What is measured has the machine to itself.
+        # What is measured has the machine to itself; tests have two thirds of it beside sanitizers.
+        share = {"tests": 2 * most // 3, "sanitize": most // 3} if len(now) > 1 else {}
         several = stage.endswith("tests") or stage in TOGETHER
-        jobs = min(16, os.cpu_count() or 1) if several else 1
+        jobs = max(1, share.get(stage, most)) if several else 1
         word = run_stage(stage, planned, out, state, limit, jobs, cancelled)
         state.save()
         return word
 
+    now: list[str] = []
     while todo:
         now = [stage for stage in todo if stage in TOGETHER]
         now = now if todo[0] in now else todo[:1]

@@ -239,15 +239,26 @@ def _others(one: Measurement, peer: str, which: str = BOTH) -> str:
     return _number(us) + ("" if ratio is None else f" ({ratio:.1f}x)")
 
 
+def _marks(found: Latest) -> dict[str, str]:
+    """Per commit that something was measured at: nothing for the newest, asterisks for others."""
+    newest_first = dict.fromkeys(str(one.common["commit"]) for one in reversed(found.values()))
+    return {commit: r"\*" * number for number, commit in enumerate(newest_first)}
+
+
 def _provenance(found: Latest) -> str:
+    marks = _marks(found)
     commons = {
         (str(c["date"]), str(c["version"]), str(c["commit"]), str(c["kernels"]))
         for one in found.values()
         for c in [one.common]
     }
+    order = list(marks)
     return "; ".join(
         f"{date}, dnkd_ext {version} at {commit}, {kernels} kernels"
-        for date, version, commit, kernels in sorted(commons)
+        + (f" (marked {marks[commit]})" if marks[commit] else "")
+        for date, version, commit, kernels in sorted(
+            commons, key=lambda common: (order.index(common[2]), common)
+        )
     )
 
 
@@ -267,6 +278,11 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
     ladder = _ordered(found, default)
     present = {peer for _, one in ladder for which, peer in one.rows if which == BOTH}
     others = [p for p in PEERS if p in present - {"ours", "noise", "copy"}]
+    marks = _marks(found)
+
+    def label(case: Case, one: Measurement) -> str:
+        return _size(case) + marks[str(one.common["commit"])]
+
     parts = [f"\n### {hardware}, torch {torch}\n\n{_provenance(found)}. The command:\n\n"]
     if device == "cpu":
         parts.append(f"    make bench TORCH=torch=={torch.split('+')[0]}\n")
@@ -286,7 +302,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             ["", "ours", "again", *others, "copy", "of the copy's bandwidth"],
             (
                 [
-                    _size(case),
+                    label(case, one),
                     _microseconds(one, "ours"),
                     _number(one.ratio("noise"), 2),
                     *(_others(one, peer) for peer in others),
@@ -308,7 +324,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
                 ["", "ours", "again", "eager", "compile", "copy", "of the copy's bandwidth"],
                 (
                     [
-                        _size(case),
+                        label(case, one),
                         _microseconds(one, "ours"),
                         _number(one.ratio("noise"), 2),
                         _others(one, "eager"),
@@ -331,7 +347,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
                 ["", "ours", "eager", "compile"],
                 (
                     [
-                        _size(case),
+                        label(case, one),
                         _microseconds(one, "ours", FORWARD),
                         _others(one, "eager", FORWARD),
                         _others(one, "compile", FORWARD),
@@ -351,7 +367,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
                 ["", "gradients", *with_memory],
                 (
                     [
-                        _size(case),
+                        label(case, one),
                         _bytes(case.gradient_bytes),
                         *(_bytes(one.value("peak_bytes", peer)) for peer in with_memory),
                     ]
@@ -369,7 +385,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
                 ["", "host us", "device us", "launches", "waits", "graph"],
                 (
                     [
-                        _size(case),
+                        label(case, one),
                         *(
                             _number(one.value(column), digits)
                             for column, digits in (
@@ -385,8 +401,9 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
                 ),
             )
         )
-    parts.append("\nThe targets, on these figures:\n\n")
-    parts.append("\n".join(f"    {v}" for v in targets.lines(targets.evaluate(found, device))))
+    newest = {key: one for key, one in found.items() if not marks[str(one.common["commit"])]}
+    parts.append("\nThe targets, on the figures of the newest version:\n\n")
+    parts.append("\n".join(f"    {v}" for v in targets.lines(targets.evaluate(newest, device))))
     return "".join(parts) + "\n"
 
 

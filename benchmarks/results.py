@@ -355,10 +355,12 @@ def of_now(rows: Iterable[Row]) -> list[Row]:
 
 
 def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:
-    """Per machine the last measurement of every case and allocator."""
+    """Per machine the last measurement of every case and allocator, the newest at the end."""
     result: dict[tuple[str, str, str], Latest] = {}
     for one in found:
-        result.setdefault(one.machine, {})[one.case, one.allocator] = one
+        known = result.setdefault(one.machine, {})
+        known.pop((one.case, one.allocator), None)
+        known[one.case, one.allocator] = one
     return result
 
 

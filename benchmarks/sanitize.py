@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dnkd_ext
-from dnkd_ext._checks import LOSS_DTYPES
+from dnkd_ext._checks import LOSS_DTYPES, accumulate_dtype
+from dnkd_ext.losses.nd_loss import add_nd_loss
 
 # Elements of a row that reach, for every dtype (8, 4 or 2 elements per 16-byte vector), without and
 # with vectors: a warp, a block, and a block whose registers do not hold the row. Odd rows are
 # misaligned, hence read without vectors.
 ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
-# A warp, a block, a block of 256 threads, and one of 512 whose shared memory does not hold the row;
-# odd rows begin and end beside their vectors.
-LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 9001, 65537, 65536)
+# A warp, a block, a block of 256 threads, one of 512 whose shared memory and registers hold a row,
+# and one where they do not; odd rows begin and end beside their vectors.
+LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 9001, 32767, 32768, 65536, 65537, 70000, 70001)
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)
 # Rows and classes. The last but one splits the rows of a column among many blocks, the last reads
@@ -74,6 +75,47 @@ def nd_runs() -> Iterator[Run]:
         yield from _nd_of_width(width)
     student, means, target = _draw(MANY_ROWS, 16), _draw(7, 16), torch.arange(MANY_ROWS) % 7
     yield _nd("many rows", [student, target, means], {"ignore_index": 3})
+    for width, rows in ((61, _rows(4 * 6)), (520, _rows(6))):
+        student, means, target = _draw(rows, width), _draw(7, width), torch.arange(rows) % 7
+        arguments, options = [student, target, means], {"teacher_features": student * 2}
+        yield _nd(f"{rows} rows, {width} wide", arguments, options | {"ignore_index": 3})
+        for weight in (0.5, torch.tensor(0.5, dtype=torch.float64)):
+            yield Run(
+                f"{rows} rows, {width} wide, added to a loss", _added, _added_by_reference,
+                arguments, options | {"loss_weight": weight},
+            )  # fmt: skip
+
+
+def _rows(resident: int) -> int:
+    """So many rows that every block takes several, of which a multiprocessor has this many."""
+    several = torch.cuda.is_available()
+    return (
+        2 * resident * (torch.cuda.get_device_properties(0).multi_processor_count if several else 2)
+    )
+
+
+def _base(student: Tensor, loss_weight: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """A loss to add to, and the weight where the student is."""
+    dtype = accumulate_dtype(student.dtype)
+    if isinstance(loss_weight, Tensor):
+        loss_weight = loss_weight.to(student.device, dtype)
+    return torch.full((), 2.0, dtype=dtype, device=student.device), loss_weight
+
+
+def _added(student, target, means, *, loss_weight, teacher_features) -> Tensor:
+    """The sum; beside it the ND loss has no gradient."""
+    base, loss_weight = _base(student, loss_weight)
+    loss, nd = add_nd_loss(
+        base, student, target, means, teacher_features=teacher_features, teacher_norms=None,
+        ignore_index=-100, loss_weight=loss_weight, eps=1e-12,
+    )  # fmt: skip
+    return loss + nd
+
+
+def _added_by_reference(student, target, means, *, loss_weight, teacher_features) -> Tensor:
+    base, loss_weight = _base(student, loss_weight)
+    nd = dnkd_ext.reference.nd_loss(student, target, means, teacher_features=teacher_features)
+    return base + loss_weight * nd + nd.detach()
 
 
 def _nd(what: str, arguments, options, *, upstream: float = 1.0) -> Run:
@@ -145,6 +187,15 @@ def logit_runs(name: str) -> Iterator[Run]:
         for reduction in ("mean", "none"):
             what, options = f"{classes} classes, not alike, {reduction}", {"reduction": reduction}
             yield Run(what, unlike, reference, arguments, options, upstream=3.0)
+    # Of every kind of block: warps, and blocks of 128, 256 and 512 threads.
+    for classes, rows in (
+        (61, _rows(4 * 6)),
+        (1001, _rows(6)),
+        (9001, _rows(2)),
+        (32767, _rows(1)),
+    ):
+        arguments = [_draw(rows, classes), _draw(rows, classes), torch.arange(rows) % 7]
+        yield run(f"{rows} rows, {classes} classes", arguments, {"ignore_index": 3})
     student, teacher = _draw(MANY_ROWS, 5), _draw(MANY_ROWS, 5)
     target = torch.arange(MANY_ROWS) % 5
     yield run("many rows", [student, teacher, target], {"ignore_index": 3, "temperature": 1.0})
@@ -152,7 +203,7 @@ def logit_runs(name: str) -> Iterator[Run]:
 
 def dist_runs() -> Iterator[Run]:
     """DIST."""
-    for rows, classes in DIST_SIZES:
+    for rows, classes in (*DIST_SIZES, (_rows(4 * 6), 64)):
         student, teacher = 2 * _draw(rows, classes), 2 * _draw(rows, classes)
         for other, kind in ((teacher, "own"), (teacher.float(), "float32")):
             yield Run(

@@ -315,6 +315,24 @@ def test_the_report_says_what_was_not_run():
     assert "2026-01-01, dnkd_ext 0.0 at abc" in text
 
 
+def test_figures_of_an_older_version_are_marked_and_meet_no_target():
+    older = rows_of(("ours", 10), ("eager", 100), ("compile", 90))
+    other = rows_of(("ours", 20), ("eager", 50), case="nd_loss 256x512 (1000) float32 cpu")
+    newer = rows_of(("ours", 9), ("eager", 90), commit="def")
+    text = report.render([*older, *other], [])
+    assert r"\*" not in text
+    assert "PASS         ND at 64x64: at least 4x eager: 10.00x" in text
+    text = report.render([*older, *other, *newer], [])
+    assert "dnkd_ext 0.0 at def, none kernels; 2026-01-01, dnkd_ext 0.0 at abc" in text
+    assert r"none kernels (marked \*)" in text
+    assert "| nd_loss 64x64 (100), float32 | 9.0" in text
+    assert r"| nd_loss 256x512 (1000), float32\* | 20.0" in text
+    assert "not measured ND at 256x512 and 256x2048: at least 7x eager" in text
+    # Measured again in the old version, the other is of the newest one that there is.
+    text = report.render([*other, *newer, *older], [])
+    assert r"dnkd_ext 0.0 at abc, none kernels." in text
+
+
 def test_the_report_of_a_gpu_and_of_steps():
     step = {
         **dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda", "shape": "imagenet",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dnkd_ext
@@ -481,6 +484,26 @@ class TestTheNdLossAddsItself:
         inputs = bring(draw(generator), torch.float32)
         with pytest.raises(RuntimeError, match="base must be a 0-dim tensor of type Float on cpu"):
             self.added(inputs, base)
+        if base.device.type == "cpu":
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fakes = {name: mode.from_tensor(value) for name, value in inputs.items()}
+                with pytest.raises(RuntimeError, match="base must be a 0-dim tensor of type"):
+                    self.added(fakes, mode.from_tensor(base))
+
+    @pytest.mark.parametrize("way", ["undefined", "not wanted"])
+    def test_lets_the_teacher_go(self, way, generator):
+        """Also where the features get no gradient in the end."""
+        inputs = bring(draw(generator), torch.float32)
+        teacher = weakref.ref(inputs["teacher_features"])
+        base = torch.ones((), requires_grad=True)
+        loss, _ = self.added(inputs, base)
+        if way == "not wanted":
+            torch.autograd.grad(loss, base)
+        else:
+            loss.backward()
+        del inputs["teacher_features"]
+        gc.collect()
+        assert teacher() is None
 
 
 def test_logit_standardization(generator):

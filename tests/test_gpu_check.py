@@ -173,6 +173,16 @@ def test_an_item_that_never_fits_is_a_failure(tmp_path, state):
     assert gpu_check.run_stage("bench", planned, tmp_path, state, 1) == "UNFINISHED"
 
 
+def test_an_item_that_never_finishes_beside_others_fails_alone(tmp_path, state):
+    planned = [
+        Item("slow", touch(tmp_path / "slow", seconds=60)),
+        Item("quick", touch(tmp_path / "quick")),
+    ]
+    assert gpu_check.run_stage("sanitize", planned, tmp_path, state, 3, jobs=2) == "UNFINISHED"
+    assert gpu_check.run_stage("sanitize", planned, tmp_path, state, 1, jobs=2) == "FAIL"
+    assert state.of("sanitize")["items"] == {"slow": "FAIL", "quick": "PASS"}
+
+
 def test_a_stopped_command_may_write_what_it_has(tmp_path, state):
     """It is interrupted as by Ctrl-C before it is killed."""
     kept = tmp_path / "kept"
@@ -188,7 +198,7 @@ def test_a_stopped_command_may_write_what_it_has(tmp_path, state):
 def test_a_missing_tool_is_a_failure(tmp_path, state):
     planned = [Item("memcheck", (str(tmp_path / "no-such-tool"),))]
     assert gpu_check.run_stage("sanitize", planned, tmp_path, state, 60) == "FAIL"
-    assert "cannot be started" in (tmp_path / "tests.log").read_text()
+    assert "cannot be started" in (tmp_path / "tools.log").read_text()
 
 
 @pytest.fixture
@@ -259,7 +269,7 @@ def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys)
     assert gpu_check.main(["--out", str(out), "--stage", "sanitize", "--stage", "tests"]) == 1
     printed = capsys.readouterr().out
     assert "FAIL       sanitize: 0 of 1" in printed
-    assert "failed: sanitize; see tests.log" in printed
+    assert "failed: sanitize; see tools.log" in printed
     assert "not run    bench" in printed
     pretend.clear()
     assert gpu_check.main(["--out", str(out), "--stage", "sanitize"]) == 0
@@ -317,11 +327,11 @@ def test_widths_reach_every_variant_of_the_row_kernels(widths):
 
 def test_classes_reach_every_variant_of_the_logit_kernels():
     """By the launchers' numbers: a warp, a block, a large block, a huge one, each with and without
-    elements beside the vectors; rows beyond the shared memory of the last; and without vectors."""
+    elements beside the vectors; rows beyond what the last keeps; and without vectors."""
     source = (ROOT / "csrc/ops/cuda/logit_loss.cu").read_text()
-    warp, block = (
-        int(re.search(rf"constexpr int {name} = (\d+);", source)[1])
-        for name in ("kWarpRounds", "kBlockRounds")
+    warp, block, registers = (
+        int(re.search(rf"constexpr int {name}\b[^;]*?(\d+);", source)[1])
+        for name in ("kWarpRounds", "kBlockRounds", "kInRegisters")
     )
     common = (ROOT / "csrc/common/device.cuh").read_text()
     other = int(re.search(r"kOtherShared = (\d+) << 10;", common)[1])
@@ -332,17 +342,17 @@ def test_classes_reach_every_variant_of_the_logit_kernels():
             vectors = classes // vector
             threads = 32 if vectors <= 32 * warp else 128 if vectors <= 128 * block else 256
 
-            def kept(block, vectors=vectors, vector=vector, size=size):
-                return shared[block] // (block * vector * 2 * size) / -(-vectors // block)
+            def keeps(part, block, vectors=vectors, vector=vector, size=size):
+                """Whether a block keeps this part of the vectors that its threads read."""
+                slots = shared[block] // (block * vector * 2 * size)
+                return slots + (registers if size < 8 else 0) >= part * -(-vectors // block)
 
-            if threads == 256 and kept(256) < 3 / 4 and size < 8:
+            if threads == 256 and size < 8 and not keeps(3 / 4, 256):
                 threads = 512
-            is_kept = threads < 256 or kept(threads) >= 1
-            found.add((threads, classes % vector > 0, is_kept))
-        blocks = (32, 128, 256) if size == 8 else (32, 128, 256, 512)
-        beside = {(threads, rest) for threads in blocks for rest in (False, True)}
-        assert beside <= {one[:2] for one in found}, size
-        assert {(blocks[-1], rest, False) for rest in (False, True)} <= found, size
+            found.add((threads, classes % vector > 0, threads < 256 or keeps(1, threads)))
+        kept = (32, 128, 256) if size == 8 else (32, 128, 256, 512)
+        wanted = {(threads, rest, True) for threads in kept for rest in (False, True)}
+        assert wanted | {(kept[-1], rest, False) for rest in (False, True)} <= found, size
     assert {classes <= 32 * warp for classes in sanitize.UNLIKE_WIDTHS} == {True, False}
 
 

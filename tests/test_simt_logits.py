@@ -281,7 +281,7 @@ def label_far_below(student, teacher, labels):
 
 
 def moved(student, teacher, labels):
-    """A shift of 2e5 still goes into the exponents' products, one of 3e6 does not."""
+    """Far from 0 together."""
     student += 2e5
     teacher[::2] -= 2e5
     student[1] += 3e6
@@ -409,10 +409,52 @@ def test_does_not_depend_on_the_order_of_blocks(harness, columns, kind):
         "dtype": torch.float32, "columns": columns, "rows": 50 if columns < 4000 else 16,
         "multiprocessors": 6, "kind": kind,
     }  # fmt: skip
-    (forward, gradient), _ = run_logit_loss(harness, **options)
+    (forward, gradient), expected = run_logit_loss(harness, **options)
     (backward, other), _ = run_logit_loss(harness, **options, reverse=True)
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
     assert torch.equal(gradient, other)
+    assert_close((forward, gradient), expected, torch.float32)
+
+
+# A warp, a block, a large block, and a huge one: with one multiprocessor every block takes several
+# rows, of which each begins elsewhere in its first vector.
+@pytest.mark.parametrize("columns", [61, 1031, 4103, 8201])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
+def test_the_next_row_takes_the_place_of_the_last(harness, columns, dtype, kind):
+    """Also behind rows that are not read, and rows that name no class."""
+    shared = (20 if columns == 8201 else 64) << 10
+    rows = 23 if columns == 61 else 9
+    (losses, gradient), (expected, wanted) = run_logit_loss(
+        harness, dtype=dtype, columns=columns, rows=rows, kind=kind, multiprocessors=1,
+        shared=shared, ignored=(1, 4), bad=(5,), reduction="none", saves="gradient",
+        upstream=torch.ones(rows),
+    )  # fmt: skip
+    kept = [row for row in range(rows) if row != 5]
+    assert losses[0][5].isnan()
+    assert_close(
+        ([one[kept] for one in losses], gradient[kept]),
+        ([one[kept] for one in expected], wanted[kept]), dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [64, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0, 4.0])
+def test_a_sure_row_has_no_loss(harness, columns, temperature):
+    """Exactly: neither a cross entropy nor a divergence is below 0."""
+
+    def sure(student, teacher, labels):
+        rows = torch.arange(len(labels))
+        student[:], teacher[:] = -1e3, -2e3
+        student[rows, labels] = torch.linspace(5.3, 40.7, len(labels), dtype=torch.float64)
+        teacher[rows, labels] = torch.linspace(31.1, 3.9, len(labels), dtype=torch.float64)
+
+    (losses, _), _ = run_logit_loss(
+        harness, dtype=torch.float32, columns=columns, rows=40, change=sure, reduction="none",
+        temperature=temperature,
+    )  # fmt: skip
+    for loss in losses:
+        assert (loss == 0).all()
 
 
 def test_the_shim_sees_mistakes(harness):

@@ -53,9 +53,6 @@ DNKD_INLINE float logarithm(float value) { return logf(value); }
 DNKD_INLINE double logarithm(double value) { return log(value); }
 DNKD_INLINE float log_one_plus(float value) { return log1pf(value); }
 DNKD_INLINE double log_one_plus(double value) { return log1p(value); }
-// a b + c, rounded once.
-DNKD_INLINE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-DNKD_INLINE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 // Of a NaN and a number, the number.
 DNKD_INLINE float larger(float a, float b) { return fmaxf(a, b); }
 DNKD_INLINE double larger(double a, double b) { return fmax(a, b); }
@@ -243,6 +240,7 @@ DNKD_INLINE void store_global(uint4* to, uint4 value) {
 }
 template <bool kOnce>
 DNKD_INLINE void store_global(uint2* to, uint2 value) {
+  static_assert(!kOnce, "no store of this size is of what is not needed again");
 #ifdef __CUDA_ARCH__
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x),
                "r"(value.y));
@@ -282,26 +280,16 @@ DNKD_INLINE SharedAddress shared_address(const void* pointer) {
 #endif
   return address;
 }
-template <int kBytes>
+// 16 bytes.
 DNKD_INLINE void copy_async(SharedAddress to, const void* from) {
-  static_assert(kBytes == 8 || kBytes == 16, "no copy of this size");
 #if !defined(__CUDA_ARCH__)
 #elif __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-  }
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 #else
-  if constexpr (kBytes == 16) {
-    const uint4 raw = *static_cast<const uint4*>(from);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(raw.x), "r"(raw.y),
-                 "r"(raw.z), "r"(raw.w)
-                 : "memory");
-  } else {
-    const uint2 raw = *static_cast<const uint2*>(from);
-    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(raw.x), "r"(raw.y) : "memory");
-  }
+  const uint4 raw = *static_cast<const uint4*>(from);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(raw.x), "r"(raw.y),
+               "r"(raw.z), "r"(raw.w)
+               : "memory");
 #endif
 }
 DNKD_INLINE void end_copy_group() {
@@ -318,23 +306,22 @@ DNKD_INLINE void wait_for_groups() {
 }
 #endif
 
-// How the threads of a block keep packs in shared memory: the first 16 (8) bytes of all of them,
-// then the next, so that neighbours meet no bank twice.
+// How the threads of a block keep packs of whole 16 bytes in shared memory: the first 16 bytes of
+// all of them, then the next, so that neighbours meet no bank twice.
 template <typename T, int kVec>
 struct Staged {
-  static constexpr int kBytes = sizeof(Pack<T, kVec>) >= 16 ? 16 : 8;
-  static constexpr int kAccesses = sizeof(Pack<T, kVec>) / kBytes;
-  using Raw = typename RawOf<kBytes>::type;
+  static constexpr int kAccesses = sizeof(Pack<T, kVec>) / 16;
 
   // Bytes of `threads` packs.
-  static constexpr int bytes_of(int threads) { return threads * kAccesses * kBytes; }
+  static constexpr int bytes_of(int threads) { return threads * kAccesses * 16; }
 
   template <int kThreads>
   DNKD_INLINE static void fetch(SharedAddress packs, const T* from) {
+    static_assert(sizeof(Pack<T, kVec>) % 16 == 0, "no whole accesses");
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      copy_async<kBytes>(packs + (i * kThreads + threadIdx.x) * kBytes,
-                         reinterpret_cast<const char*>(from) + i * kBytes);
+      copy_async(packs + (i * kThreads + threadIdx.x) * 16,
+                 reinterpret_cast<const char*>(from) + i * 16);
     }
   }
   template <int kThreads>
@@ -342,8 +329,8 @@ struct Staged {
     Pack<T, kVec> pack;
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      reinterpret_cast<Raw*>(&pack)[i] =
-          *reinterpret_cast<const Raw*>(packs + (i * kThreads + threadIdx.x) * kBytes);
+      reinterpret_cast<uint4*>(&pack)[i] =
+          *reinterpret_cast<const uint4*>(packs + (i * kThreads + threadIdx.x) * 16);
     }
     return pack;
   }

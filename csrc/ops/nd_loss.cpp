@@ -364,8 +364,13 @@ class NdLossAdded : public NdFunction<NdLossAdded> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list upstreams) {
     const Tensor& upstream = upstreams[0];
-    const bool is_wanted = upstream.defined() && ctx->needs_input_grad(0);
-    return {is_wanted ? gradient(ctx, upstream) : Tensor(), upstream, Tensor()};
+    if (upstream.defined() && ctx->needs_input_grad(0)) {
+      return {gradient(ctx, upstream), upstream, Tensor()};
+    }
+    if (is_last_backward()) {
+      ctx->saved_data.clear();  // the teacher's tensors among it
+    }
+    return {Tensor(), upstream, Tensor()};
   }
 };
 
@@ -413,7 +418,7 @@ std::tuple<Tensor, Tensor> nd_loss_added_autograd(const Tensor& base, const Tens
     return {losses[0], losses[1]};
   }
   Tensor sum;
-  if (is_forward_mode) {
+  if (is_forward_mode) {  // the reference's, which has a tangent; nd has none
     sum = base.add(nd_loss_autograd(student, target, class_means, teacher_features, teacher_norms,
                                     weight, loss_weight, ignore_index, "mean", eps));
   }

@@ -424,7 +424,15 @@ def _fake(
     return student_features.new_empty(shape, dtype=accumulate_dtype(student_features.dtype))
 
 
+def _require_base(base, student_features):
+    """As the operator itself does."""
+    dtype, device = accumulate_dtype(student_features.dtype), student_features.device
+    if base.dim() != 0 or base.dtype != dtype or base.device != device:
+        raise RuntimeError(f"base must be a 0-dim tensor of type {dtype} on {device}")
+
+
 def _fake_added(base, *arguments):
+    _require_base(base, arguments[0])
     *arguments, eps = arguments
     loss = _fake(*arguments, "mean", eps)
     return loss, torch.empty_like(loss)
@@ -455,6 +463,7 @@ def _fake_forward(
 
 
 def _fake_added_forward(base, *arguments):
+    _require_base(base, arguments[0])
     *arguments, eps, needs_gradient = arguments
     loss, saved = _fake_forward(*arguments, "mean", eps, needs_gradient)
     return loss, torch.empty_like(loss), saved

@@ -45,15 +45,25 @@ DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
   return is_power && !standardize ? static_cast<int>(temperature) : 0;
 }
 
-// Of vectors that are not kept; few, since the others take the registers.
-constexpr int kForwardBatch = 1;
-
-// Packs of a row that each thread of a large or huge block keeps in registers, where the shared
+// Vectors of a row that each thread of a large or huge block keeps in registers where the shared
 // memory does not take all.
-template <typename S, typename T, int kThreads>
-constexpr int kInRegisters = kThreads <= kBlock || sizeof(S) == 8 ? 0
-                             : sizeof(T) > sizeof(S)              ? 2
-                                                                  : 3;
+template <typename S, typename T, int kVec, int kThreads>
+constexpr int kInRegisters = kThreads <= kBlock || sizeof(S) == 8 || kVec == 1 ? 0
+                             : sizeof(T) > sizeof(S)                           ? 2
+                                                                               : 3;
+// Vectors that are under way at a time, of those that are not kept. There are none where registers
+// keep some, and where a block is small: it is for rows that shared memory takes. From sm_100 on
+// nvcc 13 spills where there is more than one.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMostBatched = 1;
+#else
+constexpr int kMostBatched = 4;
+#endif
+template <typename T, int kVec, int kThreads, int kRegisters>
+constexpr int kBatch = kRegisters > 0 || (kThreads <= kBlock && kVec > 1) ? 1
+                       : kVec > 1 && sizeof(Pack<T, kVec>) > 16           ? (kMostBatched + 1) / 2
+                       : kVec > 1                                         ? kMostBatched
+                                                                          : 4;
 
 // Where a row begins, and its first vector: where the student's lies as one in memory. The
 // teacher's and what else is read or written as vectors lies alike, see can_read_vectors().
@@ -80,9 +90,9 @@ struct RowAt {
 
 // The columns of a row, read by kThreads threads of which this is `lane`, kVec at a time. Of what a
 // thread reads it keeps the first `slots` vectors in shared memory that only it uses, and the next
-// ones in registers; the others it reads again, kBatch under way at a time. While a row is read for
-// the last time the next one takes its place.
-template <typename S, typename T, int kVec, int kThreads, int kBatch>
+// kRegisters in registers; the others it reads again, kBatched under way at a time. While a row is
+// read for the last time the next one takes its place.
+template <typename S, typename T, int kVec, int kThreads, int kRegisters, int kBatched>
 struct Columns {
   using Row = RowAt<S, T, kVec>;
   using OfStudent = Staged<S, kVec>;
@@ -91,7 +101,6 @@ struct Columns {
   static constexpr int kAll = kBlockOf<kThreads>;  // threads of a block
   static constexpr int kStudentBytes = OfStudent::bytes_of(kAll);
   static constexpr int kSlotBytes = kStudentBytes + OfTeacher::bytes_of(kAll);
-  static constexpr int kRegisters = kInRegisters<S, T, kThreads>;
   using LargestStudent = Largest<S>;
   using LargestTeacher = Largest<T>;
 
@@ -117,8 +126,10 @@ struct Columns {
   // Begins to read all that is kept of a row; arrived() waits for it.
   DNKD_INLINE void fetch(const Row& of) {
     int v = lane;
-    for (int k = 0; k < slots && v < of.vectors; ++k, v += kThreads) {
-      fetch_slot(of, k, v);
+    if constexpr (kVec > 1) {
+      for (int k = 0; k < slots && v < of.vectors; ++k, v += kThreads) {
+        fetch_slot(of, k, v);
+      }
     }
 #pragma unroll
     for (int k = 0; k < kRegisters; ++k) {
@@ -152,17 +163,19 @@ struct Columns {
     const int own = end > lane ? (end - lane + kThreads - 1) / kThreads : 0;
     const int shared = own < slots ? own : slots;
     int v = lane;
+    if constexpr (kVec > 1) {  // elements one by one have no slots
 #pragma unroll 1
-    for (int k = 0; k < shared; ++k, v += kThreads) {
-      const char* at = kept + k * kSlotBytes;
-      each(OfStudent::template load<kAll>(at), OfTeacher::template load<kAll>(at + kStudentBytes),
-           head + v * kVec);
-      if (kLast && v < next_end) {
-        fetch_slot(next, k, v);
+      for (int k = 0; k < shared; ++k, v += kThreads) {
+        const char* at = kept + k * kSlotBytes;
+        each(OfStudent::template load<kAll>(at), OfTeacher::template load<kAll>(at + kStudentBytes),
+             head + v * kVec);
+        if (kLast && v < next_end) {
+          fetch_slot(next, k, v);
+        }
       }
-    }
-    if (kLast && shared < slots && v < next_end) {  // rows may have a vector more or less
-      fetch_slot(next, shared, v);
+      if (kLast && shared < slots && v < next_end) {  // rows may have a vector more or less
+        fetch_slot(next, shared, v);
+      }
     }
     if constexpr (kRegisters > 0) {
 #pragma unroll
@@ -178,11 +191,11 @@ struct Columns {
     }
     v = lane + (slots + kRegisters) * kThreads;
 #pragma unroll 1
-    for (; v < end; v += kBatch * kThreads) {
-      Pack<S, kVec> s[kBatch];
-      Pack<T, kVec> t[kBatch];
+    for (; v < end; v += kBatched * kThreads) {
+      Pack<S, kVec> s[kBatched];
+      Pack<T, kVec> t[kBatched];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kBatched; ++i) {
         const int element = (v + i * kThreads) * kVec;
         if (v + i * kThreads < end) {
           s[i] = load_pack<S, kVec>(row.student_vectors + element);
@@ -190,7 +203,7 @@ struct Columns {
         }
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kBatched; ++i) {
         if (v + i * kThreads < end) {
           each(s[i], t[i], head + (v + i * kThreads) * kVec);
         }
@@ -210,41 +223,18 @@ struct Columns {
 template <typename A>
 struct Scales {
   static constexpr A kUnit = static_cast<A>(Exponent<A>::kPerNatural);
-  // Besides powers: the fourth power, of exponents that are formed by one operation.
-  static constexpr int kFusedFourth = 5;
   A shift;
   A teacher_shift;
   A units;          // times z', the exponent of the student
   A teacher_units;  // times t', that of the teacher
-  A offset;         // -shift times units
-  A teacher_offset;
-  int power;  // power_of(), or kFusedFourth
+  int power;        // power_of()
 
   DNKD_INLINE Scales(const LogitRow<A>& row, int power_)
       : shift(row.shift),
         teacher_shift(row.teacher_shift),
         units(row.scale * kUnit),
         teacher_units(row.teacher_scale * kUnit),
-        offset(-(shift * units)),
-        teacher_offset(-(teacher_shift * teacher_units)),
-        power(power_) {
-    // The offset's rounding is the same for all of a row, so that it leaves the probabilities as
-    // they are. Of larger logits it might overflow.
-    constexpr A kMost = 1e5;
-    if (power == 4 && offset < kMost && -offset < kMost && teacher_offset < kMost &&
-        -teacher_offset < kMost) {
-      power = kFusedFourth;
-    }
-  }
-
-  // z' = z - shift, with the shift that the exponentials have.
-  DNKD_INLINE A centred(A z) const {
-    return power == kFusedFourth ? multiply_add(units, z, offset) / units : z - shift;
-  }
-  DNKD_INLINE A centred_teacher(A t) const {
-    return power == kFusedFourth ? multiply_add(teacher_units, t, teacher_offset) / teacher_units
-                                 : t - teacher_shift;
-  }
+        power(power_) {}
 };
 
 // What is formed of each element of a group.
@@ -262,39 +252,32 @@ template <int kSize, bool kExcludes, typename S, typename T, typename A, int kVe
 DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pack<T, kVec>& t,
                                                 int first, const Scales<A>& scales, int excluded) {
   Exponentials<A, kSize> e;
-  if (scales.power == Scales<A>::kFusedFourth) {
+  // A difference and a product: of a product and a rounded offset the largest logit would not give
+  // exactly 1, nor a sure row a loss of exactly 0.
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const A u = scales.units * (s[first + i] - scales.shift);
+    const A v = scales.teacher_units * (static_cast<A>(t[first + i]) - scales.teacher_shift);
+    e.difference[i] = v - u;
+    e.student[i] = exp_of_units(u);
+    e.teacher[i] = exp_of_units(v);
+    e.plain[i] = e.student[i];
+  }
+  if (scales.power == 4) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const A u = multiply_add(scales.units, s[first + i], scales.offset);
-      const A v =
-          multiply_add(scales.teacher_units, static_cast<A>(t[first + i]), scales.teacher_offset);
-      e.difference[i] = v - u;
-      e.student[i] = exp_of_units(u);
-      e.teacher[i] = exp_of_units(v);
-      const A square = e.student[i] * e.student[i];
-      e.plain[i] = square * square;
+      e.plain[i] *= e.plain[i];
+      e.plain[i] *= e.plain[i];
     }
-  } else {
+  } else if (scales.power == 0) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const A u = scales.units * (s[first + i] - scales.shift);
-      const A v = scales.teacher_units * (static_cast<A>(t[first + i]) - scales.teacher_shift);
-      e.difference[i] = v - u;
-      e.student[i] = exp_of_units(u);
-      e.teacher[i] = exp_of_units(v);
-      e.plain[i] = e.student[i];
+      e.plain[i] = exp_of_units((s[first + i] - scales.shift) * Scales<A>::kUnit);
     }
-    if (scales.power == 0) {
+  } else if (scales.power == 2) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        e.plain[i] = exp_of_units((s[first + i] - scales.shift) * Scales<A>::kUnit);
-      }
-    } else if (scales.power > 1) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const A square = e.plain[i] * e.plain[i];
-        e.plain[i] = scales.power == 4 ? square * square : square;
-      }
+    for (int i = 0; i < kSize; ++i) {
+      e.plain[i] *= e.plain[i];
     }
   }
   if constexpr (kExcludes) {
@@ -485,7 +468,7 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
       }
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
-        const A z = scales.centred(s[i]);
+        const A z = s[i] - sum.shift;
         expectations[0] += z;
         expectations[1] += r[i];
         expectations[2] += probabilities == nullptr ? A(0) : r[i] * z;
@@ -517,13 +500,13 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
     sum.teacher_moment = moments[1];
   }
   if (label >= 0) {
-    sum.label = scales.centred(widen(data.row.student[label]));
-    sum.teacher_label = scales.centred_teacher(static_cast<A>(widen(data.row.teacher[label])));
+    sum.label = widen(data.row.student[label]) - sum.shift;
+    sum.teacher_label = static_cast<A>(widen(data.row.teacher[label])) - sum.teacher_shift;
   }
   return sum;
 }
 
-template <typename S, typename T, bool kDecoupled, int kVec, int kThreads>
+template <typename S, typename T, bool kDecoupled, int kVec, int kThreads, int kRegisters>
 __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     logit_loss_forward_kernel(const __grid_constant__ LogitLossParams p,
                               const __grid_constant__ RowScratch scratch, int slots) {
@@ -568,7 +551,8 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   __syncthreads();
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
 
-  Columns<S, T, kVec, kThreads, kForwardBatch> data{{nullptr, nullptr, 0}};
+  Columns<S, T, kVec, kThreads, kRegisters, kBatch<T, kVec, kThreads, kRegisters>> data{
+      {nullptr, nullptr, 0}};
   data.slots = slots;
   data.columns = static_cast<int>(p.columns);
   data.lane = threadIdx.x % kThreads;
@@ -662,7 +646,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
   using A = typename Accumulate<S>::type;
   constexpr int kRowsPerBlock = kBlock / kThreads;
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
-  Columns<S, T, kVec, kThreads, (sizeof(Pack<T, kVec>) > 16 ? 2 : 4)> data{{nullptr, nullptr, 0}};
+  // Nothing is kept of what is read once.
+  Columns<S, T, kVec, kThreads, 0, (sizeof(Pack<T, kVec>) > 16 ? 2 : 4)> data{
+      {nullptr, nullptr, 0}};
   data.kept = nullptr;
   data.kept_address = {};
   data.slots = 0;
@@ -710,11 +696,13 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
 
 // -- launchers -----------------------------------------------------------------------------------
 
-template <typename S, typename T, bool kDecoupled, int kVec, int kThreads>
+template <typename S, typename T, bool kDecoupled, int kVec, int kThreads,
+          int kRegisters = kInRegisters<S, T, kVec, kThreads>>
 struct ForwardLaunch {
-  static constexpr auto kKernel = logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads>;
+  static constexpr auto kKernel =
+      logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads, kRegisters>;
   static constexpr int kBlockThreads = kBlockOf<kThreads>;
-  static constexpr int kSlotBytes = Columns<S, T, kVec, kThreads, kForwardBatch>::kSlotBytes;
+  static constexpr int kSlotBytes = Columns<S, T, kVec, kThreads, kRegisters, 1>::kSlotBytes;
 
   int64_t wanted;     // vectors of every thread
   int64_t slots = 0;  // those that shared memory keeps; elements one by one are not kept
@@ -728,7 +716,7 @@ struct ForwardLaunch {
   }
 
   // What shared memory and registers keep.
-  int64_t kept() const { return slots + kInRegisters<S, T, kThreads>; }
+  int64_t kept() const { return slots + kRegisters; }
 
   int operator()(const LogitLossParams& p, const RowScratch& scratch, void* stream) const {
     const int bytes = static_cast<int>(slots) * kSlotBytes;
@@ -756,7 +744,11 @@ int forward_with(const LogitLossParams& p, const RowScratch& scratch, void* stre
     // Two blocks hide each other's waits. But of what they cannot keep, those of all
     // multiprocessors together would read more again than the L2 cache holds.
     if (4 * large.kept() < 3 * large.wanted) {
-      return ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock>(p)(p, scratch, stream);
+      const ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock> huge(p);
+      if (huge.kept() < huge.wanted) {
+        return ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock, 0>(p)(p, scratch, stream);
+      }
+      return huge(p, scratch, stream);
     }
   }
   return large(p, scratch, stream);

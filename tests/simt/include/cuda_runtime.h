@@ -79,7 +79,6 @@ struct Barrier {
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
 };
 
 struct Fiber {
@@ -128,6 +127,11 @@ inline void wait(Barrier& barrier) {
 inline void enter() {
   body();
   Fiber& self = fibers[current];
+  for (const auto& group : self.copies) {
+    if (!group.empty()) {
+      fail("a thread ends before its copies");
+    }
+  }
   self.done = true;
   // Threads that have left no longer count at barriers.
   --block_barrier.members;
@@ -208,17 +212,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
   return other;
 }
 
-// What device.cuh copies beside the computation: done as late as the waits allow, so that a read of
-// what was not waited for finds NaN.
+// What device.cuh copies beside the computation. From the call until it is waited for there is NaN,
+// which is what a read finds that comes too early, or too late for what was there before.
 using SharedAddress = char*;
 inline SharedAddress shared_address(void* pointer) { return static_cast<char*>(pointer); }
-template <int kBytes>
-void copy_async(SharedAddress to, const void* from) {
-  if (reinterpret_cast<uint64_t>(to) % kBytes != 0 ||
-      reinterpret_cast<uint64_t>(from) % kBytes != 0) {
+inline void copy_async(SharedAddress to, const void* from) {
+  if ((reinterpret_cast<uint64_t>(to) | reinterpret_cast<uint64_t>(from)) % 16 != 0) {
     simt::fail("an asynchronous copy that is not aligned");
   }
-  simt::fibers[simt::current].copies.back().push_back({to, from, kBytes});
+  std::memset(to, 0xff, 16);
+  simt::fibers[simt::current].copies.back().push_back({to, from});
 }
 inline void end_copy_group() { simt::fibers[simt::current].copies.emplace_back(); }
 template <int kPending>
@@ -226,7 +229,7 @@ void wait_for_groups() {
   auto& groups = simt::fibers[simt::current].copies;
   while (static_cast<int>(groups.size()) > kPending + 1) {
     for (const simt::Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memcpy(copy.to, copy.from, 16);
     }
     groups.erase(groups.begin());
   }
