@@ -19,11 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Kernels that promise vector accesses: those templated on a vector width above 1 (the integer
-# before the number of threads), and these, which choose it themselves.
+# Kernels that promise vector accesses: those templated on a vector width above 1, the first number
+# among their arguments, and these, which choose it themselves.
 ALWAYS_VECTORS = ("scale_kernel",)
 # Kernels that only read rows: no vector stores are expected of them.
-READ_ONLY = ("feature_diagnostics_kernel",)
+READ_ONLY = ("feature_diagnostics_kernel", "dist_loss_columns_kernel")
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Kernel:
     @property
     def promises_vectors(self) -> bool:
         """Whether 128-bit accesses must be found."""
-        width = re.search(r", (\d+), \d+>", self.name)
+        width = re.search(r", (\d+)(?:, \d+)*>", self.name)
         return self.name.startswith(ALWAYS_VECTORS) or (width is not None and int(width[1]) > 1)
 
     @property
