@@ -28,7 +28,10 @@ from dnkd_ext.losses.nd_loss import add_nd_loss
 ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
 # A warp, a block, a block of 256 threads, one of 512 whose shared memory and registers hold a row,
 # and one where they do not; odd rows begin and end beside their vectors.
-LOGIT_WIDTHS = (3, 64, 1001, 2048, 1101, 9000, 9001, 32767, 32768, 65536, 65537, 70000, 70001)
+LOGIT_WIDTHS = (
+    *(3, 64, 1001, 2048, 1101, 4096, 4097, 9000, 9001),
+    *(32767, 32768, 65536, 65537, 70000, 70001),
+)
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)
 # Rows and classes. The last but one splits the rows of a column among many blocks, the last reads
