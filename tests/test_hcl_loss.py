@@ -136,8 +136,8 @@ def test_half_precision_does_not_overflow(device):
     """Squares of 300 are beyond float16, their mean in float32 is not."""
     student = torch.full((2, 3, 8, 8), 300.0, dtype=torch.float16, device=device)
     loss = dnkd_ext.hcl_loss([student], [torch.zeros_like(student)])
-    # In which order a GPU adds is its own affair.
-    assert loss.item() == pytest.approx(90000, rel=2**-22)
+    # Exactly on the CPU; a GPU's mean of equal numbers may be off by a unit in the last place.
+    assert loss.item() == pytest.approx(90000, rel=0 if device == "cpu" else 2**-23)
 
 
 def test_autocast(device, generator, deterministic):
