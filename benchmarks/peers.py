@@ -16,6 +16,7 @@ PEERS = {
     "ours": "this package, through the function",
     "noise": "ours once more, which shows the noise",
     "module": "ours through the nn.Module",
+    "float32": "ours with float32 inputs of the same shape, where they have 16 bits",
     "compiled": "ours in a function compiled by torch.compile",
     "loop": "a Python loop over samples, as published; up to 256 rows",
     "eager": "vectorised PyTorch, as a good engineer writes it",

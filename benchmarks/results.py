@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,7 @@ BOTH, FORWARD = "forward+backward", "forward"
 FORWARD_PEERS = ("ours", "eager", "compile")
 # On a CPU far beyond its caches, and with a warm allocator, only these: what others add to a call
 # is nothing there, and the forward pass of ours is all of it.
-ESSENTIAL_PEERS = ("ours", "noise", "loop", "eager", "compile")
+ESSENTIAL_PEERS = ("ours", "noise", "float32", "loop", "eager", "compile")
 
 Row = dict[str, object]
 
@@ -131,6 +132,7 @@ def measure_case(
     with warm_allocator(warm) as is_warm:
         peers = case.peers(only=only)
         calls = {"copy": copy_of(case.bytes, case.device), **peers.calls()}
+        calls.update(_in_float32(case, only))
         rows = []
         for name, timing in measure(calls, case.device, seconds=seconds).items():
             rows.append(_row(name, BOTH, timing))
@@ -154,6 +156,14 @@ def measure_case(
         if case.device == "cpu":  # where a call returns when its work is done
             row.update(host_us="")
     return rows, peers.refused
+
+
+def _in_float32(case: Case, only: Collection[str] | None) -> dict[str, Callable[[], None]]:
+    """The peer of that name, for a case of 16 bits; none where it is wrong or not asked for."""
+    if case.dtype.itemsize != 2 or not (only is None or "float32" in only):
+        return {}
+    wide = dataclasses.replace(case, dtype=torch.float32)
+    return {"float32": call for call in wide.peers(only=("ours",)).calls().values()}
 
 
 def _row(peer: str, which: str, timing) -> Row:

@@ -109,13 +109,8 @@ def _bandwidth(_: Latest, one: Measurement) -> float | None:
     return one.ratio("copy")
 
 
-def _of_float32(found: Latest, one: Measurement) -> float | None:
-    """Time relative to float32 inputs of the same shape."""
-    other = found.get((one.case.replace(" bfloat16 ", " float32 "), one.allocator))
-    if other is None or other.common["commit"] != one.common["commit"]:
-        return None
-    ours, wide = one.us(), other.us()
-    return None if ours is None or not wide else ours / wide
+def _of_float32(_: Latest, one: Measurement) -> float | None:
+    return one.ratio("ours", to="float32")
 
 
 def _forward_launches(_: Latest, one: Measurement) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import dnkd_ext
-from benchmarks import cases, harness, peers, results
+from benchmarks import cases, harness, peers, results, targets
 from benchmarks.cases import KdPlusPlusCase, LogitCase, NdCase
 from benchmarks.harness import measure, warm_allocator
 
@@ -307,6 +308,26 @@ def test_rows_are_appended_and_read_again(tmp_path, no_compile):
     assert results.latest([first, second]) == {
         first.machine: {(SMALL.name, "default"): second},
     }
+
+
+def test_sixteen_bits_take_turns_with_float32():
+    """So that their ratio is of one run; an older row without it is no measurement of the target."""
+    (target,) = (t for t in targets.targets("cpu") if t.text.startswith("bfloat16 within 5%"))
+    case = NdCase(64, 64, 100, dtype=torch.bfloat16)
+    assert (case.name, "default") in target.cases
+    rows, refused = results.measure_case(case, warm=False, seconds=0.02, only=("ours", "float32"))
+    assert not refused
+    assert [row["peer"] for row in rows if row["pass"] == results.BOTH] == [
+        "copy", "ours", "float32",
+    ]  # fmt: skip
+    found = {(case.name, "default"): results.measurements(rows)[0]}
+    one = dataclasses.replace(target, cases=((case.name, "default"),))
+    us = {row["peer"]: row["median_us"] for row in rows if row["pass"] == results.BOTH}
+    assert one.evaluate(found).figure == f"{us['ours'] / us['float32']:.2f}x"
+    without = results.measurements([row for row in rows if row["peer"] != "float32"])[0]
+    assert one.evaluate({(case.name, "default"): without}).status == targets.NOT_MEASURED
+    rows, _ = results.measure_case(SMALL, warm=False, seconds=0.02, only=("ours", "float32"))
+    assert "float32" not in {row["peer"] for row in rows}
 
 
 def test_what_a_gpu_adds_to_a_row(monkeypatch):
