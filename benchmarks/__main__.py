@@ -229,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from benchmarks import disk, parts, report, results, steps
+    from benchmarks import disk, parts, plots, report, results, steps
 
     folder = arguments.out or Path(__file__).parent
     losses = results.RESULTS / "losses.csv"
@@ -255,7 +255,7 @@ def _report(arguments: argparse.Namespace) -> int:
     (folder / "README.md").write_text(text, encoding="utf-8")
     written = [folder / "README.md"]
     if not arguments.no_plots:
-        written += report.plot(rows, folder, trained)
+        written += plots.plot(rows, folder, trained)
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
 

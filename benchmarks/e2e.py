@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dnkd_ext
-from benchmarks import peers, report, results, steps, targets
+from benchmarks import peers, results, steps, tables, targets
 from benchmarks.harness import measure, synchronise
 from dnkd_ext.progress import Progress
 
@@ -341,7 +341,7 @@ def run(
         )
         if out is not None:
             steps.append_steps(rows, out)
-        print(report.step_table(rows))
+        print(tables.step_table(rows))
         if device == "cuda" and name in targets.STEPS:
             print(*targets.lines(targets.evaluate_steps(rows, [name])), sep="\n")
     return 1 if left_out else 0

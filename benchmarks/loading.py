@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import report, results
+from benchmarks import results, tables
 from benchmarks.disk import append_loading, read_loading
 from benchmarks.results import Row
 from dnkd_ext.progress import Progress
@@ -202,5 +202,5 @@ def run(
                             append_loading([row], out)
                         rows.append(row)
                         bar.advance()
-    print(report.loading_table(rows))
+    print(tables.loading_table(rows))
     return 0

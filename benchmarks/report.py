@@ -1,20 +1,36 @@
-"""``python -m benchmarks report``: benchmarks/README.md and its plots, from the results files."""
+"""``python -m benchmarks report``: the text of benchmarks/README.md, from the results files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from benchmarks import targets
-from benchmarks.cases import Case, all_cases
+from benchmarks.cases import Case
 from benchmarks.disk import latest_loading
 from benchmarks.parts import DATA, latest_training
 from benchmarks.peers import PEERS
-from benchmarks.results import BOTH, FORWARD, Latest, Measurement, Row, latest, measurements
+from benchmarks.plots import PLOTS, can_plot, plot_path
+from benchmarks.results import (
+    BOTH,
+    FORWARD,
+    Latest,
+    Machine,
+    Measurement,
+    Row,
+    known_machines,
+    ordered,
+)
 from benchmarks.steps import image_width, latest_steps
-
-Machine = tuple[str, str, str]
+from benchmarks.tables import (
+    decimal,
+    in_words,
+    loading_table,
+    markdown,
+    ms_of,
+    step_table,
+    training_table,
+    value_of,
+)
 
 HEAD = """\
 # Benchmarks
@@ -81,7 +97,7 @@ def render(
 ) -> str:
     """The text of benchmarks/README.md."""
     parts = [HEAD + "".join(f"| {name} | {text} |\n" for name, text in PEERS.items())]
-    machines = _machines(rows)
+    machines = known_machines(rows)
     grouped = latest_steps(steps)
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         parts.append(f"\n## Losses on a {title}\n")
@@ -113,24 +129,6 @@ def render(
     return "".join(parts)
 
 
-def loading_table(group: Sequence[Row]) -> str:
-    """Images per second by augmentation, storage and workers."""
-    return _table(
-        ["", "storage", "workers", "training, images/s (least-most)", "evaluation, images/s"],
-        (
-            [
-                str(row["preset"]),
-                str(row["storage"]),
-                _number(_value(row, "workers")) if _value(row, "workers") else "none",
-                f"{_number(_value(row, 'train_ips'))} "
-                f"({_number(_value(row, 'low_ips'))}-{_number(_value(row, 'high_ips'))})",
-                _number(_value(row, "eval_ips")),
-            ]
-            for row in group
-        ),
-    )
-
-
 def _loading(machine: tuple[str, str], group: list[Row]) -> str:
     hardware, torch = machine
     which = sorted(
@@ -138,8 +136,8 @@ def _loading(machine: tuple[str, str], group: list[Row]) -> str:
     )
     return (
         f"\n### On {hardware}, torch {torch}\n\n"
-        f"{'; '.join(which)}; {_number(_value(group[0], 'images'))} {group[0]['data']}, batches of "
-        f"{_number(_value(group[0], 'batch'))}. The command:\n\n"
+        f"{'; '.join(which)}; {decimal(value_of(group[0], 'images'))} {group[0]['data']}, batches "
+        f"of {decimal(value_of(group[0], 'batch'))}. The command:\n\n"
         f"    python -m benchmarks loading --out FILE.csv\n\n{loading_table(group)}"
     )
 
@@ -165,7 +163,7 @@ def _estimate(steps: Sequence[Sequence[Row]], loaded: dict[tuple[str, str], list
         row
         for group in loaded.values()
         for row in group
-        if row["storage"] == "folders" and _value(row, "workers")
+        if row["storage"] == "folders" and value_of(row, "workers")
     ]
     if step is None or not reading:
         return text + (
@@ -179,39 +177,18 @@ def _estimate(steps: Sequence[Sequence[Row]], loaded: dict[tuple[str, str], list
     for gpus in (1, 8, 64):
         hours = IMAGENET_IMAGES * IMAGENET_EPOCHS / (rate * gpus) / 3600
         lines.append(
-            [str(gpus), _number(rate * gpus), f"{hours:,.1f}", _number(rate * gpus / core)]
+            [str(gpus), decimal(rate * gpus), f"{hours:,.1f}", decimal(rate * gpus / core)]
         )
     return (
         text
-        + f"{step['models']} with KD++ at {step['hardware']}'s {_number(rate)} images/s in batches "
-        f"of {_number(float(str(step['batch'])))}, {IMAGENET_EPOCHS} epochs of "
+        + f"{step['models']} with KD++ at {step['hardware']}'s {decimal(rate)} images/s in batches "
+        f"of {decimal(float(str(step['batch'])))}, {IMAGENET_EPOCHS} epochs of "
         f"{IMAGENET_IMAGES:,} images, if nothing but the step takes time; and the cores of "
-        f"{own['hardware']}, each of which reads {_number(core)} images/s ({own['preset']}), that "
+        f"{own['hardware']}, each of which reads {decimal(core)} images/s ({own['preset']}), that "
         "it takes to feed it. With fewer cores reading bounds the run; with batches of 512 in all, "
         "as in the paper, 64 GPUs have 8 images each, and launches do. Exchanging gradients is "
-        "not counted.\n\n" + _table(["GPUs", "images/s", "hours", "cores that read"], lines)
+        "not counted.\n\n" + markdown(["GPUs", "images/s", "hours", "cores that read"], lines)
     )
-
-
-def _machines(rows: Iterable[Row]) -> dict[Machine, Latest]:
-    """What is known of every machine, the last measured first; cases that no longer exist not."""
-    known = all_cases()
-    found = [one for one in measurements(rows) if one.case in known]
-    order: dict[Machine, int] = {one.machine: number for number, one in enumerate(found)}
-    by_machine = latest(found)
-    return {m: by_machine[m] for m in sorted(by_machine, key=lambda m: -order[m])}
-
-
-def _ordered(found: Latest, allocator: str) -> list[tuple[Case, Measurement]]:
-    return [
-        (case, found[name, allocator])
-        for name, case in all_cases().items()
-        if (name, allocator) in found
-    ]
-
-
-def _number(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _bytes(value: float | None) -> str:
@@ -229,14 +206,14 @@ def _microseconds(one: Measurement, peer: str, which: str = BOTH) -> str:
         return "-"
     low, high = one.value("low_us", peer, which), one.value("high_us", peer, which)
     digits = 1 if us < 100 else 0
-    return f"{_number(us, digits)} ({_number(low, digits)}-{_number(high, digits)})"
+    return f"{decimal(us, digits)} ({decimal(low, digits)}-{decimal(high, digits)})"
 
 
 def _others(one: Measurement, peer: str, which: str = BOTH) -> str:
     us, ratio = one.us(peer, which), one.ratio(peer, which=which)
     if us is None:
         return "-"
-    return _number(us) + ("" if ratio is None else f" ({ratio:.1f}x)")
+    return decimal(us) + ("" if ratio is None else f" ({ratio:.1f}x)")
 
 
 def _marks(found: Latest) -> dict[str, str]:
@@ -262,12 +239,6 @@ def _provenance(found: Latest) -> str:
     )
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    rows += ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join(rows) + "\n"
-
-
 def _size(case: Case) -> str:
     return f"{case.label}, {str(case.dtype)[6:]}"
 
@@ -275,7 +246,7 @@ def _size(case: Case) -> str:
 def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
     hardware, device, torch = machine
     default = "default" if device == "cpu" else "warm"
-    ladder = _ordered(found, default)
+    ladder = ordered(found, default)
     present = {peer for _, one in ladder for which, peer in one.rows if which == BOTH}
     others = [p for p in PEERS if p in present - {"ours", "noise", "copy"}]
     marks = _marks(found)
@@ -290,46 +261,46 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
         parts.append("    make gpu-check STAGE=bench\n")
     if with_plots:
         parts += [
-            f"\n![{PLOTS[kind]}]({_plot_path(kind, device)})\n"
+            f"\n![{PLOTS[kind]}]({plot_path(kind, device)})\n"
             for kind in PLOTS
-            if _can_plot(kind, found, device)
+            if can_plot(kind, found, device)
         ]
     parts.append(
         "\nForward and backward in microseconds, in brackets how many times as long as ours:\n\n"
     )
     parts.append(
-        _table(
+        markdown(
             ["", "ours", "again", *others, "copy", "of the copy's bandwidth"],
             (
                 [
                     label(case, one),
                     _microseconds(one, "ours"),
-                    _number(one.ratio("noise"), 2),
+                    decimal(one.ratio("noise"), 2),
                     *(_others(one, peer) for peer in others),
-                    _number(one.us("copy"), 0 if (one.us("copy") or 0) >= 10 else 1),
+                    decimal(one.us("copy"), 0 if (one.us("copy") or 0) >= 10 else 1),
                     _percent(one.ratio("copy")),
                 ]
                 for case, one in ladder
             ),
         )
     )
-    warm = _ordered(found, "warm") if device == "cpu" else []
+    warm = ordered(found, "warm") if device == "cpu" else []
     if warm:
         parts.append(
             "\nThe same with an allocator that keeps freed memory, so that fresh gradients cost no "
             "page faults:\n\n"
         )
         parts.append(
-            _table(
+            markdown(
                 ["", "ours", "again", "eager", "compile", "copy", "of the copy's bandwidth"],
                 (
                     [
                         label(case, one),
                         _microseconds(one, "ours"),
-                        _number(one.ratio("noise"), 2),
+                        decimal(one.ratio("noise"), 2),
                         _others(one, "eager"),
                         _others(one, "compile"),
-                        _number(one.us("copy")),
+                        decimal(one.us("copy")),
                         _percent(one.ratio("copy")),
                     ]
                     for case, one in warm
@@ -343,7 +314,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             "microseconds:\n\n"
         )
         parts.append(
-            _table(
+            markdown(
                 ["", "ours", "eager", "compile"],
                 (
                     [
@@ -363,7 +334,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             if any(one.value("peak_bytes", p) is not None for _, one in ladder)
         ]  # fmt: skip
         parts.append(
-            _table(
+            markdown(
                 ["", "gradients", *with_memory],
                 (
                     [
@@ -381,13 +352,13 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             "its kernels, launches, synchronisations, and whether a CUDA graph captures it:\n\n"
         )
         parts.append(
-            _table(
+            markdown(
                 ["", "host us", "device us", "launches", "waits", "graph"],
                 (
                     [
                         label(case, one),
                         *(
-                            _number(one.value(column), digits)
+                            decimal(one.value(column), digits)
                             for column, digits in (
                                 ("host_us", 1),
                                 ("device_us", 1),
@@ -436,27 +407,6 @@ def roofline(found: Latest) -> list[str]:
     return [text for _, text in sorted(longest.values(), key=lambda entry: -entry[0])]
 
 
-def step_table(group: Sequence[Row]) -> str:
-    """The methods of one shape: the step, and the loss part relative to the authors' loop."""
-    loop = next((row for row in group if row["method"] == "KD++ loop"), None)
-    lines = []
-    for row in group:
-        step, low, high = (float(str(row[name])) for name in ("step_ms", "low_ms", "high_ms"))
-        ratio, part = "-", _value(row, "loss_us")
-        if loop is not None and part and str(row["method"]).startswith("KD++"):
-            ratio = f"{float(str(loop['loss_us'])) / part:.1f}x"
-        lines.append(
-            [
-                str(row["method"]),
-                f"{step:,.1f} ({low:,.1f}-{high:,.1f})",
-                _number(part),
-                ratio,
-            ]
-        )
-    header = ["", "step, ms (20-80 %)", "loss part, us", "the loop's loss part takes"]
-    return _table(header, lines)
-
-
 STEP = """A step is the teacher's forward pass, the student's forward and backward pass, and SGD; \
 the loss part is the criterion's forward and backward pass alone on the step's own logits and \
 features."""
@@ -490,76 +440,6 @@ def _steps(group: list[Row]) -> str:
     return text
 
 
-# -- training, part by part -----------------------------------------------------------------------
-
-# What is shown, of which columns: the step's parts in order.
-SHARES = {
-    "data": DATA,
-    **{
-        name: (name,)
-        for name in (
-            "teacher", "student", "criterion", "forward", "backward", "optimiser", "metering",
-            "graph", "unexplained",
-        )
-    },
-}  # fmt: skip
-
-
-def _value(row: Row, column: str) -> float | None:
-    return None if row[column] in (None, "") else float(str(row[column]))
-
-
-def _share_ms(row: Row, name: str) -> float | None:
-    values = [_value(row, f"{column}_ms") for column in SHARES[name]]
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
-
-
-def _setting(row: Row) -> str:
-    words = [str(row["precision"])]
-    for column, word in (
-        ("channels_last", "channels last"), ("compile", "compiled"), ("cuda_graph", "recorded"),
-    ):  # fmt: skip
-        words += [word] if row[column] == "yes" else []
-    if row["batch"] != 128:
-        words.append(f"batch {float(str(row['batch'])):.0f}")
-    return ", ".join(words)
-
-
-def _present(rows: Sequence[Row]) -> list[str]:
-    """The parts that any of the rows has."""
-    return [name for name in SHARES if any(_share_ms(row, name) is not None for row in rows)]
-
-
-def training_table(rows: Sequence[Row]) -> str:
-    """A line per setting: images/s, and the shares of the step."""
-    shown = _present(rows)
-
-    def share(row: Row, name: str) -> str:
-        ms, step = _share_ms(row, name), _value(row, "step_ms")
-        return "-" if ms is None or not step else f"{round(100 * ms / step, 1) + 0.0:.1f} %"
-
-    return _table(
-        ["", "step, images/s", "step, ms (20-80 %)", *shown, "data alone, images/s",
-         "evaluation, images/s", "class means, images/s"],
-        (
-            [
-                f"{row['preset']}, {_setting(row)}",
-                _number(_value(row, "step_ips")),
-                f"{_ms(row, 'step_ms')} ({_ms(row, 'low_ms')}-{_ms(row, 'high_ms')})",
-                *(share(row, name) for name in shown),
-                *(_number(_value(row, c)) for c in ("data_ips", "eval_ips", "means_ips")),
-            ]
-            for row in rows
-        ),
-    )  # fmt: skip
-
-
-def _ms(row: Row, column: str) -> str:
-    value = _value(row, column)
-    return "-" if value is None else f"{value:,.{1 if value >= 100 else 2 if value >= 1 else 3}f}"
-
-
 def _training(machine: Machine, group: list[Row], *, with_plot: bool) -> str:
     hardware, device, torch = machine
     command = f"python -m benchmarks training --device {device} --out FILE.csv"
@@ -568,24 +448,24 @@ def _training(machine: Machine, group: list[Row], *, with_plot: bool) -> str:
     which = sorted(
         {
             f"{row['date']}, dnkd_ext {row['version']} at {row['commit']}, "
-            f"{_number(_value(row, 'images'))} {row['data']} images"
+            f"{decimal(value_of(row, 'images'))} {row['data']} images"
             for row in group
         }
     )
     text = (
         f"\n### On {hardware}, torch {torch}\n\n{'; '.join(which)}; "
-        f"evaluation of {_number(_value(group[0], 'eval_images'))} images. The command, whose "
+        f"evaluation of {decimal(value_of(group[0], 'eval_images'))} images. The command, whose "
         f"options choose presets, precision and the like:\n\n    {command}\n"
     )
     if with_plot:
-        text += f"\n![the parts of a training step]({_plot_path('training', device)})\n"
+        text += f"\n![the parts of a training step]({plot_path('training', device)})\n"
     text += "\n" + training_table(group) + "\nThe parts of a batch's data, in milliseconds:\n\n"
-    text += _table(
+    text += markdown(
         ["", "images picked", "cut and mirrored", "normalised", "draws of an epoch"],
         (
             [
-                f"{row['preset']}, {_setting(row)}",
-                *(_ms(row, f"{name}_ms") for name in (*DATA, "plan")),
+                f"{row['preset']}, {in_words(row)}",
+                *(ms_of(row, f"{name}_ms") for name in (*DATA, "plan")),
             ]
             for row in group
         ),
@@ -595,273 +475,16 @@ def _training(machine: Machine, group: list[Row], *, with_plot: bool) -> str:
             "\nHost and device, per step: time until the call returned, time of the kernels, "
             "launches, waits of the host; and the most memory that was allocated:\n\n"
         )
-        text += _table(
+        text += markdown(
             ["", "host, ms", "device, ms", "launches", "waits", "memory"],
             (
                 [
-                    f"{row['preset']}, {_setting(row)}",
-                    *(_ms(row, column) for column in ("host_ms", "device_ms")),
-                    *(_number(_value(row, column)) for column in ("launches", "syncs")),
-                    _bytes(_value(row, "peak_bytes")),
+                    f"{row['preset']}, {in_words(row)}",
+                    *(ms_of(row, column) for column in ("host_ms", "device_ms")),
+                    *(decimal(value_of(row, column)) for column in ("launches", "syncs")),
+                    _bytes(value_of(row, "peak_bytes")),
                 ]
                 for row in group
             ),
         )
     return text
-
-
-# -- plots ----------------------------------------------------------------------------------------
-
-PLOTS = {
-    "time": "time against size",
-    "bandwidth": "fraction of the copy's bandwidth",
-    "speedup": "how many times as long the peers take",
-    "memory": "peak memory per peer",
-}
-# Okabe and Ito's colours, which are told apart without red or green; a marker each besides.
-STYLES = {
-    "ours": ("#000000", "o"),
-    "module": ("#999999", "d"),
-    "compiled": ("#56B4E9", "v"),
-    "loop": ("#CC79A7", "x"),
-    "eager": ("#E69F00", "s"),
-    "compile": ("#0072B2", "^"),
-    "compile-max": ("#009E73", "P"),
-    "liger": ("#D55E00", "*"),
-    "copy": ("#999999", "."),
-}
-
-
-def _plot_path(kind: str, device: str) -> str:
-    return f"results/plots/{device}-{kind}.png"
-
-
-def _with(found: Latest, device: str, dtype: str = "float32") -> list[tuple[Case, Measurement]]:
-    allocator = "default" if device == "cpu" else "warm"
-    return [(c, one) for c, one in _ordered(found, allocator) if str(c.dtype) == f"torch.{dtype}"]
-
-
-def _can_plot(kind: str, found: Latest, device: str) -> bool:
-    cases = _with(found, device)
-    if kind == "memory":
-        return any(one.value("peak_bytes") is not None for _, one in cases)
-    return any(one.us() is not None for _, one in cases)
-
-
-def plot(rows: Sequence[Row], folder: Path, training: Sequence[Row] = ()) -> list[Path]:
-    """Write the plots of the last measured machine of every device; the paths written."""
-    drawings = {
-        "time": _plot_time,
-        "bandwidth": _plot_bandwidth,
-        "speedup": _plot_speedup,
-        "memory": _plot_memory,
-    }
-    written, seen = [], set()
-    for (hardware, device, torch), found in _machines(rows).items():
-        if device in seen:
-            continue
-        seen.add(device)
-        for kind, draw in drawings.items():
-            if _can_plot(kind, found, device):
-                path = folder / _plot_path(kind, device)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw(_with(found, device), found, f"{hardware}, torch {torch}, float32", path)
-                written.append(path)
-    drawn = set()
-    for (hardware, device, torch), group in latest_training(training).items():
-        if device not in drawn:
-            drawn.add(device)
-            path = folder / _plot_path("training", device)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _plot_training(group, f"{hardware}, torch {torch}: a training step", path)
-            written.append(path)
-    return written
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"the plots need matplotlib ({error}); install it, or pass --no-plots"
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def _save(plt, figure, path: Path) -> None:
-    # Without the version of matplotlib, so that the same figures are the same file.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _plot_time(cases, _found, title: str, path: Path) -> None:
-    """Time of forward and backward against the elements of a panel's inputs, both logarithmic."""
-    plt = _pyplot()
-    families: dict[str, list[tuple[Case, Measurement]]] = {}
-    for case, one in cases:
-        families.setdefault(case.family, []).append((case, one))
-    families = {name: sizes for name, sizes in families.items() if len(sizes) > 1} or families
-    figure, axes = plt.subplots(
-        1, len(families), figsize=(4.3 * len(families), 4.8), layout="constrained", squeeze=False
-    )
-    handles = {}
-    for axis, (name, sizes) in zip(axes[0], families.items(), strict=True):
-        for peer, (colour, marker) in STYLES.items():
-            if peer in ("module", "compiled"):
-                continue  # nearly ours: in the table
-            points = sorted(
-                (case.gradient_bytes / case.dtype.itemsize, us)
-                for case, one in sizes
-                if (us := one.us(peer)) is not None
-            )
-            if points:
-                line = axis.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    marker=marker,
-                    linestyle=":" if peer == "copy" else "-",
-                    linewidth=2.2 if peer == "ours" else 1.4,
-                )
-                handles[peer] = line[0]
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.set_title(name)
-        axis.set_xlabel("elements of the student's input (rows x columns)")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("forward + backward (µs)")
-    figure.suptitle(title)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
-    _save(plt, figure, path)
-
-
-def _bars(cases, series, title: str, label: str, path: Path, *, log: bool, reference=None) -> None:
-    """Grouped horizontal bars: a group per case, a bar per series (name, colour, value)."""
-    plt = _pyplot()
-    series = [
-        (name, colour, values)
-        for name, colour, values in series
-        if any(value is not None for value in values)
-    ]
-    height = 0.8 / max(1, len(series))
-    figure, axis = plt.subplots(
-        figsize=(8.6, 1.3 + 0.16 * len(cases) * (len(series) + 1)), layout="constrained"
-    )
-    for number, (name, colour, values) in enumerate(series):
-        positions = [row - 0.4 + (number + 0.5) * height for row in range(len(cases))]
-        shown = [(p, v) for p, v in zip(positions, values, strict=True) if v is not None]
-        bars = axis.barh(*zip(*shown, strict=True), height=height, color=colour, label=name)
-        axis.bar_label(bars, labels=[_short(v) for _, v in shown], fontsize=7, padding=2)
-    if log:
-        axis.set_xscale("log")
-        axis.xaxis.set_major_formatter("{x:g}")
-    if reference is not None:
-        axis.axvline(reference, color="black", linewidth=1, linestyle="--")
-    axis.margins(x=0.12)
-    axis.set_yticks(range(len(cases)), [case.label for case, _ in cases])
-    axis.set_ylim(len(cases) - 0.5, -0.5)
-    axis.set_xlabel(label)
-    axis.set_title(title, fontsize=10)
-    axis.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=max(1, len(series)))
-    _save(plt, figure, path)
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
-
-
-def _plot_bandwidth(cases, found: Latest, title: str, path: Path) -> None:
-    series = [
-        (peer, STYLES[peer][0], [one.ratio("copy", to=peer) for _, one in cases])
-        for peer in ("ours", "compile", "eager")
-    ]
-    warm = [found.get((case.name, "warm")) for case, _ in cases]
-    if cases[0][0].device == "cpu":
-        series.insert(
-            1, ("ours, warm allocator", "#56B4E9", [o.ratio("copy") if o else None for o in warm])
-        )
-    _bars(
-        cases,
-        series,
-        title,
-        "bytes that must be moved / time, as a fraction of a copy of as many bytes (1 = the copy)",
-        path,
-        log=False,
-        reference=1.0,
-    )
-
-
-def _plot_speedup(cases, _found, title: str, path: Path) -> None:
-    series = [
-        (peer, STYLES[peer][0], [one.ratio(peer) for _, one in cases])
-        for peer in STYLES
-        if peer not in ("ours", "copy")
-    ]
-    _bars(
-        cases, series, title, "time of the peer / time of ours (1 = as fast; logarithmic)", path,
-        log=True, reference=1.0,
-    )  # fmt: skip
-
-
-def _plot_memory(cases, _found, title: str, path: Path) -> None:
-    def mebibytes(one: Measurement, peer: str) -> float | None:
-        value = one.value("peak_bytes", peer)
-        return None if value is None else value / 2**20
-
-    series = [
-        (peer, colour, [mebibytes(one, peer) for _, one in cases])
-        for peer, (colour, _) in STYLES.items()
-        if peer not in ("copy", "module", "compiled")  # the latter two hold what ours does
-    ]
-    _bars(cases, series, title, "peak memory beyond the inputs (MiB, logarithmic)", path, log=True)
-
-
-# Of the parts, in the order of SHARES; neighbours differ in lightness, too.
-SHARE_COLOURS = {
-    "data": "#000000", "teacher": "#56B4E9", "student": "#E69F00", "criterion": "#CC79A7",
-    "forward": "#56B4E9", "backward": "#0072B2", "optimiser": "#F0E442", "metering": "#D55E00",
-    "graph": "#009E73", "unexplained": "#BBBBBB",
-}  # fmt: skip
-
-
-def _plot_training(rows: Sequence[Row], title: str, path: Path) -> None:
-    """A bar per setting, of the parts' shares of the step one after another."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(9.6, 1.8 + 0.55 * len(rows)), layout="constrained")
-    ends = [0.0] * len(rows)
-    steps = [_value(row, "step_ms") or math.inf for row in rows]
-    for name in _present(rows):
-        widths = [
-            max(0.0, 100 * (_share_ms(row, name) or 0.0) / step)
-            for row, step in zip(rows, steps, strict=True)
-        ]
-        axis.barh(
-            range(len(rows)), widths, left=ends, height=0.6, color=SHARE_COLOURS[name],
-            edgecolor="white", linewidth=0.4, label=name,
-        )  # fmt: skip
-        for number, width in enumerate(widths):
-            if width >= 4:
-                dark = name in ("data", "backward", "metering", "graph")
-                axis.text(
-                    ends[number] + width / 2, number, f"{width:.0f} %", fontsize=8,
-                    ha="center", va="center", color="white" if dark else "black",
-                )  # fmt: skip
-        ends = [end + width for end, width in zip(ends, widths, strict=True)]
-    for number, row in enumerate(rows):
-        text = f"{_ms(row, 'step_ms')} ms, {_number(_value(row, 'step_ips'))} images/s"
-        axis.text(max(ends) + 1.5, number, text, va="center", fontsize=8)
-    axis.set_xlim(0, max(ends) + 30)
-    axis.set_xticks(range(0, 101, 20))
-    axis.set_yticks(
-        range(len(rows)), [f"{row['preset']}\n{_setting(row)}" for row in rows], fontsize=8
-    )
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlabel("percent of the step (beyond 100: steps with marks were slower)")
-    axis.set_title(title, fontsize=10)
-    axis.grid(axis="x", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=8, fontsize=8)
-    _save(plt, figure, path)

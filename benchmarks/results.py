@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import dnkd_ext
-from benchmarks.cases import CACHE, Case
+from benchmarks.cases import CACHE, Case, all_cases
 from benchmarks.harness import Probe, capturable, copy_of, measure, probe, warm_allocator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -355,6 +355,7 @@ def measurements(rows: Iterable[Row]) -> list[Measurement]:
     return found
 
 
+Machine = tuple[str, str, str]
 Latest = dict[tuple[str, str], Measurement]
 
 
@@ -372,6 +373,24 @@ def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:
         known.pop((one.case, one.allocator), None)
         known[one.case, one.allocator] = one
     return result
+
+
+def known_machines(rows: Iterable[Row]) -> dict[Machine, Latest]:
+    """What is known of every machine, the last measured first; cases that no longer exist not."""
+    known = all_cases()
+    found = [one for one in measurements(rows) if one.case in known]
+    order: dict[Machine, int] = {one.machine: number for number, one in enumerate(found)}
+    by_machine = latest(found)
+    return {m: by_machine[m] for m in sorted(by_machine, key=lambda m: -order[m])}
+
+
+def ordered(found: Latest, allocator: str) -> list[tuple[Case, Measurement]]:
+    """What was measured with an allocator, in the order of the cases."""
+    return [
+        (case, found[name, allocator])
+        for name, case in all_cases().items()
+        if (name, allocator) in found
+    ]
 
 
 # -- the table ------------------------------------------------------------------------------------

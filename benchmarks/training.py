@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import parts, report, results
+from benchmarks import parts, results, tables
 from benchmarks.harness import probe, synchronise
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import batches as batches_module
@@ -508,5 +508,5 @@ def run(
                 parts.append_training([row], out)
             rows.append(row)
     if rows:
-        print(report.training_table(rows))
+        print(tables.training_table(rows))
     return 0

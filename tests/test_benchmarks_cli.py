@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, compare, disk, parts, peers, report, results, run, steps, targets
+from benchmarks import (
+    cases,
+    compare,
+    disk,
+    parts,
+    peers,
+    plots,
+    report,
+    results,
+    run,
+    steps,
+    targets,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import LogitCase, NdCase
 from tests.benchmark_rows import found_in, gpu_rows, rows_of
@@ -365,7 +377,7 @@ def test_plots_are_written(tmp_path):
                 ("copy", us / 3), ("ours", us), ("noise", us), ("eager", 9 * us), ("loop", 90 * us),
                 case=case.name, allocator=allocator, peak_bytes=1e6,
             )  # fmt: skip
-    written = report.plot(rows, tmp_path)
+    written = plots.plot(rows, tmp_path)
     assert [path.name for path in written] == [
         f"cpu-{kind}.png" for kind in ("time", "bandwidth", "speedup", "memory")
     ]

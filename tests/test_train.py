@@ -27,7 +27,7 @@ from PIL import Image
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import gather, sources
+from dnkd_ext.train import gather, sources, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
@@ -659,8 +659,8 @@ def test_before_runs_at_once_all_is_read_once_and_given_back(
     images, teacher, tmp_path, monkeypatch
 ):
     seen, jobs_seen = [], []
-    opened = dnkd_ext.train.jobs._open
-    loaded = dnkd_ext.train.jobs._load_teacher
+    opened = tasks.open_data
+    loaded = tasks.load_teacher
 
     def counted(function, *arguments, **given):
         result = function(*arguments, **given)
@@ -673,8 +673,8 @@ def test_before_runs_at_once_all_is_read_once_and_given_back(
         assert [one() for one in seen] == [None, None]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dnkd_ext.train.jobs._open", functools.partial(counted, opened))
-    monkeypatch.setattr("dnkd_ext.train.jobs._load_teacher", functools.partial(counted, loaded))
+    monkeypatch.setattr(tasks, "open_data", functools.partial(counted, opened))
+    monkeypatch.setattr(tasks, "load_teacher", functools.partial(counted, loaded))
     monkeypatch.setattr("dnkd_ext.train.jobs.train_at_once", begin)
     more = [*of(teacher, "kd", 1.0, "--seeds", "0,1"), "--at-once", "5"]
     out = tmp_path / "run"
@@ -689,7 +689,7 @@ def test_before_runs_at_once_all_is_read_once_and_given_back(
     assert cache.exists()
     assert jobs_seen[-1].settings["cache"] == str(cache)
     # Nor does anything stay where class means were interrupted, or something was refused.
-    monkeypatch.setattr("dnkd_ext.train.jobs._gather", begin_nothing)
+    monkeypatch.setattr(tasks, "gather_class_means", begin_nothing)
     assert main(options(images, tmp_path / "other", *more)) == 130
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"run"}
     assert main(options(images, tmp_path / "no" / "other", *more, "--batch-size", "999")) == 2
@@ -797,7 +797,7 @@ def test_class_means_may_follow_the_teacher(images, teacher, tmp_path, monkeypat
     def refuse(*_, **__):
         raise AssertionError("class means were gathered")
 
-    monkeypatch.setattr(dnkd_ext.train.jobs, "_gather", refuse)
+    monkeypatch.setattr(tasks, "gather_class_means", refuse)
     more = of(teacher, "kd", 1.0, *RUNNING)
     rows = run(images, tmp_path / "run", *more)
     kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import parts, report, training
+from benchmarks import parts, plots, report, training
 from benchmarks.__main__ import main
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import batches, classification
@@ -424,7 +424,7 @@ def test_the_report_of_a_recorded_step_on_a_gpu():
 
 def test_the_plot_is_written(tmp_path):
     pytest.importorskip("matplotlib")
-    written = report.plot(
+    written = plots.plot(
         [], tmp_path, [row(), row(preset="c/d", unexplained_ms=-3.0), row(**GRAPH)]
     )
     assert {path.name for path in written} == {"cpu-training.png", "cuda-training.png"}

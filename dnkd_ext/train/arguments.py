@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
+from dnkd_ext.train.commands import run_class_means, run_eval, run_pictures, run_plot
 from dnkd_ext.train.config import (
     DataOptions,
     DetectionOptions,
@@ -27,14 +28,7 @@ from dnkd_ext.train.config import (
     replace,
 )
 from dnkd_ext.train.engine import Interrupted
-from dnkd_ext.train.jobs import (
-    plan_jobs,
-    run_class_means,
-    run_eval,
-    run_jobs,
-    run_pictures,
-    run_plot,
-)
+from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.world import SPEAKS, World, join_world, told_once
 

@@ -1,4 +1,4 @@
-"""Files of a run that appear whole or not at all."""
+"""Files of a run, which appear whole or not at all: names, and writing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "CLASS_MEANS",
+    "CONFIG",
+    "CURVES",
     "DETECTIONS",
+    "FEATURES",
+    "RESULT",
     "TEMPORARY",
     "remove_temporaries",
     "replacing",
@@ -25,6 +30,11 @@ __all__ = [
     "write_tensors",
 ]
 
+CONFIG = "config.json"
+RESULT = "result.json"
+CLASS_MEANS = "class_means.safetensors"
+CURVES = "curves.png"
+FEATURES = "features.png"
 # What a detector's run found last.
 DETECTIONS = "detections.json"
 TEMPORARY = ".unfinished"

@@ -24,7 +24,14 @@ from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
 
-__all__ = ["find_parts", "gather_class_means", "gather_means", "gathering_notes", "remove_parts"]
+__all__ = [
+    "find_parts",
+    "gather_class_means",
+    "gather_means",
+    "gathering_notes",
+    "kept_means",
+    "remove_parts",
+]
 
 # Seconds between two looks at what would be lost.
 KEEP_EVERY = 60.0
@@ -43,6 +50,17 @@ def remove_parts(path: Path) -> None:
     """Remove what an interrupted pass left; for when the file itself is there."""
     for part in find_parts(path):
         part.unlink(missing_ok=True)
+
+
+def kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
+    """Class means that an earlier part of a run gathered, if these are the ones."""
+    if not path.exists():
+        return None
+    try:
+        means = ClassMeans.load(path)
+    except ValueError:
+        return None  # damaged; they are gathered again
+    return means if notes.items() <= means.metadata.items() else None
 
 
 def _origin(source: Any, config: TrainConfig, metadata: dict[str, str]) -> str:

@@ -1,19 +1,16 @@
-"""The commands train, class-means, eval and plot. Checks come before anything is written."""
+"""The command train: runs, one after another or at once. Checks come before anything is written."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import gc
 import importlib.util
 import json
 import os
 import platform
 import shutil
-import statistics
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,54 +18,33 @@ from typing import Any, NamedTuple
 import torch
 
 import dnkd_ext
-from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train import tasks
 from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
-from dnkd_ext.train.classification import (
-    PRETRAINED,
-    STAGE_METHODS,
-    Classification,
-    Teacher,
-    cast_once,
-    evaluate,
-    identity,
-    load_teacher,
-    means_digest,
-    means_notes,
-    read_class_means,
-    try_out,
-    weights_file,
-)
+from dnkd_ext.train.classification import PRETRAINED, Classification, identity, weights_file
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
-from dnkd_ext.train.engine import BEST, LAST, LOG, autocast, check_identity, train
-from dnkd_ext.train.files import DETECTIONS, TEMPORARY, remove_temporaries, write_csv, write_json
-from dnkd_ext.train.gather import (
-    find_parts,
-    gather_class_means,
-    gathering_notes,
-    remove_parts,
+from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
+from dnkd_ext.train.files import (
+    CLASS_MEANS,
+    CONFIG,
+    CURVES,
+    DETECTIONS,
+    FEATURES,
+    RESULT,
+    TEMPORARY,
+    remove_temporaries,
+    write_csv,
+    write_json,
 )
+from dnkd_ext.train.gather import remove_parts
 from dnkd_ext.train.plots import plot_curves, plot_features
-from dnkd_ext.train.sharding import shard_model
-from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.shared import Shared
+from dnkd_ext.train.summary import all_results, format_summary, result_line, summary
 from dnkd_ext.train.world import World
 
-__all__ = [
-    "Job",
-    "plan_jobs",
-    "run_class_means",
-    "run_eval",
-    "run_jobs",
-    "run_pictures",
-    "run_plot",
-]
+__all__ = ["Job", "plan_jobs", "prepare_device", "resolve", "run_jobs"]
 
-CONFIG = "config.json"
-RESULT = "result.json"
-CLASS_MEANS = "class_means.safetensors"
-CURVES = "curves.png"
-FEATURES = "features.png"
 # What a run writes, apart from folders: tensorboard/, wandb/ and those of sharded checkpoints.
 OWN_FILES = (
     CONFIG,
@@ -104,60 +80,6 @@ class Job:
         return {**flat, "cache": None} if self.borrows else flat
 
 
-def _is_detection(config: TrainConfig) -> bool:
-    return config.data.task == "detection"
-
-
-def _detection() -> Any:
-    """The module of the detectors, which needs torchvision.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    try:
-        from dnkd_ext.train.detection import task
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"--task detection needs torchvision ({error}); install it with pip install "
-            "'dnkd_ext[detect]'"
-        ) from error
-    return task
-
-
-def _task_class(config: TrainConfig) -> Any:
-    return _detection().DetectionTask if _is_detection(config) else Classification
-
-
-def _open(config: TrainConfig, world: World) -> Any:
-    """The data set: a Source, or a DetectionSource."""
-    if _is_detection(config):
-        shown = config.run.progress and world.is_first
-        return _detection().DetectionSource.open(config, progress=shown)
-    return open_source(config, world, progress=config.run.progress)
-
-
-def _load_teacher(
-    name: str, weights: str, source: Any, config: TrainConfig, world: World
-) -> Teacher:
-    if _is_detection(config):
-        return _detection().load_teacher(name, weights, source, config, world)
-    return load_teacher(name, weights, source, world.device, channels_last=config.run.channels_last)
-
-
-def _gather(
-    model: torch.nn.Module,
-    source: Any,
-    config: TrainConfig,
-    world: World,
-    notes: dict[str, str],
-    *,
-    path: Path,
-    resume: bool,
-) -> ClassMeans:
-    gather = _detection().gather_class_means if _is_detection(config) else gather_class_means
-    return gather(model, source, config, world, metadata=notes, path=path, resume=resume)
-
-
 def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOptions:
     """The options with what the automatic ones come to on this device, for this task.
 
@@ -185,9 +107,6 @@ def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOption
         checkpoint_every=options.checkpoint_every or (10 if is_short else 1),
         channels_last=options.channels_last,
     )
-
-
-# -- train ----------------------------------------------------------------------------------------
 
 
 def plan_jobs(
@@ -292,7 +211,7 @@ def _run_ready(
     at_once: int,
 ) -> list[dict[str, Any]]:
     """Train checked jobs, whose folders hold ``states``; see run_jobs."""
-    shared = _Shared(world)
+    shared = Shared(world)
     for job, state in zip(ready, states, strict=True):
         with world.together():
             _check_inputs(job, state, shared, world)
@@ -309,7 +228,7 @@ def _run_ready(
     }
     if world.is_first:
         for folder, result in done.items():
-            print(f"finished before: {_line(result, folder)}", flush=True)
+            print(f"finished before: {result_line(result, folder)}", flush=True)
     todo = [job for job in ready if job.out not in done]
     failed: list[str] = []
     if at_once > 1:
@@ -326,7 +245,7 @@ def _run_ready(
             failed.append(f"{name}: {error}")
     with world.first_alone():
         if world.is_first and len(ready) > 1:
-            rows = summary(_all_results(out))
+            rows = summary(all_results(out))
             write_csv(out / "summary.csv", rows)
             lines = [format_summary(rows)] if rows else []
             print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
@@ -355,12 +274,12 @@ def _checked(job: Job, world: World) -> Job:
     return dataclasses.replace(job, config=config)
 
 
-def _check_inputs(job: Job, state: _State, shared: _Shared, world: World) -> None:
+def _check_inputs(job: Job, state: _State, shared: Shared, world: World) -> None:
     """An error where data, teacher or class means do not fit a job or what its folder holds."""
     config = job.config
     source, teacher = shared.source(config), shared.teacher(config)
-    _task_class(config).check(config, source, teacher)
-    if not _is_detection(config):
+    tasks.task_class(config).check(config, source, teacher)
+    if not tasks.is_detection(config):
         # What makes batches checks its options, and starts no workers before the first.
         source.train(config, world)
         source.test(config, world)
@@ -411,11 +330,6 @@ def _check_overwritten(jobs: list[Job]) -> None:
                 )
 
 
-def _all_results(out: Path) -> list[dict[str, Any]]:
-    """Those of all runs below a folder, also of earlier calls."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RESULT))]
-
-
 def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     """What is there already; an error where the folder must not be touched."""
     out = job.out
@@ -459,131 +373,6 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     return _State(None if checkpoint is None else checkpoint["identity"], result)
 
 
-class _Shared:
-    """Data, teachers and class means, each read once for all jobs of a call."""
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._sources: dict[Any, Any] = {}
-        self._teachers: dict[Any, Teacher] = {}
-        self._sharded: set[Any] = set()
-
-    def forget(self) -> None:
-        """Give the memory back that others are to have."""
-        self._sources.clear()
-        self._teachers.clear()
-        self._sharded.clear()
-        gc.collect()  # models are in cycles
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def source(self, config: TrainConfig) -> Any:
-        """The data set, a Source or a DetectionSource."""
-        key = (config.data, config.reader, config.detection)
-        if key not in self._sources:
-            self._sources[key] = _open(config, self.world)
-        return self._sources[key]
-
-    def _key(self, config: TrainConfig) -> Any:
-        model = config.model
-        return (
-            (model.teacher, model.teacher_weights, model.class_means),
-            (config.data, config.reader, config.detection),
-            (config.run.channels_last, config.run.fsdp_teacher and config.run.precision),
-        )
-
-    def teacher(self, config: TrainConfig) -> Teacher | None:
-        """The teacher, whole, with class means where a file of them is named."""
-        source = self.source(config)
-        if not config.needs_teacher:
-            return None
-        key = self._key(config)
-        if key not in self._teachers:
-            assert config.model.teacher is not None
-            assert config.model.teacher_weights is not None
-            teacher = _load_teacher(
-                config.model.teacher, config.model.teacher_weights, source, config, self.world
-            )
-            if config.model.class_means is not None:
-                path, name = config.model.class_means, config.model.teacher
-                read = _detection().read_means if _is_detection(config) else read_class_means
-                means = read(path, name, teacher, source)
-                origin = means_digest(means)
-                teacher = teacher._replace(class_means=means, means_origin=origin)
-            self._teachers[key] = teacher
-        return self._teachers[key]
-
-    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
-        """The teacher, sharded if asked, with its class means.
-
-        These are gathered now unless ``out`` or a file has them; a pass that was interrupted is
-        gone on with, which gives the same means as a new one. Without the ND loss they only serve
-        diagnostics, and are left out where gathering them is a matter of hours.
-        """
-        teacher = self.teacher(config)
-        if teacher is None:
-            return None
-        key = self._key(config)
-        if config.run.fsdp_teacher and key not in self._sharded:
-            if config.run.precision == "bfloat16":
-                # As autocast would cast it in every step; half of it is sent then.
-                teacher = teacher._replace(model=cast_once(teacher.model))
-                self._teachers[key] = teacher
-            shard_model(
-                teacher.model, self.world.mesh, methods=STAGE_METHODS, compile=config.run.compile
-            )
-            self._sharded.add(key)
-        if config.model.class_means_momentum is not None:
-            return teacher
-        if teacher.class_means is None:
-            if config.data.task != "cifar" and not config.method.nd_weight:
-                return teacher
-            assert config.model.teacher is not None
-            source, means = self.source(config), None
-            notes = _notes(config.model.teacher, teacher, source, config)
-            with self.world.first_alone():
-                if self.world.is_first:
-                    means = _kept_means(out / CLASS_MEANS, notes)
-            means = self.world.from_first(means)
-            if means is None:
-                means = _gather(
-                    teacher.model,
-                    source,
-                    config,
-                    self.world,
-                    notes,
-                    path=out / CLASS_MEANS,
-                    resume=True,
-                )
-            teacher = teacher._replace(class_means=means)
-            self._teachers[key] = teacher
-        with self.world.first_alone():
-            if self.world.is_first:
-                assert teacher.class_means is not None
-                teacher.class_means.save(out / CLASS_MEANS)
-                remove_parts(out / CLASS_MEANS)
-        return teacher
-
-
-def _notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
-    """What a file of class means says about its origin."""
-    notes = means_notes(name, teacher.digest, source)
-    if _is_detection(config):
-        return notes | _detection().gathering_notes(config)
-    return notes | gathering_notes(config)
-
-
-def _kept_means(path: Path, notes: dict[str, str]) -> ClassMeans | None:
-    """Class means that an earlier part of a run gathered, if these are the ones."""
-    if not path.exists():
-        return None
-    try:
-        means = ClassMeans.load(path)
-    except ValueError:
-        return None  # damaged; they are gathered again
-    return means if notes.items() <= means.metadata.items() else None
-
-
 def prepare_device(config: TrainConfig, world: World) -> None:
     """Settings of PyTorch that belong to the options."""
     if world.device.type != "cuda":
@@ -593,10 +382,10 @@ def prepare_device(config: TrainConfig, world: World) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic)
     # A detector's batches have hundreds of shapes, each of which would be searched for anew.
-    torch.backends.cudnn.benchmark = not (run.deterministic or _is_detection(config))
+    torch.backends.cudnn.benchmark = not (run.deterministic or tasks.is_detection(config))
 
 
-def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any]:
+def _run(job: Job, shared: Shared, world: World, resume: bool) -> dict[str, Any]:
     config, out = job.config, job.out
     with world.first_alone():
         if world.is_first:
@@ -606,7 +395,7 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
     prepare_device(config, world)
     teacher = shared.teacher_with_means(config, out)
     source = shared.source(config)
-    task = _task_class(config)(config, source, teacher, world)
+    task = tasks.task_class(config)(config, source, teacher, world)
     with world.first_alone():
         if world.is_first:
             # From here on the folder holds a run.
@@ -660,11 +449,11 @@ def _run(job: Job, shared: _Shared, world: World, resume: bool) -> dict[str, Any
                 task.step.running.means.save(out / CLASS_MEANS)
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
-            print(_line(result, out), flush=True)
+            print(result_line(result, out), flush=True)
     return result
 
 
-def _run_at_once(jobs: list[Job], shared: _Shared, number: int) -> list[str]:
+def _run_at_once(jobs: list[Job], shared: Shared, number: int) -> list[str]:
     """Train jobs in processes of their own, for which class means are gathered here.
 
     Returns:
@@ -701,26 +490,6 @@ def _heading(job: Job, source: Any, world: World) -> str:
     return " ".join(words)
 
 
-def _line(result: dict[str, Any], out: Path) -> str:
-    name = _figure(result)
-    published = result[f"published_{name}"]
-    beside = "" if published is None else f" (published, on all data: {published:.2f})"
-    return (
-        f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]} "
-        f"{result[f'best_{name}']:.2f} "
-        f"in epoch {result['best_epoch']}, last {result[f'last_{name}']:.2f}{beside}; "
-        f"{result['training_seconds']:.0f} s; results in {out}"
-    )
-
-
-# What a result's accuracy is called: in its file, and for reading.
-FIGURES = {"top1": "top-1", "ap": "AP"}
-
-
-def _figure(result: dict[str, Any]) -> str:
-    return next(name for name in FIGURES if f"best_{name}" in result)
-
-
 def machine(world: World) -> dict[str, Any]:
     """What it ran on."""
     return {
@@ -730,211 +499,3 @@ def machine(world: World) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
-
-
-def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per preset: best and last accuracy (or AP) over its seeds, and the published."""
-    rows = []
-    for preset in dict.fromkeys(result["preset"] for result in results):
-        own = [result for result in results if result["preset"] == preset]
-        row: dict[str, Any] = {"preset": preset, "seeds": len(own)}
-        figure = _figure(own[0])
-        for name in (f"best_{figure}", f"last_{figure}"):
-            values = [result[name] for result in own]
-            row[name] = round(statistics.fmean(values), 3)
-            row[f"{name}_std"] = round(statistics.stdev(values), 3) if len(values) > 1 else None
-        row[f"published_{figure}"] = own[0][f"published_{figure}"]
-        row["training_seconds"] = round(sum(r["training_seconds"] for r in own) / len(own), 1)
-        rows.append(row)
-    return rows
-
-
-def format_summary(rows: list[dict[str, Any]]) -> str:
-    """The table for the terminal."""
-
-    def cell(row: dict[str, Any], which: str) -> str:
-        name = f"{which}_{_figure(row)}"
-        spread = row[f"{name}_std"]
-        return f"{row[name]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
-
-    width = max(len("preset"), *(len(row["preset"]) for row in rows))
-    words = "/".join(dict.fromkeys(FIGURES[_figure(row)] for row in rows))
-    lines = [
-        f"{'preset':{width}}  seeds  {'best ' + words:>14}  {'last ' + words:>14}  published  "
-        "seconds/run"
-    ]
-    for row in rows:
-        known = row[f"published_{_figure(row)}"]
-        published = "-" if known is None else f"{known:.2f}"
-        lines.append(
-            f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best'):>14}  "
-            f"{cell(row, 'last'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
-        )
-    lines.append("accuracies in percent, mean ± std over seeds; published: best epoch, all data")
-    return "\n".join(lines)
-
-
-# -- class-means, eval, plot ----------------------------------------------------------------------
-
-
-def run_class_means(
-    model: str,
-    weights: str,
-    config: TrainConfig,
-    out: Path,
-    world: World,
-    *,
-    overwrite: bool = False,
-    resume: bool = False,
-) -> ClassMeans:
-    """Gather a teacher's class means and write their file.
-
-    Raises:
-        FileExistsError: ``out`` exists, or a part of it, and neither ``overwrite`` nor, for parts,
-            ``resume`` is given.
-        ValueError, FileNotFoundError: a wrong option or input.
-    """
-    with world.together():
-        config.check_data()
-        config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
-    with world.first_alone():
-        if world.is_first:
-            _look_at_means(out, overwrite, resume)
-    prepare_device(config, world)
-    with world.together():
-        if _is_detection(config):
-            _detection().check_settings(weights, config)
-        source = _open(config, world)
-        teacher = _load_teacher(model, weights, source, config, world)
-        if not _is_detection(config):
-            source.clean(config, world)
-            try_out(teacher.model, f"--model {model}", config, source)
-    notes, done = _notes(model, teacher, source, config), None
-    with world.first_alone():
-        if world.is_first and resume and not overwrite:
-            done = _kept_means(out, notes)
-            if done is None and out.exists():
-                raise FileExistsError(f"--out {out} exists, and is of other data or another model")
-    done = world.from_first(done)
-    if done is not None:
-        return done
-    with world.first_alone():
-        if world.is_first:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                remove_parts(out)
-    means = _gather(teacher.model, source, config, world, notes, path=out, resume=resume)
-    with world.first_alone():
-        if world.is_first:
-            means.save(out)
-            remove_parts(out)
-    return means
-
-
-def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
-    if out.is_dir():
-        raise IsADirectoryError(f"--out {out} is a folder; name a file")
-    if out.exists() and not (overwrite or resume):
-        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
-    if find_parts(out) and not (overwrite or resume):
-        raise FileExistsError(
-            f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
-            "--overwrite"
-        )
-
-
-def run_eval(
-    model: str, weights: str, config: TrainConfig, world: World, detections: Path | None = None
-) -> dict[str, float | int | str]:
-    """Accuracy of trained weights over the test images, in percent; of a detector COCO's figures.
-
-    Args:
-        model: its name.
-        weights: a file, a run's folder, or ``"pretrained"``.
-        config: its groups ``data``, ``run``, ``reader`` and ``detection``.
-        world: the processes.
-        detections: file for a detector's detections.
-    """
-    with world.together():
-        config.check_data()
-        config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
-        if detections is not None and not _is_detection(config):
-            raise ValueError(f"--detections is for --task detection, got {detections}")
-    if _is_detection(config):
-        return _detection().run_evaluation(model, weights, config, world, detections)
-    with world.together():
-        source = open_source(config, world, progress=config.run.progress)
-        network = _load_teacher(model, weights, source, config, world).model
-        try_out(network, f"--model {model}", config, source)
-        batches = source.test(config, world)
-    precision = autocast(config.run, world)
-    result = evaluate(network, batches, len(source.classes), precision, world)
-    return {
-        "model": model,
-        "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
-        "test_images": result.count,
-        "test_unreadable": source.test_images - result.count,
-        "test_top1": result.top1,
-        "test_top5": result.top5,
-    }
-
-
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Configuration and log of a run.
-
-    Raises:
-        FileNotFoundError: the folder holds no run, or one without a finished epoch.
-        ValueError: a damaged file.
-    """
-    for name in (CONFIG, LOG):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; it is no run, or has no epoch yet")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        with (folder / LOG).open(newline="", encoding="utf-8") as file:
-            rows = [
-                {name: float(value) for name, value in row.items() if value}
-                for row in csv.DictReader(file)
-            ]
-    except ValueError as error:
-        raise ValueError(f"{folder}: a damaged {CONFIG} or {LOG}: {error}") from error
-    return config, rows
-
-
-def run_plot(folders: list[Path], out: Path) -> Path:
-    """The curves of several runs in one picture, ``out/curves.png``."""
-    runs = {}
-    for folder in folders:
-        config, rows = read_run(folder)
-        name = f"{config.get('preset') or config.get('student')}, seed {config.get('seed')}"
-        runs[name if name not in runs else f"{name} ({folder})"] = rows
-    out.mkdir(parents=True, exist_ok=True)
-    plot_curves(runs, out / CURVES)
-    return out / CURVES
-
-
-def run_pictures(
-    folder: Path,
-    out: Path,
-    world: World,
-    *,
-    images: Sequence[int],
-    count: int,
-    threshold: float,
-    data: str,
-) -> Path:
-    """Boxes that a run's student and teacher find, beside the annotated, as a PNG file."""
-    _detection()  # which tells what is not installed
-    from dnkd_ext.train.detection.pictures import draw_run
-
-    settings, _ = read_run(folder)
-    return draw_run(
-        folder,
-        settings,
-        out,
-        world,
-        images=images,
-        count=count,
-        threshold=threshold,
-        data=data,
-    )

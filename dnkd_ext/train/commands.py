@@ -1,0 +1,189 @@
+"""The commands class-means, eval and plot. Checks come before anything is written."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train import tasks
+from dnkd_ext.train.classification import PRETRAINED, evaluate, try_out, weights_file
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.engine import LOG, autocast
+from dnkd_ext.train.files import CONFIG, CURVES
+from dnkd_ext.train.gather import find_parts, kept_means, remove_parts
+from dnkd_ext.train.jobs import prepare_device, resolve
+from dnkd_ext.train.plots import plot_curves
+from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.world import World
+
+__all__ = ["read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
+
+
+def run_class_means(
+    model: str,
+    weights: str,
+    config: TrainConfig,
+    out: Path,
+    world: World,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> ClassMeans:
+    """Gather a teacher's class means and write their file.
+
+    Raises:
+        FileExistsError: ``out`` exists, or a part of it, and neither ``overwrite`` nor, for parts,
+            ``resume`` is given.
+        ValueError, FileNotFoundError: a wrong option or input.
+    """
+    with world.together():
+        config.check_data()
+        config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
+    with world.first_alone():
+        if world.is_first:
+            _look_at_means(out, overwrite, resume)
+    prepare_device(config, world)
+    with world.together():
+        if tasks.is_detection(config):
+            tasks.detection().check_settings(weights, config)
+        source = tasks.open_data(config, world)
+        teacher = tasks.load_teacher(model, weights, source, config, world)
+        if not tasks.is_detection(config):
+            source.clean(config, world)
+            try_out(teacher.model, f"--model {model}", config, source)
+    notes, done = tasks.origin_notes(model, teacher, source, config), None
+    with world.first_alone():
+        if world.is_first and resume and not overwrite:
+            done = kept_means(out, notes)
+            if done is None and out.exists():
+                raise FileExistsError(f"--out {out} exists, and is of other data or another model")
+    done = world.from_first(done)
+    if done is not None:
+        return done
+    with world.first_alone():
+        if world.is_first:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                remove_parts(out)
+    means = tasks.gather_class_means(
+        teacher.model, source, config, world, notes, path=out, resume=resume
+    )
+    with world.first_alone():
+        if world.is_first:
+            means.save(out)
+            remove_parts(out)
+    return means
+
+
+def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; name a file")
+    if out.exists() and not (overwrite or resume):
+        raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
+    if find_parts(out) and not (overwrite or resume):
+        raise FileExistsError(
+            f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
+            "--overwrite"
+        )
+
+
+def run_eval(
+    model: str, weights: str, config: TrainConfig, world: World, detections: Path | None = None
+) -> dict[str, float | int | str]:
+    """Accuracy of trained weights over the test images, in percent; of a detector COCO's figures.
+
+    Args:
+        model: its name.
+        weights: a file, a run's folder, or ``"pretrained"``.
+        config: its groups ``data``, ``run``, ``reader`` and ``detection``.
+        world: the processes.
+        detections: file for a detector's detections.
+    """
+    with world.together():
+        config.check_data()
+        config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
+        if detections is not None and not tasks.is_detection(config):
+            raise ValueError(f"--detections is for --task detection, got {detections}")
+    if tasks.is_detection(config):
+        return tasks.detection().run_evaluation(model, weights, config, world, detections)
+    with world.together():
+        source = open_source(config, world, progress=config.run.progress)
+        network = tasks.load_teacher(model, weights, source, config, world).model
+        try_out(network, f"--model {model}", config, source)
+        batches = source.test(config, world)
+    precision = autocast(config.run, world)
+    result = evaluate(network, batches, len(source.classes), precision, world)
+    return {
+        "model": model,
+        "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
+        "test_images": result.count,
+        "test_unreadable": source.test_images - result.count,
+        "test_top1": result.top1,
+        "test_top5": result.top5,
+    }
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Configuration and log of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or one without a finished epoch.
+        ValueError: a damaged file.
+    """
+    for name in (CONFIG, LOG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; it is no run, or has no epoch yet")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with (folder / LOG).open(newline="", encoding="utf-8") as file:
+            rows = [
+                {name: float(value) for name, value in row.items() if value}
+                for row in csv.DictReader(file)
+            ]
+    except ValueError as error:
+        raise ValueError(f"{folder}: a damaged {CONFIG} or {LOG}: {error}") from error
+    return config, rows
+
+
+def run_plot(folders: list[Path], out: Path) -> Path:
+    """The curves of several runs in one picture, ``out/curves.png``."""
+    runs = {}
+    for folder in folders:
+        config, rows = read_run(folder)
+        name = f"{config.get('preset') or config.get('student')}, seed {config.get('seed')}"
+        runs[name if name not in runs else f"{name} ({folder})"] = rows
+    out.mkdir(parents=True, exist_ok=True)
+    plot_curves(runs, out / CURVES)
+    return out / CURVES
+
+
+def run_pictures(
+    folder: Path,
+    out: Path,
+    world: World,
+    *,
+    images: Sequence[int],
+    count: int,
+    threshold: float,
+    data: str,
+) -> Path:
+    """Boxes that a run's student and teacher find, beside the annotated, as a PNG file."""
+    tasks.detection()  # which tells what is not installed
+    from dnkd_ext.train.detection.pictures import draw_run
+
+    settings, _ = read_run(folder)
+    return draw_run(
+        folder,
+        settings,
+        out,
+        world,
+        images=images,
+        count=count,
+        threshold=threshold,
+        data=data,
+    )

@@ -1,0 +1,133 @@
+"""What the runs of a call share: data, teachers and class means, read or gathered once."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnkd_ext.train import tasks
+from dnkd_ext.train.classification import (
+    STAGE_METHODS,
+    Teacher,
+    cast_once,
+    means_digest,
+    read_class_means,
+)
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.files import CLASS_MEANS
+from dnkd_ext.train.gather import kept_means, remove_parts
+from dnkd_ext.train.sharding import shard_model
+from dnkd_ext.train.world import World
+
+__all__ = ["Shared"]
+
+
+class Shared:
+    """Data, teachers and class means, each read once for all jobs of a call."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._sources: dict[Any, Any] = {}
+        self._teachers: dict[Any, Teacher] = {}
+        self._sharded: set[Any] = set()
+
+    def forget(self) -> None:
+        """Give the memory back that others are to have."""
+        self._sources.clear()
+        self._teachers.clear()
+        self._sharded.clear()
+        gc.collect()  # models are in cycles
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def source(self, config: TrainConfig) -> Any:
+        """The data set, a Source or a DetectionSource."""
+        key = (config.data, config.reader, config.detection)
+        if key not in self._sources:
+            self._sources[key] = tasks.open_data(config, self.world)
+        return self._sources[key]
+
+    def _key(self, config: TrainConfig) -> Any:
+        model = config.model
+        return (
+            (model.teacher, model.teacher_weights, model.class_means),
+            (config.data, config.reader, config.detection),
+            (config.run.channels_last, config.run.fsdp_teacher and config.run.precision),
+        )
+
+    def teacher(self, config: TrainConfig) -> Teacher | None:
+        """The teacher, whole, with class means where a file of them is named."""
+        source = self.source(config)
+        if not config.needs_teacher:
+            return None
+        key = self._key(config)
+        if key not in self._teachers:
+            assert config.model.teacher is not None
+            assert config.model.teacher_weights is not None
+            teacher = tasks.load_teacher(
+                config.model.teacher, config.model.teacher_weights, source, config, self.world
+            )
+            if config.model.class_means is not None:
+                path, name = config.model.class_means, config.model.teacher
+                read = (
+                    tasks.detection().read_means if tasks.is_detection(config) else read_class_means
+                )
+                means = read(path, name, teacher, source)
+                origin = means_digest(means)
+                teacher = teacher._replace(class_means=means, means_origin=origin)
+            self._teachers[key] = teacher
+        return self._teachers[key]
+
+    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
+        """The teacher, sharded if asked, with its class means.
+
+        These are gathered now unless ``out`` or a file has them; a pass that was interrupted is
+        gone on with, which gives the same means as a new one. Without the ND loss they only serve
+        diagnostics, and are left out where gathering them is a matter of hours.
+        """
+        teacher = self.teacher(config)
+        if teacher is None:
+            return None
+        key = self._key(config)
+        if config.run.fsdp_teacher and key not in self._sharded:
+            if config.run.precision == "bfloat16":
+                # As autocast would cast it in every step; half of it is sent then.
+                teacher = teacher._replace(model=cast_once(teacher.model))
+                self._teachers[key] = teacher
+            shard_model(
+                teacher.model, self.world.mesh, methods=STAGE_METHODS, compile=config.run.compile
+            )
+            self._sharded.add(key)
+        if config.model.class_means_momentum is not None:
+            return teacher
+        if teacher.class_means is None:
+            if config.data.task != "cifar" and not config.method.nd_weight:
+                return teacher
+            assert config.model.teacher is not None
+            source, means = self.source(config), None
+            notes = tasks.origin_notes(config.model.teacher, teacher, source, config)
+            with self.world.first_alone():
+                if self.world.is_first:
+                    means = kept_means(out / CLASS_MEANS, notes)
+            means = self.world.from_first(means)
+            if means is None:
+                means = tasks.gather_class_means(
+                    teacher.model,
+                    source,
+                    config,
+                    self.world,
+                    notes,
+                    path=out / CLASS_MEANS,
+                    resume=True,
+                )
+            teacher = teacher._replace(class_means=means)
+            self._teachers[key] = teacher
+        with self.world.first_alone():
+            if self.world.is_first:
+                assert teacher.class_means is not None
+                teacher.class_means.save(out / CLASS_MEANS)
+                remove_parts(out / CLASS_MEANS)
+        return teacher

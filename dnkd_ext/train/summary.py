@@ -1,0 +1,80 @@
+"""Results of runs for reading: a line for each, and a table over their seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from dnkd_ext.train.files import RESULT
+
+__all__ = ["all_results", "format_summary", "result_line", "summary"]
+
+
+def all_results(out: Path) -> list[dict[str, Any]]:
+    """Those of all runs below a folder, also of earlier calls."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RESULT))]
+
+
+def result_line(result: dict[str, Any], out: Path) -> str:
+    """What the terminal shows of a finished run."""
+    name = _figure(result)
+    published = result[f"published_{name}"]
+    beside = "" if published is None else f" (published, on all data: {published:.2f})"
+    return (
+        f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]} "
+        f"{result[f'best_{name}']:.2f} "
+        f"in epoch {result['best_epoch']}, last {result[f'last_{name}']:.2f}{beside}; "
+        f"{result['training_seconds']:.0f} s; results in {out}"
+    )
+
+
+# What a result's accuracy is called: in its file, and for reading.
+FIGURES = {"top1": "top-1", "ap": "AP"}
+
+
+def _figure(result: dict[str, Any]) -> str:
+    return next(name for name in FIGURES if f"best_{name}" in result)
+
+
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per preset: best and last accuracy (or AP) over its seeds, and the published."""
+    rows = []
+    for preset in dict.fromkeys(result["preset"] for result in results):
+        own = [result for result in results if result["preset"] == preset]
+        row: dict[str, Any] = {"preset": preset, "seeds": len(own)}
+        figure = _figure(own[0])
+        for name in (f"best_{figure}", f"last_{figure}"):
+            values = [result[name] for result in own]
+            row[name] = round(statistics.fmean(values), 3)
+            row[f"{name}_std"] = round(statistics.stdev(values), 3) if len(values) > 1 else None
+        row[f"published_{figure}"] = own[0][f"published_{figure}"]
+        row["training_seconds"] = round(sum(r["training_seconds"] for r in own) / len(own), 1)
+        rows.append(row)
+    return rows
+
+
+def format_summary(rows: list[dict[str, Any]]) -> str:
+    """The table for the terminal."""
+
+    def cell(row: dict[str, Any], which: str) -> str:
+        name = f"{which}_{_figure(row)}"
+        spread = row[f"{name}_std"]
+        return f"{row[name]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+    width = max(len("preset"), *(len(row["preset"]) for row in rows))
+    words = "/".join(dict.fromkeys(FIGURES[_figure(row)] for row in rows))
+    lines = [
+        f"{'preset':{width}}  seeds  {'best ' + words:>14}  {'last ' + words:>14}  published  "
+        "seconds/run"
+    ]
+    for row in rows:
+        known = row[f"published_{_figure(row)}"]
+        published = "-" if known is None else f"{known:.2f}"
+        lines.append(
+            f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best'):>14}  "
+            f"{cell(row, 'last'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
+        )
+    lines.append("accuracies in percent, mean ± std over seeds; published: best epoch, all data")
+    return "\n".join(lines)

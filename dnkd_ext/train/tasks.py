@@ -1,0 +1,95 @@
+"""What depends on the task, classification or detection: data, teachers and class means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train import classification, gather
+from dnkd_ext.train.classification import Classification, Teacher
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.world import World
+
+__all__ = [
+    "detection",
+    "gather_class_means",
+    "is_detection",
+    "load_teacher",
+    "open_data",
+    "origin_notes",
+    "task_class",
+]
+
+
+def is_detection(config: TrainConfig) -> bool:
+    """Whether the task is that of the detectors."""
+    return config.data.task == "detection"
+
+
+def detection() -> Any:
+    """The module of the detectors, which needs torchvision.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    try:
+        from dnkd_ext.train.detection import task
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"--task detection needs torchvision ({error}); install it with pip install "
+            "'dnkd_ext[detect]'"
+        ) from error
+    return task
+
+
+def task_class(config: TrainConfig) -> Any:
+    """Of the task: Classification, or DetectionTask."""
+    return detection().DetectionTask if is_detection(config) else Classification
+
+
+def open_data(config: TrainConfig, world: World) -> Any:
+    """The data set: a Source, or a DetectionSource."""
+    if is_detection(config):
+        shown = config.run.progress and world.is_first
+        return detection().DetectionSource.open(config, progress=shown)
+    return open_source(config, world, progress=config.run.progress)
+
+
+def load_teacher(
+    name: str, weights: str, source: Any, config: TrainConfig, world: World
+) -> Teacher:
+    """A trained model of the task in evaluation mode, without gradients."""
+    if is_detection(config):
+        return detection().load_teacher(name, weights, source, config, world)
+    return classification.load_teacher(
+        name, weights, source, world.device, channels_last=config.run.channels_last
+    )
+
+
+def gather_class_means(
+    model: torch.nn.Module,
+    source: Any,
+    config: TrainConfig,
+    world: World,
+    notes: dict[str, str],
+    *,
+    path: Path,
+    resume: bool,
+) -> ClassMeans:
+    """Class means of a teacher over the training images."""
+    own = detection() if is_detection(config) else gather
+    return own.gather_class_means(
+        model, source, config, world, metadata=notes, path=path, resume=resume
+    )
+
+
+def origin_notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
+    """What a file of class means says about its origin."""
+    notes = classification.means_notes(name, teacher.digest, source)
+    if is_detection(config):
+        return notes | detection().gathering_notes(config)
+    return notes | gather.gathering_notes(config)
