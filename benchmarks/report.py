@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from benchmarks import targets
 from benchmarks.cases import Case
 from benchmarks.disk import latest_loading
+from benchmarks.estimate import (
+    BATCH,
+    EPOCHS,
+    IMAGES,
+    NETWORK,
+    NODE,
+    NVLINK,
+    PARAMETERS,
+    WholeRun,
+)
 from benchmarks.parts import DATA, latest_training
 from benchmarks.peers import PEERS
 from benchmarks.plots import PLOTS, can_plot, plot_path
@@ -125,7 +135,7 @@ def render(
     parts.append(LOADING)
     loaded = latest_loading(loading)
     parts += [_loading(machine, group) for machine, group in loaded.items()] or ["\nNot run.\n"]
-    parts.append(_estimate(grouped, loaded))
+    parts.append(_estimate(grouped, loaded, training))
     return "".join(parts)
 
 
@@ -142,11 +152,11 @@ def _loading(machine: tuple[str, str], group: list[Row]) -> str:
     )
 
 
-# Images of an epoch, and epochs of the paper's recipe.
-IMAGENET_IMAGES, IMAGENET_EPOCHS = 1_281_167, 100
-
-
-def _estimate(steps: Sequence[Sequence[Row]], loaded: dict[tuple[str, str], list[Row]]) -> str:
+def _estimate(
+    steps: Sequence[Sequence[Row]],
+    loaded: dict[tuple[str, str], list[Row]],
+    training: Sequence[Row],
+) -> str:
     """What a whole run would take by what was measured of its step and of its images."""
     text = "\n### The whole of ImageNet, on paper\n\n"
     step = next(
@@ -173,22 +183,58 @@ def _estimate(steps: Sequence[Sequence[Row]], loaded: dict[tuple[str, str], list
     rate = float(str(step["batch"])) / float(str(step["step_ms"])) * 1e3
     own = reading[0]
     core = float(str(own["train_ips"])) / float(str(own["workers"]))
-    lines = []
-    for gpus in (1, 8, 64):
-        hours = IMAGENET_IMAGES * IMAGENET_EPOCHS / (rate * gpus) / 3600
-        lines.append(
-            [str(gpus), decimal(rate * gpus), f"{hours:,.1f}", decimal(rate * gpus / core)]
+    recorded = next(
+        (
+            row
+            for (hardware, *_), group in latest_training(training).items()
+            for row in reversed(group)
+            if hardware == step["hardware"] and row["cuda_graph"] == "yes"
+            if str(row["preset"]).endswith("/kd++") and value_of(row, "device_ms")
+        ),
+        None,
+    )
+    launched = ""
+    seconds = None
+    if recorded is not None:
+        seconds = float(str(recorded["device_ms"])) / 1e3
+        launched = (
+            f"Launches: the {float(str(recorded['device_ms'])):.1f} ms of kernels of the recorded "
+            f"step of {recorded['preset']}, which has more layers and hardly any arithmetic. "
         )
+    runs = [WholeRun(gpus, rate, seconds) for gpus in (1, 8, 64)]
+
+    def milliseconds(run: WholeRun, part: str) -> str:
+        return f"{run.parts[part] * 1e3:.1f}" if part in run.parts else "-"
+
     return (
         text
-        + f"{step['models']} with KD++ at {step['hardware']}'s {decimal(rate)} images/s in batches "
-        f"of {decimal(float(str(step['batch'])))}, {IMAGENET_EPOCHS} epochs of "
-        f"{IMAGENET_IMAGES:,} images, if nothing but the step takes time; and the cores of "
-        f"{own['hardware']}, each of which reads {decimal(core)} images/s ({own['preset']}), that "
-        "it takes to feed it. With fewer cores reading bounds the run; with batches of 512 in all, "
-        "as in the paper, 64 GPUs have 8 images each, and launches do. Exchanging gradients is "
-        "not counted.\n\n" + markdown(["GPUs", "images/s", "hours", "cores that read"], lines)
-    )
+        + f"{step['models']} with KD++ for {EPOCHS} epochs of {IMAGES:,} images, {BATCH} a step in "
+        f"all, as in the paper. Arithmetic: {step['hardware']}'s {decimal(rate)} images/s, which "
+        f"were measured in batches of {decimal(float(str(step['batch'])))}. {launched}Exchange: "
+        f"the gradients of {PARAMETERS:,} parameters by NVLink within nodes of {NODE} GPUs "
+        f"({NVLINK / 1e9:.0f} GB/s, not measured), between them by {NETWORK / 1e9:.0f} GB/s for "
+        "each GPU. The three overlap; the longest bounds the step, if images come fast enough. "
+        f"That takes the cores of the last column, of {own['hardware']}, each of which reads "
+        f"{decimal(core)} images/s ({own['preset']}); with fewer, reading bounds the run.\n\n"
+        + markdown(
+            [
+                "GPUs", "images each", "arithmetic, ms", "launches, ms", "exchange, ms", "bound by",
+                "images/s", "hours", "cores that read",
+            ],
+            (
+                [
+                    str(run.gpus),
+                    str(BATCH // run.gpus),
+                    *(milliseconds(run, part) for part in ("arithmetic", "launches", "exchange")),
+                    run.bound,
+                    decimal(run.images_per_second),
+                    f"{run.hours:,.2f}",
+                    decimal(run.images_per_second / core),
+                ]
+                for run in runs
+            ),
+        )
+    )  # fmt: skip
 
 
 def _bytes(value: float | None) -> str:

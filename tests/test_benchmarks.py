@@ -311,7 +311,7 @@ def test_rows_are_appended_and_read_again(tmp_path, no_compile):
 
 
 def test_sixteen_bits_take_turns_with_float32():
-    """So that their ratio is of one run; an older row without it is no measurement of the target."""
+    """So that their ratio is of one run; rows without it are no measurement of the target."""
     (target,) = (t for t in targets.targets("cpu") if t.text.startswith("bfloat16 within 5%"))
     case = NdCase(64, 64, 100, dtype=torch.bfloat16)
     assert (case.name, "default") in target.cases
