@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -123,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command in TRAINING:
             return _training(arguments.command, argv[1:])
         return {"info": _info, "demo": _demo}[arguments.command](arguments)
+    except BrokenPipeError:
+        # Who read standard output has enough; what is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"dnkd {arguments.command}: error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -233,3 +236,22 @@ class TestAugmentation:
             seen.update(matches)
         assert len(seen) > 15
         assert {m for m, _, _ in seen} == {False, True}
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As in ``dnkd train --help | head -1``, of more than a pipe holds."""
+    script = (
+        "import sys; from unittest import mock; import dnkd_ext.cli as cli\n"
+        "def much(arguments):\n"
+        "    for _ in range(200_000):\n"
+        "        print('a line')\n"
+        "with mock.patch.object(cli, '_info', much):\n"
+        "    sys.exit(cli.main(['info']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "a line\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE

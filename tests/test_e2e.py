@@ -142,6 +142,7 @@ def test_forms_of_the_criterion_over_proposals(dtype):
 
 
 def test_a_method_without_a_loss_part_has_an_empty_cell(no_compile, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torchvision", reason="the command refuses detectors without torchvision")
     trainer = e2e.Trainer(tiny("detection"), "cpu")
     plain = trainer.criteria.pop("CE")
     criteria, step = trainer.criteria, trainer.step

@@ -24,6 +24,7 @@ from dnkd_ext.cli import main
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint, shard_folders
 from dnkd_ext.train.classification import STAGE_METHODS, cast_once
 from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.engine import merge_ranks
 from dnkd_ext.train.models import create_model, model_names
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sharding import (
@@ -302,6 +303,51 @@ def test_goes_on_with_other_numbers_of_processes(images, teacher, runs, tmp_path
     assert len(rows) == 4
     assert "step" in load_checkpoint(tmp_path / "alone")
     assert len(shard_folders(tmp_path / "alone")) == 0
+
+
+@needs_timm
+def test_goes_on_within_an_epoch_with_another_number_of_processes(images, tmp_path, double):
+    """Where nothing depends on how a batch is divided, exactly; and it is told that others do."""
+    more = ["--student", "test_vit", "--epochs", "2", "--ema-decay", "0.8", "--log-every", "1"]
+    run(images, tmp_path / "whole", *more)
+    commands = [
+        {
+            "arguments": options(images, tmp_path / name, *more, *own),
+            "trouble": {"stopped": [1, 1, 2]},
+            "status": 128 + signal.SIGTERM,
+        }
+        for name, own in (("copies", []), ("shared", ["--fsdp"]))
+    ]
+    succeeded(together(tmp_path, commands))
+    shutil.copytree(tmp_path / "copies", tmp_path / "three")
+    arguments = options(images, tmp_path / "three", *more, "--fsdp", "--resume")
+    told = succeeded(together(tmp_path, [{"arguments": arguments}], 3))
+    assert told.count("left within an epoch by 2 processes and is gone on with by 3") == 1
+    for name in ("copies", "shared"):
+        state = load_checkpoint(tmp_path / name)
+        assert (state["epoch"], state["start"], len(state["ranks"])) == (1, 3, 2)
+        with pytest.warns(UserWarning, match="left within an epoch by 2 processes"):
+            run(images, tmp_path / name, *more, "--resume")
+    for name in ("copies", "shared", "three"):
+        near(tmp_path / "whole", tmp_path / name)
+
+
+def test_what_processes_kept_is_that_of_all():
+    def own(loss, steps, bad, mean, unreadable):
+        return {
+            "meter": {"sums": torch.tensor([loss, steps]), "bad": torch.tensor([bad])},
+            "random": {},
+            "unreadable": unreadable,
+            "buffers": {"mean": torch.tensor([mean, 1.0]), "frozen": torch.tensor([0.1, 0.2])},
+        }
+
+    merged = merge_ranks([own(3.0, 2.0, 7, 1.0, 1), own(5.0, 2.0, 4, 2.0, 0), own(1, 2, 9, 6.0, 2)])
+    assert merged["meter"]["sums"].tolist() == [3.0, 2.0]
+    assert merged["meter"]["bad"].tolist() == [4]
+    assert merged["unreadable"] == 3
+    assert merged["buffers"]["mean"].tolist() == [3.0, 1.0]
+    assert torch.equal(merged["buffers"]["frozen"], torch.tensor([0.1, 0.2]))
+    assert "random" not in merged
 
 
 def test_shards_are_read_back(tmp_path):

@@ -138,6 +138,29 @@ def test_every_layout_trains_and_goes_on(data, teacher, whole, tmp_path, monkeyp
     assert (result["train_images"], result["test_images"]) == (4 * TRAIN, 4 * VAL)
 
 
+def test_shards_gone_on_with_by_more_workers_are_other_images(
+    data, whole, tmp_path, monkeypatch, recwarn
+):
+    """Which is told within an epoch; of files it makes no difference."""
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if (epoch, i) == (1, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    for layout in ("shards", "folders"):
+        arguments = options(data[layout], tmp_path / layout)
+        monkeypatch.setattr(Classification, "batches", interrupted)
+        assert main(arguments) == 128 + signal.SIGTERM
+        monkeypatch.setattr(Classification, "batches", batches)
+        recwarn.clear()
+        assert len(run([*arguments, "--workers", "2", "--resume"])) == 2
+        told = [str(w.message) for w in recwarn if "--workers is 2, was" in str(w.message)]
+        assert len(told) == (layout == "shards")
+
+
 def test_folders_and_archives_are_the_same_images(whole):
     assert log(whole / "folders") == log(whole / "tar")
     assert same(weights(whole / "folders"), weights(whole / "tar"))
@@ -584,6 +607,12 @@ def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):
         two = gather_class_means(
             model, source, config, ALONE, path=path, resume=True, metadata={"teacher": "b"}
         )
+    assert torch.equal(one.compute(), two.compute())
+    for other in (0, 1):
+        part.with_name(f"means.safetensors.part-{other}-of-2").write_bytes(part.read_bytes())
+    part.unlink()
+    with pytest.warns(UserWarning, match="are parts of 2 processes, and there is 1"):
+        two = gather_class_means(model, source, config, ALONE, path=path, resume=True)
     assert torch.equal(one.compute(), two.compute())
 
 

@@ -485,7 +485,8 @@ LEAST = {
     "log_every": 1,
 }
 
-# Options that do not change what is computed, beyond rounding: a run may go on with other ones.
+# Options that do not change what is computed, beyond rounding: a run may go on with other ones. Of
+# shards, which workers divide among them, --workers does; it is told where it matters.
 FREE = {
     "data",
     "cache",

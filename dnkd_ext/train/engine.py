@@ -47,6 +47,7 @@ __all__ = [
     "autocast",
     "check_identity",
     "learning_rate",
+    "merge_ranks",
     "ramp",
     "train",
 ]
@@ -301,6 +302,26 @@ def check_identity(out: Path, state: dict[str, Any], identity: dict[str, str]) -
     ]
     if differs:
         raise ValueError(f"{out} holds another training: {'; '.join(differs)}")
+
+
+def merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several processes kept of the epoch that they left, as of one: counts, statistics."""
+    meters = [own["meter"] for own in ranks]
+    buffers: dict[str, Tensor] = {}
+    for name, first in ranks[0].get("buffers", {}).items():
+        values = [own["buffers"][name] for own in ranks]
+        # Frozen ones are the same everywhere, and their mean might not be to the last bit.
+        alike = all(torch.equal(first, value) for value in values)
+        buffers[name] = first if alike else torch.stack(values).mean(0)
+    return {
+        "meter": {
+            # Each counts its own steps, so that those of this epoch weigh alike before and after.
+            "sums": torch.stack([meter["sums"] for meter in meters]).mean(0),
+            "bad": torch.stack([meter["bad"] for meter in meters]).amin(0),
+        },
+        "unreadable": sum(own.get("unreadable", 0) for own in ranks),
+        "buffers": buffers,
+    }
 
 
 def _distributed(step: nn.Module, device: torch.device) -> nn.Module:
@@ -595,12 +616,7 @@ class _Training:
             self.average.begun = True  # there is no checkpoint before the first step
         self.wandb_id = state.get("wandb", "")
         if self.start:
-            if len(state["ranks"]) != self.world.size:
-                raise ValueError(
-                    f"{self.out} was left within an epoch by {len(state['ranks'])} processes, and "
-                    f"can go on with as many only, got {self.world.size}"
-                )
-            own = state["ranks"][self.world.rank]
+            own = self._share(state["ranks"])
             self.meter.reset(self.start)
             self.meter.sums.copy_(own["meter"]["sums"])
             self.meter.bad.copy_(own["meter"]["bad"])
@@ -609,10 +625,32 @@ class _Training:
             for name, value in own.get("buffers", {}).items():
                 if name in buffers:  # checkpoints of earlier versions have others, too
                     buffers[name].copy_(value)
+            if "random" not in own:
+                self._seed(self.epoch, self.start)
+                return True
             torch.set_rng_state(own["random"]["cpu"])
             if self.world.device.type == "cuda" and "cuda" in own["random"]:
                 torch.cuda.set_rng_state(own["random"]["cuda"])
         return True
+
+    def _share(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """What this process goes on with of what the processes had that left within an epoch.
+
+        Its own, where they are as many; else what is the same for all of them.
+        """
+        if len(ranks) == self.world.size:
+            return ranks[self.world.rank]
+        if self.world.is_first:
+            warnings.warn(
+                f"{self.out} was left within an epoch by {len(ranks)} processes and is gone on "
+                f"with by {self.world.size}: the rest of the epoch has other random numbers and "
+                "running statistics, and where data are shards, other images",
+                stacklevel=2,
+            )
+        own = merge_ranks(ranks)
+        if not self.world.is_first:
+            own["unreadable"] = 0
+        return own
 
     def _load_whole(self, state: dict[str, Any]) -> None:
         """Tensors that one process kept for all."""
@@ -677,9 +715,13 @@ class _Training:
         if value is not None:
             copy_whole(to, value)
 
-    def _seed(self, epoch: int) -> None:
-        """Everything random of an epoch depends on seed, epoch and process alone."""
-        state = np.random.SeedSequence([self.run.seed, epoch, self.world.rank, 1])
+    def _seed(self, epoch: int, start: int = 0) -> None:
+        """Everything random of an epoch depends on seed, epoch and process alone.
+
+        And on the step where another number of processes went on.
+        """
+        place = [self.run.seed, epoch, self.world.rank, 1, *([start] if start else [])]
+        state = np.random.SeedSequence(place)
         torch.manual_seed(int(state.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     # -- epochs --------------------------------------------------------------------------------

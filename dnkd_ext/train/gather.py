@@ -173,7 +173,16 @@ def gather_means(
     """
     metadata = metadata or {}
     origin = _origin(source, config, metadata)
-    held = _load(_part(path, world), origin) if path is not None and resume else None
+    held = None
+    if path is not None and resume:
+        held = _load(_part(path, world), origin)
+        others = {int(part.name.rpartition("-of-")[2]) for part in find_parts(path)} - {world.size}
+        if held is None and others and world.is_first:
+            warnings.warn(
+                f"class means begin anew: those beside {path} are parts of {min(others)} "
+                f"processes, and there {'is' if world.size == 1 else 'are'} {world.size}",
+                stacklevel=2,
+            )
     if config.run.fsdp_teacher and len(set(world.gather(held and held[0]))) > 1:
         # A sharded model runs on all processes at once or not at all.
         held = None

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -370,6 +371,14 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
             "same options, or choose another --out"
         )
     checkpoint = load_checkpoint(out)
+    is_within = checkpoint is not None and checkpoint["start"]
+    streams = [max(1, options["workers"]) for options in (before, now)]
+    if is_within and str(now["reader"]).startswith("wds") and streams[0] != streams[1]:
+        warnings.warn(
+            f"--workers is {now['workers']}, was {before['workers']}: shards are divided between "
+            "workers, so that the rest of this epoch has other images than without the stop",
+            stacklevel=2,
+        )
     return _State(None if checkpoint is None else checkpoint["identity"], result)
 
 
