@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 # Columns of the log that say how long something took.
 TIMES = ("images_per_second", "seconds")
+# What float64 leaves of rounding. The log's terms pass through float32.
+LOSS = {"rel": 1e-6}
+WEIGHTS = {"rtol": 1e-6, "atol": 1e-9}
 
 
 def log(out: Path) -> list[dict[str, str]]:
@@ -66,3 +71,44 @@ def by_two_in_float64(folder: Path, command: Sequence[str]) -> subprocess.Comple
         "with in_float64():\n    status = main(sys.argv[1:])\nsys.exit(status)\n"
     )
     return by_two(str(script), *command)
+
+
+def together(
+    folder: Path, commands: list[dict], processes: int = 2, *more: str
+) -> subprocess.CompletedProcess[str]:
+    """Commands by several processes in float64; see tests/sharded_worker.py."""
+    path = folder / "commands.json"
+    path.write_text(json.dumps(commands))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *(() if "--nnodes" in more else ("--standalone",)),
+        *(*more, "-m", "tests.sharded_worker", str(path)),
+    ]
+    settings = {
+        **environment(),
+        # Otherwise processes that are started again may find addresses of those that died.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return subprocess.run(
+        command, capture_output=True, text=True, env=settings, check=False, timeout=560
+    )
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    return done.stderr
+
+
+def near(one: Path, two: Path) -> None:
+    """Two runs are the same but for rounding, and for running statistics of other parts."""
+    first, second = log(one), log(two)
+    assert len(first) == len(second)
+    for row, other in zip(first, second, strict=True):
+        for name in row:
+            if name.startswith("train_"):
+                assert float(other[name]) == pytest.approx(float(row[name]), **LOSS), name
+    own, others = weights(one), weights(two)
+    assert own.keys() == others.keys()
+    for name in own:
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(others[name], own[name], **WEIGHTS)

@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -35,13 +34,11 @@ from dnkd_ext.train.sharding import (
     write_shards,
 )
 from dnkd_ext.train.world import World
-from tests.runs import environment, log, same, weights
+from tests.runs import WEIGHTS, log, near, same, succeeded, together, weights
 from tests.test_distributed import in_processes
 from tests.test_train import (  # noqa: F401
     ALONE,
-    LOSS,
     MISSING,
-    WEIGHTS,
     double,
     images,
     of,
@@ -62,32 +59,6 @@ pytestmark = [
 needs_timm = pytest.mark.skipif(
     importlib.util.find_spec("timm") is None, reason="timm cannot be imported"
 )
-
-
-def together(
-    folder: Path, commands: list[dict], processes: int = 2, *more: str
-) -> subprocess.CompletedProcess[str]:
-    """Commands by several processes in float64; see tests/sharded_worker.py."""
-    path = folder / "commands.json"
-    path.write_text(json.dumps(commands))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
-        *(() if "--nnodes" in more else ("--standalone",)),
-        *(*more, "-m", "tests.sharded_worker", str(path)),
-    ]
-    settings = {
-        **environment(),
-        # Otherwise processes that are started again may find addresses of those that died.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    return subprocess.run(
-        command, capture_output=True, text=True, env=settings, check=False, timeout=560
-    )
-
-
-def succeeded(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    return done.stderr
 
 
 ADAMW = (
@@ -149,21 +120,6 @@ def runs(images, teacher, tmp_path_factory):
     ]
     succeeded(together(folder, commands))
     return folder
-
-
-def near(one: Path, two: Path) -> None:
-    """Two runs are the same but for rounding, and for running statistics of other parts."""
-    first, second = log(one), log(two)
-    assert len(first) == len(second)
-    for row, other in zip(first, second, strict=True):
-        for name in row:
-            if name.startswith("train_"):
-                assert float(other[name]) == pytest.approx(float(row[name]), **LOSS), name
-    own, others = weights(one), weights(two)
-    assert own.keys() == others.keys()
-    for name in own:
-        if "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(others[name], own[name], **WEIGHTS)
 
 
 @pytest.mark.parametrize("way", ["kd", "dist", "reviewkd", "adamw"])

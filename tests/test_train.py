@@ -38,7 +38,7 @@ from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
-from tests.runs import by_two, by_two_in_float64, environment, log, same, weights
+from tests.runs import LOSS, WEIGHTS, by_two, by_two_in_float64, environment, log, same, weights
 
 MISSING = [
     name for name in ("tyro", "yaml", "tensorboard") if importlib.util.find_spec(name) is None
@@ -103,11 +103,6 @@ def double():
     """The test computes in float64, and so do the commands it runs."""
     with in_float64():
         yield
-
-
-# What float64 leaves of rounding. The log's terms pass through float32.
-LOSS = {"rel": 1e-6}
-WEIGHTS = {"rtol": 1e-6, "atol": 1e-9}
 
 
 # -- the loop -------------------------------------------------------------------------------------

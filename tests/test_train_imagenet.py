@@ -41,7 +41,7 @@ from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
 from tests.pictures import CLASSES, TRAIN, VAL, cut_tiles, write, write_shards
-from tests.runs import by_two_in_float64, log, same, weights
+from tests.runs import by_two_in_float64, log, near, same, succeeded, together, weights
 
 MISSING = [
     name
@@ -228,6 +228,37 @@ def test_two_processes_train_as_one(data, teacher, tmp_path):
     for name, value in weights(tmp_path / "both").items():
         if "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(value, trained[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["tar", "shards"])
+def test_a_killed_process_is_started_again_and_ends_alike(data, teacher, tmp_path, layout):
+    """By torchrun, which starts the same command; with copies, and sharded."""
+    own = {"tar": [], "shards": ["--fsdp", "--fsdp-teacher"]}[layout]
+    commands = [
+        {
+            "arguments": options(data[layout], tmp_path / name, *of(teacher, *own)),
+            "trouble": trouble,
+        }
+        for name, trouble in (("whole", {}), ("killed", {"killed": [1, 1, 1]}))
+    ]
+    succeeded(together(tmp_path, commands[:1]))
+    told = succeeded(together(tmp_path, commands[1:], 2, "--max-restarts", "1"))
+    assert "SIGKILL" in told or "exitcode: -9" in told.replace("  ", " ")
+    assert log(tmp_path / "killed") == log(tmp_path / "whole")
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("layout", ["folders", "shards"])
+def test_two_sharing_processes_train_as_two_with_copies(data, teacher, tmp_path, layout):
+    more = of(teacher, "--dropout", "0", "--ema-decay", "0.8")
+    commands = [
+        {"arguments": options(data[layout], tmp_path / name, *more, *own)}
+        for name, own in (("copies", []), ("shared", ["--fsdp", "--fsdp-teacher"]))
+    ]
+    succeeded(together(tmp_path, commands))
+    near(tmp_path / "copies", tmp_path / "shared")
+    for name in ("copies", "shared"):
+        assert json.loads((tmp_path / name / "result.json").read_text())["processes"] == 2
 
 
 # -- every preset ---------------------------------------------------------------------------------
@@ -697,6 +728,33 @@ def test_a_step_reads_nothing_back(data, method, mixup, more, tmp_path):
         engine._step(batch)
     assert reads.found == ["_local_scalar_dense"]
     assert moves.found == ["item"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("method", ["ce", "kd", "dkd", "dist", "reviewkd", "hard_kd"])
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_a_step_on_a_gpu_waits_for_nothing(data, method, mixup, tmp_path):
+    """From the moment a batch is asked for to the optimiser's step and the counted terms."""
+    more = {"method": method, "mixup": mixup, "ema_decay": 0.9, "clip_grad": 5.0, "device": "cuda"}
+    if method == "reviewkd":
+        more |= {"student": "resnet18", "teacher": "resnet34"}
+    config = settings(data["folders"], precision="bfloat16", **more)
+    world = World(0, 1, torch.device("cuda"))
+    source = open_source(config, world)
+    teacher = untrained(config, source)
+    if teacher is not None:
+        teacher = teacher._replace(model=teacher.model.cuda())
+    task = Classification(config, source, teacher, world)
+    engine = _Training(task, config.optim, config.run, tmp_path, world, 0, {})
+    batches = iter(task.batches(0, 0))
+    for _ in range(2):  # what is allocated and chosen once
+        engine._step(next(batches))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine._step(next(batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(value) for value in engine.meter.read(world)[0])
 
 
 # -- refused --------------------------------------------------------------------------------------
