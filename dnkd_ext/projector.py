@@ -58,8 +58,9 @@ class FeatureProjector(nn.Module):
             raise ValueError(
                 f"features must be (..., {self.in_features}), got shape {list(features.shape)}"
             )
-        rows = math.prod(features.shape[:-1])
-        flat = features.reshape(rows, self.in_features)
+        if features.dim() == 2:  # no view, which FSDP2 warns of
+            return self.linear(self.dropout(self.norm(features)))
+        flat = features.reshape(math.prod(features.shape[:-1]), self.in_features)
         projected = self.linear(self.dropout(self.norm(flat)))
         return projected.reshape(*features.shape[:-1], self.out_features)
 

@@ -1115,6 +1115,10 @@ class TestFeatureProjector:
         assert dnkd_ext.FeatureProjector(6, 4).dropout.p == 0.5
         assert "in_features=6, out_features=4" in repr(projector)
 
+    def test_rows_are_no_view(self):
+        """Of which FSDP2 warns, as its hooks would not survive a change in place."""
+        assert dnkd_ext.FeatureProjector(6, 4)(torch.randn(5, 6))._base is None
+
     def test_leading_dimensions(self, generator):
         """The statistics are over all rows, however they are laid out."""
         features = torch.randn(3, 5, 6, generator=generator)
