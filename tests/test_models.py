@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -368,6 +370,22 @@ def test_weights_of_another_network(tmp_path):
     torch.testing.assert_close(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_checkpoints_of_timm(average, tmp_path):
+    """They hold their run's options, and the moving average, by which the best was chosen."""
+    torch.manual_seed(0)
+    trained, model = spread(models.resnet8x4(5)), models.resnet8x4(5)
+    state, path = trained.state_dict(), tmp_path / "model_best.pth.tar"
+    content = {"epoch": 3, "arch": "x", "state_dict": state, "metric": 71.2, "version": 2}
+    content |= {"args": argparse.Namespace(lr=0.1, betas=[0.9, 0.99], name=None)}
+    if average:
+        # Other weights than the average's.
+        content |= {"state_dict": models.resnet8x4(5).state_dict(), "state_dict_ema": state}
+    torch.save(content, path)
+    models.load_weights(model, path)
+    torch.testing.assert_close(model.state_dict(), state)
+
+
 class Command:
     """Unpickled, it would run."""
 
@@ -380,8 +398,14 @@ def test_files_that_are_no_weights(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*x\.pth"):
         models.load_weights(model, path)
     torch.save({"model": Command()}, path)
-    with pytest.raises(ValueError, match=r"x\.pth is not a PyTorch file of weights alone"):
+    told = r"x\.pth is not a PyTorch file of weights alone: it holds (builtins\.)?print, which"
+    with pytest.raises(ValueError, match=told):
         models.load_weights(model, path)
+    torch.save({"state_dict": model.state_dict(), "made": Path("x")}, path)
+    with pytest.raises(ValueError, match="of weights alone: it holds pathlib") as refused:
+        models.load_weights(model, path)
+    assert not {"\x1b", "\n"} & set(str(refused.value))
+    assert "torch.load" not in str(refused.value)
     for content in (b"", b"not a checkpoint", path.read_bytes()[:200]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.pth is not a PyTorch file of weights alone"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 
 __all__ = ["load_weights", "read_weights"]
 
-# Under which name checkpoints keep the state; mdistiller's say "model".
-KEYS = ("model", "state_dict")
+# Under which name checkpoints keep the state, the first that is there; mdistiller's say "model".
+# timm's have a moving average beside the state where one was kept, and chose the best by it.
+KEYS = ("state_dict_ema", "model", "state_dict")
 
 
 def load_weights(
@@ -24,8 +27,10 @@ def load_weights(
     """Put the weights of a file into the model, all of them and nothing else.
 
     Reads safetensors files, PyTorch files of a state dictionary, and checkpoints that hold one
-    under ``model`` (mdistiller's) or ``state_dict``; the prefix ``module.`` of DataParallel is
-    dropped. Nothing in the file is executed. The model is untouched where an error is raised.
+    under ``model`` (mdistiller's) or ``state_dict`` (timm's). Of timm's the moving average,
+    ``state_dict_ema``, is taken where there is one, as timm's ``load_checkpoint`` does by default.
+    The prefix ``module.`` of DataParallel is dropped. Nothing in the file is executed. The model is
+    untouched where an error is raised.
 
     Args:
         model: gets the weights.
@@ -92,10 +97,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # timm's checkpoints hold the options of their run, which are plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a PyTorch file of weights alone: {first}") from error
+        raise ValueError(f"{path} is not a PyTorch file of weights alone: {_why(error)}") from error
     for key in KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -107,3 +113,13 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dictionary, neither as a whole nor under {' or '.join(KEYS)}"
         )
     return dict(content)
+
+
+def _why(error: Exception) -> str:
+    """What torch.load found wrong, in a line, without its advice to load the file all the same."""
+    told = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    foreign = re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]+)", told)
+    if foreign:
+        return f"it holds {foreign[1]}, which is neither a tensor nor a plain value"
+    told = told.rpartition("WeightsUnpickler error:")[2].strip()
+    return told.splitlines()[0] if told else type(error).__name__
