@@ -200,7 +200,7 @@ def build_model(
     """A model with fresh weights: one of ours by its name ``cifar_*``, or one of timm's.
 
     Raises:
-        ValueError: no such model, no published weights of it, or no stochastic depth in it.
+        ValueError: no such model or tag, no published weights of it, or no stochastic depth in it.
         ModuleNotFoundError: the name is timm's, and timm is not installed.
     """
     if name in model_names() or name.startswith("cifar_"):
@@ -217,6 +217,13 @@ def build_model(
         ) from error
     if not timm.is_model(name):
         raise ValueError(f"no model {name!r}, neither timm's nor one of {', '.join(model_names())}")
+    plain, _, tag = name.partition(".")
+    if tag and not timm.list_models(name, include_tags=True):
+        known = [one.partition(".")[2] for one in timm.list_models(f"{plain}.*", include_tags=True)]
+        raise ValueError(
+            f"no weights {tag!r} of {plain}, as {name} asks for; timm has "
+            f"{', '.join(known) or 'none'}"
+        )
     options = {"num_classes": num_classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path
