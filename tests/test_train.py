@@ -29,6 +29,8 @@ from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
 from dnkd_ext.train import gather, sources, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
+from dnkd_ext.train.class_names import CLASSES as NOTE
+from dnkd_ext.train.class_names import class_notes, other_classes
 from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
@@ -1029,6 +1031,81 @@ def test_class_means_of_another_teacher_are_refused(images, teacher, tmp_path, c
     told = refused(options(images, tmp_path / "run", *more), capsys)
     assert "is of cifar_resnet32 0123456789abcdef, but the teacher is cifar_resnet32" in told
     assert not (tmp_path / "run").exists()
+
+
+def rename_first(folder: Path) -> None:
+    """Give the first class a name by which it is the last."""
+    for split in ("train", "test"):
+        (folder / split / "class0").rename(folder / split / "zebra")
+
+
+def test_weights_and_class_means_are_for_the_classes_they_tell(images, teacher, tmp_path, capsys):
+    same_ones, others = tmp_path / "copied", tmp_path / "others" / images.name
+    for place in (same_ones, others):
+        shutil.copytree(images, place)
+    rename_first(others)
+    plain, means = tmp_path / "plain.pth", tmp_path / "means.safetensors"
+    torch.save(weights(teacher, "best"), plain)
+    common = ["--no-progress", "--device", "cpu", "--model", "cifar_resnet32", "--weights"]
+    gather_them = ["class-means", *common, str(teacher), "--out"]
+    assert main([*gather_them, str(means), "--data", str(images)]) == 0
+    out, gathered = tmp_path / "run", tmp_path / "gathered.safetensors"
+    of_plain = of(plain, "kd", 1.0, "--class-means", str(means), "--epochs", "1")
+    for command, what in (
+        (["eval", *common, str(teacher)], "best.safetensors is of other classes"),
+        ([*gather_them, str(gathered)], "best.safetensors is of other classes"),
+        (options(images, out, *of(teacher, "kd")), "best.safetensors is of other classes"),
+        (options(images, out, *of_plain), f"--class-means {means} is of other classes"),
+    ):
+        told = refused([*command, "--data", str(others)], capsys)
+        assert what in told
+        assert "class 0 is 'class0' there and 'class1' in the data; where they are the same" in told
+        assert "--any-classes" in told
+        assert not out.exists()
+        assert not gathered.exists()
+    # As the labels are; the same classes elsewhere; weights that say nothing.
+    for more in (
+        [str(teacher), "--data", str(others), "--any-classes"],
+        [str(teacher), "--data", str(same_ones)],
+        [str(plain), "--data", str(others)],
+    ):
+        assert main(["eval", *common, *more]) == 0
+    assert main(options(others, out, *of_plain, "--any-classes")) == 0
+
+
+def test_class_means_that_were_kept_are_for_the_classes_they_tell(
+    images, teacher, tmp_path, capsys
+):
+    plain, data, out = tmp_path / "plain.pth", tmp_path / "data", tmp_path / "run"
+    kept = out / "class_means.safetensors"
+    torch.save(weights(teacher, "best"), plain)
+    shutil.copytree(images, data)
+    command = ["class-means", "--model", "cifar_resnet32", "--weights", str(plain), "--no-progress"]
+    command += ["--device", "cpu", "--data", str(data), "--out", str(kept)]
+    assert main(command) == 0
+    before = ClassMeans.load(kept).compute()
+    rename_first(data)
+    assert "is of other data" in refused([*command, "--resume"], capsys)
+    run(data, out, *of(plain, "kd", 1.0, "--epochs", "1"))
+    torch.testing.assert_close(ClassMeans.load(kept).compute(), before[[1, 2, 0]])
+
+
+def test_classes_are_compared_where_both_are_known():
+    many = [f"class {number}" for number in range(9000)]
+    assert class_notes(["0", "1", "2"]) == {}
+    for noted, classes, told in (
+        (["a", "b"], ["a", "b"], None),
+        (["a", "b"], ["b", "a"], "class 0 is 'a' there and 'b' in the data"),
+        (["a", "b"], ["a", "b", "c"], None),
+        (["a", "b"], ["0", "1"], None),
+        (["0", "1"], ["a", "b"], None),
+        (many, many, None),
+        (many, many[::-1], "the digest of their names is another"),
+    ):
+        assert other_classes(class_notes(noted).get(NOTE), classes) == told
+    assert len(class_notes(many)[NOTE]) < 80
+    for foreign in (None, "100", "cats", '{"a": 1}', "[1, 2]"):
+        assert other_classes(foreign, ["a", "b"]) is None
 
 
 def test_overwriting_ones_teacher_is_refused(images, teacher, capsys):

@@ -798,6 +798,21 @@ def test_what_does_not_fit_is_refused(data, teacher, tmp_path, capsys, monkeypat
     assert "--mixup is for --task imagenet" in told
 
 
+def test_weights_are_for_the_classes_they_tell(data, whole, tmp_path, capsys):
+    others = tmp_path / "others"
+    shutil.copytree(data["folders"], others)
+    for split in ("train", "val"):
+        (others / split / "sky").rename(others / split / "air")
+    command = ["eval", "--task", "imagenet", "--model", "cifar_resnet20", "--device", "cpu"]
+    command += ["--image-size", str(SIZE), "--workers", "0", "--no-progress"]
+    for layout in ("folders", "shards"):
+        own = [*command, "--weights", str(whole / layout), "--data"]
+        assert main([*own, str(data["folders"])]) == 0
+        told = refused([*own, str(others)], capsys)
+        assert "class 0 is 'petal2' there and 'air' in the data" in told
+        assert main([*own, str(others), "--any-classes"]) == 0
+
+
 def test_a_refused_command_leaves_the_run_that_is_there(data, teacher, whole, tmp_path, capsys):
     """Options that only the loaders or the models can judge, told before anything is removed."""
     out = tmp_path / "run"

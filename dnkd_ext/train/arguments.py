@@ -49,7 +49,7 @@ def _only(kind: type, *names: str) -> Any:
 
 
 # What a pass over images as they are goes by.
-SeenData = _only(DataOptions, "task", "data", "limit", "cache", "mean", "std")
+SeenData = _only(DataOptions, "task", "data", "limit", "cache", "mean", "std", "any_classes")
 _RUN = ("device", "precision", "channels_last", "eval_batch_size", "progress")
 SeenRun = _only(RunOptions, *_RUN)
 # Sums of features depend on the order of what is added.

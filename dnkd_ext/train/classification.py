@@ -25,6 +25,7 @@ from dnkd_ext.criteria import (
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
 from dnkd_ext.review import stage_channels, stage_maps
+from dnkd_ext.train.class_names import check_classes, class_notes, classes_of_weights
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task, autocast
 from dnkd_ext.train.models import create_model, load_weights, model_names
@@ -318,13 +319,20 @@ def load_weights_for(model: nn.Module, path: Path, size: int) -> None:
 
 
 def load_teacher(
-    name: str, weights: str, source: Source, device: torch.device, *, channels_last: bool = False
+    name: str,
+    weights: str,
+    source: Source,
+    device: torch.device,
+    *,
+    channels_last: bool = False,
+    any_classes: bool = False,
 ) -> Teacher:
     """A trained model in evaluation mode, without gradients.
 
     Raises:
         FileNotFoundError: no weights.
-        ValueError: no such model, or weights of another one.
+        ValueError: no such model, weights of another one, or unless ``any_classes`` of other
+            classes, where the file tells.
     """
     if weights == PRETRAINED:
         model = build_model(name, len(source.classes), source.channels, pretrained=True)
@@ -332,6 +340,8 @@ def load_teacher(
         digest = PRETRAINED
     else:
         path = weights_file(weights)
+        if not any_classes:
+            check_classes(str(path), classes_of_weights(path), source.classes)
         model = build_model(name, len(source.classes), source.channels)
         load_weights_for(model, path, source.image_size)
         digest = weights_digest(path)
@@ -342,7 +352,7 @@ def load_teacher(
 
 
 def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:
-    """What a file of class means says about its origin."""
+    """What a file of class means says about its origin, beside the classes."""
     return {
         "teacher": f"{name} {digest}",
         "dataset": f"{source.name}, {source.train_images} images",
@@ -528,6 +538,7 @@ def _running_means(
     )
     assert config.model.teacher is not None
     means.metadata = means_notes(config.model.teacher, teacher.digest, source)
+    means.metadata |= class_notes(source.classes)
     return RunningMeans(means, torch.distributed.group.WORLD if world.size > 1 else None)
 
 

@@ -15,7 +15,7 @@ from dnkd_ext.train.classification import PRETRAINED, evaluate, try_out, weights
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.engine import LOG, autocast
 from dnkd_ext.train.files import CONFIG, CURVES
-from dnkd_ext.train.gather import find_parts, kept_means, remove_parts
+from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.sources import open_source
@@ -59,7 +59,7 @@ def run_class_means(
     notes, done = tasks.origin_notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
-            done = kept_means(out, notes)
+            done = tasks.kept_means(out, notes, source)
             if done is None and out.exists():
                 raise FileExistsError(f"--out {out} exists, and is of other data or another model")
     done = world.from_first(done)

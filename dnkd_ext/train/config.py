@@ -63,6 +63,9 @@ class DataOptions:
     of CIFAR-100."""
     std: tuple[float, ...] | None = None
     """Standard deviation of every channel; likewise."""
+    any_classes: bool = False
+    """Take weights and class means that were made with classes of other names, or in another order,
+    than the data's, as their labels are."""
 
     @property
     def normalisation(self) -> dict[str, tuple[float, ...]]:
@@ -490,6 +493,7 @@ LEAST = {
 FREE = {
     "data",
     "cache",
+    "any_classes",
     # Where things are: the checkpoint says by their digests what they must be.
     "teacher_weights",
     "class_means",

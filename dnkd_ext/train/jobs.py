@@ -23,6 +23,7 @@ from dnkd_ext.train import tasks
 from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
+from dnkd_ext.train.class_names import class_notes
 from dnkd_ext.train.classification import PRETRAINED, Classification, identity, weights_file
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
 from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
@@ -418,7 +419,11 @@ def _run(job: Job, shared: Shared, world: World, resume: bool) -> dict[str, Any]
         world,
         kd_warm_up=config.method.kd_warm_up,
         resume=resume,
-        metadata={"model": config.model.student, "dataset": source.name},
+        metadata={
+            "model": config.model.student,
+            "dataset": source.name,
+            **class_notes(source.classes),
+        },
         settings=job.settings,
     )
     last = log["rows"][-1]

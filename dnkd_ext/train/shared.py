@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dnkd_ext.train import tasks
+from dnkd_ext.train.class_names import CLASSES, check_classes
 from dnkd_ext.train.classification import (
     STAGE_METHODS,
     Teacher,
@@ -18,7 +19,7 @@ from dnkd_ext.train.classification import (
 )
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.files import CLASS_MEANS
-from dnkd_ext.train.gather import kept_means, remove_parts
+from dnkd_ext.train.gather import remove_parts
 from dnkd_ext.train.sharding import shard_model
 from dnkd_ext.train.world import World
 
@@ -76,6 +77,9 @@ class Shared:
                     tasks.detection().read_means if tasks.is_detection(config) else read_class_means
                 )
                 means = read(path, name, teacher, source)
+                if not config.data.any_classes:
+                    noted = means.metadata.get(CLASSES)
+                    check_classes(f"--class-means {path}", noted, source.classes)
                 origin = means_digest(means)
                 teacher = teacher._replace(class_means=means, means_origin=origin)
             self._teachers[key] = teacher
@@ -111,7 +115,7 @@ class Shared:
             notes = tasks.origin_notes(config.model.teacher, teacher, source, config)
             with self.world.first_alone():
                 if self.world.is_first:
-                    means = kept_means(out / CLASS_MEANS, notes)
+                    means = tasks.kept_means(out / CLASS_MEANS, notes, source)
             means = self.world.from_first(means)
             if means is None:
                 means = tasks.gather_class_means(

@@ -9,6 +9,7 @@ import torch
 
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train import classification, gather
+from dnkd_ext.train.class_names import CLASSES, class_notes, other_classes
 from dnkd_ext.train.classification import Classification, Teacher
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.sources import open_source
@@ -18,6 +19,7 @@ __all__ = [
     "detection",
     "gather_class_means",
     "is_detection",
+    "kept_means",
     "load_teacher",
     "open_data",
     "origin_notes",
@@ -66,7 +68,12 @@ def load_teacher(
     if is_detection(config):
         return detection().load_teacher(name, weights, source, config, world)
     return classification.load_teacher(
-        name, weights, source, world.device, channels_last=config.run.channels_last
+        name,
+        weights,
+        source,
+        world.device,
+        channels_last=config.run.channels_last,
+        any_classes=config.data.any_classes,
     )
 
 
@@ -82,9 +89,20 @@ def gather_class_means(
 ) -> ClassMeans:
     """Class means of a teacher over the training images."""
     own = detection() if is_detection(config) else gather
-    return own.gather_class_means(
+    means = own.gather_class_means(
         model, source, config, world, metadata=notes, path=path, resume=resume
     )
+    # No part of the notes by which a file is known again: older ones lack it.
+    means.metadata |= class_notes(source.classes)
+    return means
+
+
+def kept_means(path: Path, notes: dict[str, str], source: Any) -> ClassMeans | None:
+    """Class means that were gathered before, if these are the ones, of the data's classes."""
+    means = gather.kept_means(path, notes)
+    if means is None or other_classes(means.metadata.get(CLASSES), source.classes) is not None:
+        return None
+    return means
 
 
 def origin_notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
 from dnkd_ext.class_means import ClassMeans
+from dnkd_ext.train.class_names import check_classes, classes_of_weights
 from dnkd_ext.train.classification import (
     PRETRAINED,
     Teacher,
@@ -60,9 +61,12 @@ def load_teacher(
 
     Raises:
         FileNotFoundError: no weights.
-        ValueError: no such detector, weights of another one or of another number of classes.
+        ValueError: no such detector, weights of another one or of another number of classes, or
+            unless ``any_classes`` of other classes, where the file tells.
     """
     path = weights if weights == PRETRAINED else str(weights_file(weights))
+    if weights != PRETRAINED and not config.data.any_classes:
+        check_classes(path, classes_of_weights(Path(path)), source.classes)
     model, digest = load_detector(name, path, config, source.classes, source.category_ids)
     model.to(world.device)
     if config.run.channels_last:
