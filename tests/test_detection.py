@@ -816,6 +816,15 @@ def test_eval_is_pycocotools_on_the_saved_detections(shapes, teacher, tmp_path, 
     assert json.loads((teacher / "detections.json").read_text()) == found
 
 
+def test_weights_are_for_the_classes_they_tell(shapes, teacher):
+    split = read_split(str(shapes), "val2017")
+    first, name, *more = split.classes
+    other = dataclasses.replace(split, classes=[first, "others", *more])
+    with pytest.raises(ValueError, match=f"class 1 is '{name}' there and 'others' in the data"):
+        load_teacher(R18, str(teacher), other, config(shapes), ALONE)
+    load_teacher(R18, str(teacher), other, config(shapes, any_classes=True), ALONE)
+
+
 def test_figures_of_known_detections(shapes):
     split = read_split(str(shapes), "val2017")
     truth, ids = ground_truth(split), split.image_ids.tolist()

@@ -574,6 +574,20 @@ def test_class_means_are_kept_at_a_signal(data, teacher, tmp_path, monkeypatch, 
     assert ClassMeans.load(out).counts.tolist() == [TRAIN] * len(CLASSES)
 
 
+def test_class_means_of_images_seen_otherwise_are_told(data, teacher, tmp_path):
+    out = tmp_path / "means.safetensors"
+    command = ["class-means", "--task", "imagenet", "--data", str(data["folders"])]
+    command += ["--model", "resnet10t", "--weights", str(teacher), "--image-size", "40"]
+    command += ["--workers", "0", "--no-progress", "--device", "cpu", "--out", str(out)]
+    assert main([*command, "--mean", "0.5", "0.5", "0.5"]) == 0
+    told = "--image-size 40, and this is with --mean 0.485 0.456 0.406 --image-size 32"
+    arguments = options(data["folders"], tmp_path / "run", *of(teacher, "--class-means", str(out)))
+    with pytest.warns(UserWarning, match="were gathered with --mean 0.5 0.5 0.5") as warned:
+        assert main([*arguments, "--epochs", "1"]) == 0
+    (one,) = [warning for warning in warned if "gathered with" in str(warning.message)]
+    assert str(one.message).endswith(told)
+
+
 def test_class_means_by_autocast(data, tmp_path):
     """As the step sees features; means of other options are not taken for these."""
     config = settings(data["folders"], precision="bfloat16")

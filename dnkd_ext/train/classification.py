@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -393,6 +394,34 @@ def read_class_means(path: str, name: str, teacher: Teacher, source: Source) -> 
         if is_own and found != wanted:
             warnings.warn(f"--class-means {path} is of {found}, not {wanted}", stacklevel=2)
     return means
+
+
+def seen_otherwise(path: str, means: ClassMeans, notes: dict[str, str]) -> str | None:
+    """What the file of class means says about how images were seen that is not as in the notes.
+
+    Options are named; None where none differs. Precision is a matter of rounding, and who the
+    teacher is and on what data was looked at before.
+    """
+    before = [
+        (f"--{key.replace('_', '-')}", _words(means.metadata[key]), _words(wanted))
+        for key, wanted in notes.items()
+        if key not in ("teacher", "dataset", "precision")
+        and means.metadata.get(key, wanted) != wanted
+    ]
+    if not before:
+        return None
+    there = " ".join(f"{option} {found}" for option, found, _ in before)
+    here = " ".join(f"{option} {wanted}" for option, _, wanted in before)
+    return f"--class-means {path} were gathered with {there}, and this is with {here}"
+
+
+def _words(noted: str) -> str:
+    """A value as the command line has it, from its JSON."""
+    try:
+        value = json.loads(noted)
+    except ValueError:
+        return noted
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def means_digest(means: ClassMeans) -> str:

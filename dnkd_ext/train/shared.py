@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dnkd_ext.train.classification import (
     cast_once,
     means_digest,
     read_class_means,
+    seen_otherwise,
 )
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.files import CLASS_MEANS
@@ -34,6 +36,7 @@ class Shared:
         self._sources: dict[Any, Any] = {}
         self._teachers: dict[Any, Teacher] = {}
         self._sharded: set[Any] = set()
+        self._told: set[str] = set()
 
     def forget(self) -> None:
         """Give the memory back that others are to have."""
@@ -43,6 +46,12 @@ class Shared:
         gc.collect()  # models are in cycles
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _warn(self, told: str | None) -> None:
+        """A warning by the first process, once in a call."""
+        if told is not None and told not in self._told and self.world.is_first:
+            warnings.warn(told, stacklevel=3)
+            self._told.add(told)
 
     def source(self, config: TrainConfig) -> Any:
         """The data set, a Source or a DetectionSource."""
@@ -80,6 +89,8 @@ class Shared:
                 if not config.data.any_classes:
                     noted = means.metadata.get(CLASSES)
                     check_classes(f"--class-means {path}", noted, source.classes)
+                notes = tasks.origin_notes(name, teacher, source, config)
+                self._warn(seen_otherwise(path, means, notes))
                 origin = means_digest(means)
                 teacher = teacher._replace(class_means=means, means_origin=origin)
             self._teachers[key] = teacher
