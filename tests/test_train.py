@@ -1090,6 +1090,23 @@ def test_class_means_that_were_kept_are_for_the_classes_they_tell(
     torch.testing.assert_close(ClassMeans.load(kept).compute(), before[[1, 2, 0]])
 
 
+def test_classes_without_a_mean_are_told(images, teacher, tmp_path, monkeypatch):
+    means = ClassMeans(CLASSES, 64)
+    means.update(torch.rand(1, 64), torch.tensor([1]))
+    means.save(tmp_path / "means.safetensors")
+    more = of(teacher, "kd", 1.0, "--class-means", str(tmp_path / "means.safetensors"))
+    told = "2 of 3 classes have no class mean ('class0', 'class2'): the ND loss of their images"
+    with pytest.warns(UserWarning, match=re.escape(told)) as warned:
+        run(images, tmp_path / "read", *more, "--epochs", "1")
+    assert sum("no class mean" in str(one.message) for one in warned) == 1
+    # Without the ND loss they have no part in it.
+    run(images, tmp_path / "without", *more, "--nd-weight", "0", "--epochs", "1")
+    monkeypatch.setattr(tasks.gather, "gather_class_means", lambda *_, **__: means)
+    with pytest.warns(UserWarning, match=re.escape(told)) as warned:
+        run(images, tmp_path / "gathered", *of(teacher, "kd", 1.0), "--epochs", "1")
+    assert sum("no class mean" in str(one.message) for one in warned) == 1
+
+
 def test_classes_are_compared_where_both_are_known():
     many = [f"class {number}" for number in range(9000)]
     assert class_notes(["0", "1", "2"]) == {}

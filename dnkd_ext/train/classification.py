@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -413,6 +413,19 @@ def seen_otherwise(path: str, means: ClassMeans, notes: dict[str, str]) -> str |
     there = " ".join(f"{option} {found}" for option, found, _ in before)
     here = " ".join(f"{option} {wanted}" for option, _, wanted in before)
     return f"--class-means {path} were gathered with {there}, and this is with {here}"
+
+
+def without_means(means: ClassMeans, classes: Sequence[str]) -> str | None:
+    """Which classes have no mean, and what becomes of them; None where all have one."""
+    missing = means.missing
+    if not missing:
+        return None
+    names = ", ".join(repr(classes[label]) for label in missing[:3])
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return (
+        f"{len(missing)} of {len(classes)} classes have no class mean ({names}{more}): the ND loss "
+        "of their images is always 1, and has no gradient"
+    )
 
 
 def _words(noted: str) -> str:

@@ -18,6 +18,7 @@ from dnkd_ext.train.classification import (
     means_digest,
     read_class_means,
     seen_otherwise,
+    without_means,
 )
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.files import CLASS_MEANS
@@ -94,7 +95,13 @@ class Shared:
                 origin = means_digest(means)
                 teacher = teacher._replace(class_means=means, means_origin=origin)
             self._teachers[key] = teacher
+        self._look_for_missing(config, self._teachers[key])
         return self._teachers[key]
+
+    def _look_for_missing(self, config: TrainConfig, teacher: Teacher) -> None:
+        """Warn of classes without a mean, where the loss compares with it."""
+        if config.method.nd_weight and teacher.class_means is not None:
+            self._warn(without_means(teacher.class_means, self.source(config).classes))
 
     def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
         """The teacher, sharded if asked, with its class means.
@@ -139,6 +146,7 @@ class Shared:
                     resume=True,
                 )
             teacher = teacher._replace(class_means=means)
+            self._look_for_missing(config, teacher)
             self._teachers[key] = teacher
         with self.world.first_alone():
             if self.world.is_first:
