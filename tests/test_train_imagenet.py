@@ -8,9 +8,11 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from dnkd_ext.train.classification import (
     fit_image_size,
     load_teacher,
     load_weights_for,
+    normalised_otherwise,
     try_out,
 )
 from dnkd_ext.train.config import TrainConfig, replace
@@ -884,6 +887,46 @@ def test_the_evaluation_of_published_weights(data, capsys, monkeypatch):
         ):
             hits += (model(images).argmax(1) == target).tolist()
     assert result["test_top1"] == pytest.approx(100 * sum(hits) / len(hits))
+
+
+def test_images_normalised_otherwise_for_timms_own_weights_are_told(data, tmp_path, monkeypatch):
+    import timm
+    from safetensors.torch import save_file
+
+    name, tag = "vit_tiny_patch16_224", "augreg_in21k_ft_in1k"
+    model = timm.create_model(name, num_classes=len(CLASSES), img_size=SIZE)
+    plain, ours = tmp_path / "plain.safetensors", tmp_path / "ours.safetensors"
+    save_file(model.state_dict(), plain)
+    save_file(model.state_dict(), ours, metadata={"model": name, "dataset": "x"})
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: model)
+    command = ["eval", "--task", "imagenet", "--data", str(data["folders"]), "--device", "cpu"]
+    command += ["--image-size", str(SIZE), "--workers", "0", "--no-progress"]
+    half = ("0.5", "0.5", "0.5")
+    for called, weights_of in ((name, "pretrained"), (f"{name}.{tag}", plain)):
+        arguments = [*command, "--model", called, "--weights", str(weights_of)]
+        told = f"of {called} are for images normalised by --mean 0.5 0.5 0.5 --std 0.5 0.5 0.5, and"
+        with pytest.warns(UserWarning, match=re.escape(told)) as warned:
+            assert main(arguments) == 0
+        assert "this is with --mean 0.485 0.456 0.406 --std 0.229" in str(warned[-1].message)
+        # A warning would be an error.
+        assert main([*arguments, "--mean", *half, "--std", *half]) == 0
+    for called, weights_of in ((name, plain), (f"{name}.{tag}", ours)):
+        assert main([*command, "--model", called, "--weights", str(weights_of)]) == 0
+
+
+def test_a_preset_may_mean_to_normalise_otherwise():
+    name = "imagenet/vit_small-resnet18/kd++"
+    config = replace(TrainConfig(), {"preset": name, **load_preset(name).settings})
+    model = types.SimpleNamespace(pretrained_cfg={"mean": (0.5,) * 3, "std": (0.5,) * 3})
+    teacher = config.model.teacher
+    assert normalised_otherwise(teacher, "pretrained", model, config) is None
+    other = replace(config, {"std": (0.2, 0.2, 0.2)})
+    for called, chosen in (
+        ("vit_base_patch32_224", config),
+        (teacher, other),
+        (teacher, replace(config, {"preset": ""})),
+    ):
+        assert "are for images" in normalised_otherwise(called, "pretrained", model, chosen)
 
 
 def test_weights_that_cannot_be_downloaded(data, tmp_path, capsys, monkeypatch):

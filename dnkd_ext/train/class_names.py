@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dnkd_ext.train.models.weights import read_notes
+
 __all__ = ["CLASSES", "check_classes", "class_notes", "classes_of_weights", "other_classes"]
 
 # The name of the note in the files' metadata.
@@ -33,15 +35,7 @@ def class_notes(classes: Sequence[str]) -> dict[str, str]:
 
 def classes_of_weights(path: Path) -> str | None:
     """The note in a file of weights; None in one that says nothing, or is no safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    if path.suffix != ".safetensors":
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(CLASSES)
-    except (SafetensorError, OSError):
-        return None  # whoever loads the weights tells what is wrong
+    return read_notes(path).get(CLASSES)
 
 
 def other_classes(noted: str | None, classes: Sequence[str]) -> str | None:

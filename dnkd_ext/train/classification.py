@@ -30,7 +30,8 @@ from dnkd_ext.train.class_names import check_classes, class_notes, classes_of_we
 from dnkd_ext.train.config import MethodOptions, TrainConfig
 from dnkd_ext.train.engine import Task, autocast
 from dnkd_ext.train.models import create_model, load_weights, model_names
-from dnkd_ext.train.models.weights import read_weights
+from dnkd_ext.train.models.weights import read_notes, read_weights
+from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
 from dnkd_ext.train.world import World
@@ -350,6 +351,34 @@ def load_teacher(
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Teacher(model, digest, None)
+
+
+def normalised_otherwise(
+    name: str, weights: str, model: nn.Module, config: TrainConfig
+) -> str | None:
+    """How images were normalised for timm's own weights, where that is not the configuration's.
+
+    Weights are timm's own as ``pretrained``, or in a file, not of a run of ours, for a name with a
+    tag. None, too, where a preset gives this teacher images normalised so: it means to.
+    """
+    own = getattr(model, "pretrained_cfg", None) or {}
+    if weights != PRETRAINED and ("." not in name or "model" in read_notes(weights_file(weights))):
+        return None
+    given = config.data.normalisation
+    before = {key: tuple(own.get(key) or given[key]) for key in given}
+    if before == given:
+        return None
+    if config.preset:
+        preset = load_preset(config.preset).settings
+        if name.partition(".")[0] == preset.get("teacher") and all(
+            tuple(preset.get(key) or ()) == given[key] for key in given
+        ):
+            return None
+    there, here = (
+        " ".join(f"--{key} {' '.join(map(str, values[key]))}" for key in given)
+        for values in (before, given)
+    )
+    return f"the weights of {name} are for images normalised by {there}, and this is with {here}"
 
 
 def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,13 @@ def open_data(config: TrainConfig, world: World) -> Any:
 def load_teacher(
     name: str, weights: str, source: Any, config: TrainConfig, world: World
 ) -> Teacher:
-    """A trained model of the task in evaluation mode, without gradients."""
+    """A trained model of the task in evaluation mode, without gradients.
+
+    A warning tells where timm's own weights want images normalised otherwise.
+    """
     if is_detection(config):
         return detection().load_teacher(name, weights, source, config, world)
-    return classification.load_teacher(
+    teacher = classification.load_teacher(
         name,
         weights,
         source,
@@ -75,6 +79,10 @@ def load_teacher(
         channels_last=config.run.channels_last,
         any_classes=config.data.any_classes,
     )
+    told = classification.normalised_otherwise(name, weights, teacher.model, config)
+    if told is not None and world.is_first:
+        warnings.warn(told, stacklevel=3)
+    return teacher
 
 
 def gather_class_means(

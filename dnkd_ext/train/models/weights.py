@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_weights", "read_weights"]
+__all__ = ["load_weights", "read_notes", "read_weights"]
 
 # Under which name checkpoints keep the state, the first that is there; mdistiller's say "model".
 # timm's have a moving average beside the state where one was kept, and chose the best by it.
@@ -85,6 +85,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return state
+
+
+def read_notes(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for any other, and for a damaged one."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}  # whoever loads the weights tells what is wrong
 
 
 def _read(path: Path) -> dict[str, Tensor]:
