@@ -140,6 +140,131 @@ def test_names_that_differ_in_case_alone(tmp_path):
         assert again.target.tolist() == [0, 1, 2]
 
 
+def pixels_of(number):
+    return np.full((40, 40, 3), number, np.uint8)
+
+
+def saved(path, number=0):
+    """A small picture as a file of the kind that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.fromarray(pixels_of(number)).save(path)
+
+
+def test_a_class_is_a_folder_of_the_first_level(tmp_path):
+    """Whatever lies below it, as in torchvision."""
+    for split in ("train", "val"):
+        for name, below in itertools.product(("cat", "cup", "sky"), ("indoor", "outdoor/far")):
+            saved(tmp_path / split / name / below / "0.png")
+        saved(tmp_path / split / "cup" / "0.png")
+        (tmp_path / split / ".hidden").mkdir()
+    splits = open_splits(tmp_path, PLAIN)
+    assert splits.classes == ["cat", "cup", "sky"]
+    assert splits.train.target.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    names = tmp_path / "classes.txt"
+    names.write_text("sky\ncat\n\n")
+    split = open_splits(tmp_path, options(class_map=str(names))).val
+    assert (split.classes, split.target.tolist()) == (["sky", "cat"], [1, 1, 0, 0])
+    assert [split.path(i).split("/")[-3] for i in (0, 2)] == ["cat", "sky"]
+
+
+@pytest.mark.parametrize(
+    ("archives", "wanted"),
+    [
+        ({"": ["cat/indoor/0", "cat/outdoor/0", "cup/indoor/0", "cup/1"]}, "cat cat cup cup"),
+        ({"": ["./train/cat/in/0", "./train/cat/out/0", "./train/cup/in/0"]}, "cat cat cup"),
+        ({"part0": ["cat/in/0", "cup/in/0"], "part1": ["cat/out/1"]}, "cat cup cat"),
+        ({"cat": ["0", "close/0"], "cup": ["./0", "./close/0"]}, "cup cup cat cat"),
+        ({"cat": ["close/0"], "cup": ["close/0"]}, "cat cup"),
+        ({"cat": ["all/close/0", "all/0"], "cup": ["all/0"]}, "cat cat cup"),
+    ],
+)
+def test_classes_in_archives(archives, wanted, tmp_path):
+    for split in ("train", "val"):
+        for name, members in archives.items():
+            place = tmp_path / (f"{split}/{name}.tar" if name else f"{split}.tar")
+            place.parent.mkdir(exist_ok=True)
+            with tarfile.open(place, "w") as archive:
+                for member in members:
+                    add(archive, f"{member}.png", png(pixels_of(0)))
+    split = open_splits(tmp_path, PLAIN).train
+    assert split.classes == ["cat", "cup"]
+    paths = [split.path(i).removeprefix(str(tmp_path)) for i in range(len(split))]
+    assert sorted(split.classes[k] for k in split.target) == sorted(wanted.split())
+    for path, label in zip(paths, split.target, strict=True):
+        assert split.classes[label] in path
+
+
+def test_an_image_beside_the_class_folders_of_an_archive(tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for name in ("cat/0.png", "cup/0.png", "zebra.png"):
+                add(archive, name, png(pixels_of(0)))
+    with pytest.raises(ValueError, match=r"outside of class folders, one is \S*train\.tar:zebra"):
+        open_splits(tmp_path, PLAIN)
+
+
+@pytest.mark.parametrize("layout", ["folders", "tar"])
+def test_kinds_of_images(layout, tmp_path):
+    """All that Pillow reads; a kind that is left out is counted, a class without images named."""
+    kinds = ["bmp", "gif", "jpeg", "JPG", "pgm", "png", "ppm", "tif", "tiff", "webp"]
+    for split, name in itertools.product(("train", "val"), ("a", "b")):
+        saved(tmp_path / split / name / "0.png", 3)
+        (tmp_path / split / name / "1.heic").write_bytes(b"unread")
+        (tmp_path / split / name / "notes.txt").write_text("no image")
+    for number, kind in enumerate(kinds):
+        path = tmp_path / "train" / f"c{number}" / f"x.{kind}"
+        path.parent.mkdir(parents=True)
+        picture = image.fromarray(pixels_of(number + 1))
+        (picture.convert("L") if kind == "pgm" else picture).save(path)
+        saved(tmp_path / "val" / f"c{number}" / "0.png")
+
+    def opened():
+        if layout == "tar":
+            for split in ("train", "val"):
+                with tarfile.open(tmp_path / "tar" / f"{split}.tar", "w") as archive:
+                    archive.add(tmp_path / split, ".")
+        return open_splits(tmp_path / "tar" if layout == "tar" else tmp_path, PLAIN)
+
+    (tmp_path / "tar").mkdir()
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    usual = get_img_extensions()
+    splits = opened()
+    assert get_img_extensions() == usual
+    assert splits.classes == ["a", "b", *(f"c{number}" for number in range(len(kinds)))]
+    split = splits.train
+    assert len(split) == 2 + len(kinds)
+    for i in range(2, len(split)):
+        found = np.asarray(split.load(i, "RGB")).astype(int)
+        assert np.abs(found - pixels_of(i - 1)).max() <= 3
+    assert split.left_out == {".heic": 2}
+    (tmp_path / "train" / "b" / "0.png").unlink()
+    told = r"class b of \S*train\S* holds no images of a kind .*bmp, gif, jpeg.*, only 1 \.heic$"
+    with pytest.raises(ValueError, match=told):
+        opened()
+
+
+def test_class_folders_without_images(tmp_path):
+    for split, name in itertools.product(("train", "val"), ("a", "b", "c")):
+        saved(tmp_path / split / name / "0.png")
+    (tmp_path / "val" / "b" / "0.png").rename(tmp_path / "val" / "b" / "0.png.part")
+    with pytest.raises(ValueError, match=r"b of \S*val holds no images of .* read \([^)]+\)$"):
+        open_splits(tmp_path, PLAIN)
+    names = tmp_path / "classes.txt"
+    names.write_text("a\nc\n")
+    assert len(open_splits(tmp_path, options(class_map=str(names))).val) == 2
+    names.write_text("b\n")
+    with pytest.raises(ValueError, match=r"class b of \S*val holds no images"):
+        open_splits(tmp_path, options(class_map=str(names)))
+    for split in ("train", "val"):
+        (tmp_path / "inside" / split).mkdir(parents=True)
+        (tmp_path / split / "b").rename(tmp_path / "b")
+        (tmp_path / split).rename(tmp_path / "inside" / split / split)
+        (tmp_path / "b").rename(tmp_path / split)
+    with pytest.raises(ValueError, match=r"at least two classes, found train alone"):
+        open_splits(tmp_path / "inside", PLAIN)
+
+
 def test_missing_and_wrong_folders(tiles, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data folder at .*nowhere"):
         open_splits(tmp_path / "nowhere", PLAIN)

@@ -14,7 +14,7 @@ import torch
 
 from dnkd_ext.train.batches import EvalBatches, Plan, TrainBatches
 from dnkd_ext.train.data import Images, crop_and_flip
-from dnkd_ext.train.image_files import load_images
+from dnkd_ext.train.image_files import left_out, load_images
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -438,6 +438,28 @@ def test_an_unreadable_image_is_named(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "train" / "crab" / "3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"crab.3\.png is not a readable image"):
+        load_images(tmp_path, progress=False)
+
+
+def test_class_folders_that_lose_images(tmp_path):
+    write_folders(tmp_path)
+    (tmp_path / "train" / ".hidden").mkdir()
+    assert load_images(tmp_path, progress=False).classes == CLASSES
+    below = tmp_path / "train" / "crab" / "indoor" / "far"
+    below.mkdir(parents=True)
+    (tmp_path / "train" / "crab" / "3.png").rename(below / "3.png")
+    (tmp_path / "train" / "crab" / "4.png").rename(below / "4.heic")
+    data = load_images(tmp_path, progress=False)
+    assert (data.classes, len(data.train)) == (CLASSES, 23)
+    assert left_out(tmp_path) == {".heic": 1}
+    stray = tmp_path / "test" / "stray.png"
+    (tmp_path / "test" / "crab" / "3.png").rename(stray)
+    with pytest.raises(ValueError, match=r"outside of class folders, one is .*stray\.png"):
+        load_images(tmp_path, progress=False)
+    stray.unlink()
+    (tmp_path / "train" / "empty").mkdir()
+    (tmp_path / "test" / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"train.empty holds no images of a kind"):
         load_images(tmp_path, progress=False)
 
 

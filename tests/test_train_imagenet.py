@@ -13,6 +13,7 @@ import shutil
 import signal
 import traceback
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import gather
+from dnkd_ext.train import gather, sources
 from dnkd_ext.train.checkpoint import load_checkpoint
 from dnkd_ext.train.classification import (
     Classification,
@@ -968,6 +969,23 @@ def test_an_unreadable_image_stops_or_is_skipped(data, teacher, tmp_path, capsys
         assert main([*command, "--device", "cpu", "--no-progress", "--on-error", "skip"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["test_images"], told["test_unreadable"]) == (4 * VAL - 1, 1)
+
+
+@pytest.mark.parametrize("task", ["imagenet", "cifar"])
+def test_images_that_are_left_out_are_told_by_the_first_process(data, tmp_path, task):
+    folder = tmp_path / "more"
+    shutil.copytree(data["folders"], folder)
+    for number, kind in enumerate(("avif", "heic", "heic")):
+        (folder / "train" / "roof" / f"{number}.{kind}").write_bytes(b"unread")
+    config = settings(folder, task=task)
+    with pytest.warns(UserWarning, match="image files") as told:
+        open_source(config, ALONE, progress=False)
+    (message,) = [str(warning.message) for warning in told]
+    assert message.startswith("3 image files of ")
+    assert "were left out (1 .avif, 2 .heic): the kinds that are read are bmp, gif," in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sources._open(config, World(1, 2, torch.device("cpu")), False)
 
 
 @pytest.mark.filterwarnings("ignore:.*could not be read")

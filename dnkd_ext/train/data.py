@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,19 @@ from dnkd_ext.progress import progress_bar
 __all__ = ["ImageSet", "Images", "crop_and_flip", "load_digits", "load_image_folder"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+KINDS = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+# Images, too, but not read.
+OTHER_SUFFIXES = {
+    *(".apng", ".arw", ".avif", ".cr2", ".dcm", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heif"),
+    *(".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jxl", ".mpo", ".nef", ".pbm", ".pcx", ".pnm"),
+    *(".psd", ".svg", ".tga"),
+}
 LARGEST_SIDE = 64
+
+
+def told_kinds(counts: Mapping[str, int]) -> str:
+    """Suffixes and how many files have them, as text."""
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
 
 
 @dataclass
@@ -185,8 +198,8 @@ def load_image_folder(
 
     Raises:
         FileNotFoundError: ``folder``, its ``train``, or both ``test`` and ``val`` are missing.
-        ValueError: no classes or images, classes of the splits differ, an unreadable image, or a
-            limit below one image a class.
+        ValueError: no classes or images, images outside of class folders, classes of the splits
+            differ, an unreadable image, or a limit below one image a class.
     """
     folder = Path(folder)
     train_folder, test_folder = _split_folders(folder)
@@ -220,12 +233,14 @@ def folder_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: ``folder``, its ``train``, or both ``test`` and ``val`` are missing.
     """
-    return sorted(
-        path
-        for split in _split_folders(folder)
-        for path in split.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    )
+    return sorted(path for split in _split_folders(folder) for path in _images(split))
+
+
+def other_images(folder: Path) -> Counter[str]:
+    """Image files there of kinds that :func:`load_image_folder` leaves out, by their suffix."""
+    files = (path for split in _split_folders(folder) for path in split.rglob("*"))
+    suffixes = (path.suffix.lower() for path in files)
+    return Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
 
 
 def _split_folders(folder: Path) -> tuple[Path, Path]:
@@ -240,11 +255,20 @@ def _split_folders(folder: Path) -> tuple[Path, Path]:
     return train_folder, test_folder
 
 
+def _images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def _class_names(folder: Path) -> list[str]:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if len(names) < 2:
-        raise ValueError(f"{folder} must hold at least two class folders, found {len(names)}")
-    return names
+    inside = sorted(folder.iterdir())
+    # Hidden folders without images are other programs'.
+    folders = [p for p in inside if p.is_dir() and not (p.name[0] == "." and not _images(p))]
+    if len(folders) < 2:
+        raise ValueError(f"{folder} must hold at least two class folders, found {len(folders)}")
+    for path in inside:
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+            raise ValueError(f"{folder} holds images outside of class folders, one is {path}")
+    return [path.name for path in folders]
 
 
 def _chosen_files(
@@ -253,9 +277,9 @@ def _chosen_files(
     random = np.random.default_rng(seed)
     chosen: list[tuple[Path, int]] = []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = _images(folder / name)
         if not files:
-            raise ValueError(f"{folder / name} holds no images")
+            raise ValueError(f"{folder / name} holds no images of a kind that is read ({KINDS})")
         if per_class is not None and per_class < len(files):
             files = [files[i] for i in sorted(random.permutation(len(files))[:per_class])]
         chosen.extend((file, label) for file in files)

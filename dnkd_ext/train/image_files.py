@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from dnkd_ext.train.data import (
     folder_files,
     image_set,
     load_image_folder,
+    other_images,
 )
 
-__all__ = ["load_images"]
+__all__ = ["left_out", "load_images"]
 
 CIFAR100_FOLDER = "cifar-100-python"
 CIFAR100_FILES = ("train", "test", "meta")
@@ -68,8 +70,9 @@ def load_images(
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
-        ValueError: a file that is not what its place says, classes of the splits that differ, a
-            limit below one image a class, or a cache file that holds something else.
+        ValueError: a file that is not what its place says, a class folder without images, images
+            outside of class folders, classes of the splits that differ, a limit below one image a
+            class, or a cache file that holds something else.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -85,6 +88,12 @@ def load_images(
         found = _read(folder, cifar, limit, seed, progress)
         _write_cache(cache, key, found)
     return found
+
+
+def left_out(folder: str | Path) -> Counter[str]:
+    """Image files of kinds that :func:`load_images` does not read, by their suffix."""
+    folder = Path(folder)
+    return Counter() if _cifar_folder(folder) else other_images(folder)
 
 
 def _read(

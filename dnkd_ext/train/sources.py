@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from dnkd_ext.train.batches import EvalBatches, TrainBatches
 from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.data import ImageSet
-from dnkd_ext.train.image_files import load_images
+from dnkd_ext.train.data import KINDS, ImageSet, told_kinds
+from dnkd_ext.train.image_files import left_out, load_images
 from dnkd_ext.train.readers import Splits, open_splits
 from dnkd_ext.train.world import World
 
@@ -212,12 +214,22 @@ def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> 
     return world.first_ahead(lambda: _open(config, world, progress))
 
 
+def _tell_left_out(counts: Mapping[str, int], place: str | Path) -> None:
+    if counts:
+        warnings.warn(
+            f"{sum(counts.values())} image files of {place} were left out ({told_kinds(counts)}): "
+            f"the kinds that are read are {KINDS}",
+            stacklevel=2,
+        )
+
+
 def _open(config: TrainConfig, world: World, progress: bool) -> Source:
     options = config.data
     if config.data.task == "imagenet":
-        from pathlib import Path
-
         splits = open_splits(options.data, config.reader)
+        if world.is_first:
+            for split in (splits.train, splits.val):
+                _tell_left_out(getattr(split, "left_out", {}), getattr(split, "place", ""))
         channels = len(options.normalisation["mean"])
         return DiskSource(Path(options.data).name, splits, channels, config.reader.image_size)
     # The choice of a limited set does not depend on the seed: all seeds see the same.
@@ -228,6 +240,8 @@ def _open(config: TrainConfig, world: World, progress: bool) -> Source:
         cache=options.cache,
         progress=progress and world.is_first,
     )
+    if world.is_first:
+        _tell_left_out(left_out(options.data), options.data)
     for name, values in options.normalisation.items():
         if len(values) != images.channels:
             raise ValueError(
