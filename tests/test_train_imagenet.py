@@ -31,6 +31,7 @@ from dnkd_ext.train.classification import (
     Teacher,
     build_model,
     cast_once,
+    evaluate,
     fit_image_size,
     load_teacher,
     load_weights_for,
@@ -42,7 +43,7 @@ from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.presets import load_preset, preset_names
 from dnkd_ext.train.sources import open_source
-from dnkd_ext.train.world import World
+from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.float64 import in_float64
 from tests.pictures import CLASSES, TRAIN, VAL, cut_tiles, write, write_shards
 from tests.runs import by_two_in_float64, log, near, same, succeeded, together, weights
@@ -969,6 +970,52 @@ def test_an_unreadable_image_stops_or_is_skipped(data, teacher, tmp_path, capsys
         assert main([*command, "--device", "cpu", "--no-progress", "--on-error", "skip"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["test_images"], told["test_unreadable"]) == (4 * VAL - 1, 1)
+
+
+class Second(World):
+    """The other of two processes, without a first one."""
+
+    def sum(self, values):
+        return values
+
+    def gather(self, value):
+        return [(0, ""), value]
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be read")
+@pytest.mark.parametrize("layout", ["folders", "shards"])
+def test_an_evaluation_of_nothing_is_an_error(data, tmp_path, layout, capsys):
+    folder = tmp_path / layout
+    shutil.copytree(data[layout], folder)
+    for path in folder.glob("val/*/*.png"):
+        path.write_bytes(b"nothing")
+    for path in folder.glob("val-*.tar"):
+        path.write_bytes(b"nothing" * 200)
+    skips = ["--on-error", "skip", "--epochs", "1"]
+    told = refused(options(folder, tmp_path / "run", *skips), capsys)
+    place, one = r"\S*/val", r"\S*val/\w+/0\.png"
+    if layout == "shards":
+        place, one = r"\S*val-0000\.tar to \S*val-0003\.tar", r"\S*val-0000\.tar"
+    wanted = (
+        rf"nothing can be evaluated: none of the 20 images of {place} could be read; one is {one}"
+    )
+    assert re.fullmatch(rf"dnkd train: error: {wanted}\n", told)
+    torch.manual_seed(0)
+    torch.save(build_model("cifar_resnet20", 4, 3).state_dict(), tmp_path / "model.pt")
+    command = ["eval", *options(folder, tmp_path)[1:]]
+    for name in ("--out", "--epochs", "--batch-size", "--lr", "--milestones", "--student"):
+        place = command.index(name)
+        del command[place : place + 2]
+    command.remove("--no-tensorboard")
+    command += ["--model", "cifar_resnet20", "--weights", str(tmp_path / "model.pt")]
+    told = refused([*command, "--on-error", "skip"], capsys)
+    assert re.fullmatch(rf"dnkd eval: error: {wanted}\n", told)
+    if layout == "folders":
+        config = settings(folder, on_error="skip")
+        batches = open_source(config, ALONE).test(config, ALONE)
+        model, second = build_model("cifar_resnet20", 4, 3), Second(1, 2, torch.device("cpu"))
+        with pytest.raises(OtherProcessFailed):
+            evaluate(model, batches, 4, contextlib.nullcontext(), second)
 
 
 @pytest.mark.parametrize("task", ["imagenet", "cifar"])

@@ -47,6 +47,8 @@ class BatchShare:
 
     # What is in memory has been read.
     unreadable = 0
+    first_unreadable = ""
+    place = "memory"
 
     def __init__(
         self,

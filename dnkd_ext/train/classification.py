@@ -32,9 +32,10 @@ from dnkd_ext.train.engine import Task, autocast
 from dnkd_ext.train.models import create_model, load_weights, model_names
 from dnkd_ext.train.models.weights import read_notes, read_weights
 from dnkd_ext.train.presets import load_preset
+from dnkd_ext.train.readers import DataError
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
-from dnkd_ext.train.world import World
+from dnkd_ext.train.world import OtherProcessFailed, World
 
 __all__ = [
     "Classification",
@@ -519,6 +520,10 @@ def evaluate(
 
     The hits are counted on the device: torchmetrics, where some rows are to be left out, waits for
     it in every batch.
+
+    Raises:
+        DataError: not one of the images could be read.
+        OtherProcessFailed: likewise; the first process tells it.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     modes = {module: module.training for module in model.modules()}
@@ -538,6 +543,16 @@ def evaluate(
         for module, mode in modes.items():
             module.training = mode
     top1, top5, count = world.sum(counts).tolist()
+    if not count:
+        failed = world.gather((batches.unreadable, batches.first_unreadable))
+        if not world.is_first:
+            raise OtherProcessFailed("nothing could be evaluated")
+        total = sum(number for number, _ in failed)
+        first = next((name for _, name in failed if name), "")
+        raise DataError(
+            f"nothing can be evaluated: none of the {total} images of {batches.place} could be "
+            f"read; one is {first}"
+        )
     kept = (torch.cat(taken), torch.cat(targets)) if keep else ()
     return Evaluated(round(100 * top1 / count, 4), round(100 * top5 / count, 4), count, *kept)
 

@@ -120,8 +120,10 @@ class _Loader(BatchShare):
             dtype=dtype,
         )
         self.split = split
+        self.place = split.place
         self.options = options
         self.unreadable = 0
+        self.first_unreadable = ""
         erases = is_training and options.random_erasing > 0
         self._blank = torch.zeros(
             len(mean),
@@ -199,7 +201,7 @@ class _Loader(BatchShare):
         self._turn += 1
         turn = self._turn
         self.unreadable = count = 0
-        first = ""
+        self.first_unreadable = first = ""
         batches: Iterator[Any] | None = None
         while True:
             if turn != self._turn:
@@ -241,7 +243,7 @@ class _Loader(BatchShare):
                 finally:
                     del batch
             count += len(batch.failed)
-            first = first or next(iter(batch.failed), "")
+            self.first_unreadable = first = first or next(iter(batch.failed), "")
             yield batch
         if count:
             done = "replaced by the next" if self._maker.is_training else "left out"
@@ -479,7 +481,9 @@ class EvalLoader(_Loader):
         dtype: of the images.
 
     Attributes:
+        place: of the split.
         unreadable: images of this process that were left out, when they were run through last.
+        first_unreadable: one of them.
 
     Raises:
         ValueError: a value out of range, or no images.

@@ -465,6 +465,12 @@ class ShardSplit:
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def place(self) -> str:
+        """The first shard, and the last."""
+        ends = dict.fromkeys((self.urls[0], self.urls[-1]))
+        return " to ".join(ends)
+
     def names(self) -> Iterator[str]:
         """Names of the shards, and how many images are in each, or in all, in order."""
         for place, url in enumerate(self.urls):

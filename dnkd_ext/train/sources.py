@@ -42,7 +42,17 @@ class Epochs(Protocol):
 
 
 class Clean(Protocol):
-    """Every image once, as it is: (images, target, mask); mask is False where a batch is filled."""
+    """Every image once, as it is: (images, target, mask); mask is False where a batch is filled.
+
+    Attributes:
+        place: where the images are.
+        unreadable: images of this process that could not be read, when they were run through last.
+        first_unreadable: one of them.
+    """
+
+    place: str
+    unreadable: int
+    first_unreadable: str
 
     def __len__(self) -> int:
         """Batches, of each process."""
