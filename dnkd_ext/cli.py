@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 __all__ = ["entry", "main"]
@@ -114,7 +115,10 @@ def _training(name: str, options: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a wrong input is one line on standard error and exit status 2."""
+    """Run one command; a wrong input is one line on standard error and exit status 2.
+
+    So is the death of a process that reads images.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in TRAINING:
         arguments = argparse.Namespace(command=argv[0])
@@ -135,9 +139,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dnkd {arguments.command}: interrupted", file=sys.stderr)
         return 130
     except RuntimeError as error:
-        if type(error).__name__ != "OtherProcessFailed":
+        if type(error).__name__ == "OtherProcessFailed":
+            return 2  # the process that failed has told why
+        died = None
+        if type(error).__name__ == "WorkerDied" or "DataLoader worker" in str(error):
+            from dnkd_ext.train.loaders import worker_death
+
+            died = worker_death(error)
+        if died is None:
             raise
-        return 2  # the process that failed has told why
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise for every other worker that died, too.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        resumes = arguments.command in ("train", "class-means")
+        more = "; --resume goes on where the run was last kept" if resumes else ""
+        print(f"dnkd {arguments.command}: error: {died}{more}", file=sys.stderr)
+        return 2
 
 
 def entry() -> None:

@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import traceback
 import types
 import warnings
@@ -970,6 +972,74 @@ def test_an_unreadable_image_stops_or_is_skipped(data, teacher, tmp_path, capsys
         assert main([*command, "--device", "cpu", "--no-progress", "--on-error", "skip"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["test_images"], told["test_unreadable"]) == (4 * VAL - 1, 1)
+
+
+# torch raises its error at whatever the program is doing when a worker dies: not in pytest.
+DYING = """
+import multiprocessing, os, signal, sys, time
+from dnkd_ext import cli
+from dnkd_ext.train import classification
+
+batches = classification.Classification.batches
+how, count = sys.argv[1], int(sys.argv[2])
+
+def dying(self, epoch, start):
+    for number, batch in enumerate(batches(self, epoch, start), start):
+        if (epoch, number) == (1, 1):
+            if how == "quiet":
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for worker in multiprocessing.active_children()[:count]:
+                os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(1)
+        yield batch
+
+classification.Classification.batches = dying
+sys.argv[1:3] = []
+cli.entry()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "count"), [("loud", 1), ("loud", 2), ("quiet", 2)])
+def test_the_death_of_a_worker_is_one_line(data, tmp_path, how, count):
+    """Wherever torch raises it, and --resume goes on."""
+    arguments = options(data["folders"], tmp_path / "run", "--workers", "2", "--batch-size", "2")
+    command = [sys.executable, "-W", "ignore", "-c", DYING, how, str(count), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    told = (
+        r"dnkd train: error: a worker process that reads images died: .*; too little memory, or "
+        r"shared memory \(/dev/shm\), is the usual reason: fewer .*; --resume goes on where .*\n"
+    )
+    assert re.fullmatch(told, done.stderr), done.stderr
+    assert len(run([*arguments, "--resume"])) == 2
+
+
+def test_torchs_own_error_of_a_dead_worker(capsys, monkeypatch):
+    """It comes from a signal handler, in the midst of anything."""
+    text = (
+        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory. Please try to raise it.\n more"
+    )
+
+    def fail(*_):
+        raise RuntimeError(text)
+
+    from dnkd_ext.train.arguments import COMMANDS
+
+    handler = signal.getsignal(signal.SIGCHLD)
+    for name, more in (("train", "; --resume goes on where the run was last kept"), ("eval", "")):
+        monkeypatch.setitem(COMMANDS, name, fail)
+        assert main([name]) == 2
+        signal.signal(signal.SIGCHLD, handler)
+        assert capsys.readouterr().err == (
+            f"dnkd {name}: error: a worker process that reads images died: DataLoader worker (pid "
+            "12) is killed by signal: Bus error; too little memory, or shared memory (/dev/shm), "
+            f"is the usual reason: fewer --workers need less{more}\n"
+        )
+    text = "something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["train"])
 
 
 class Second(World):

@@ -114,6 +114,7 @@ def main(told: str) -> int:
     """One of the processes; what is wrong is a line on standard error, as in dnkd train."""
     from dnkd_ext.train.config import TrainConfig, replace
     from dnkd_ext.train.jobs import Job, run_jobs
+    from dnkd_ext.train.loaders import worker_death
     from dnkd_ext.train.world import join_world
 
     _end_with_parent()
@@ -128,6 +129,12 @@ def main(told: str) -> int:
         return 128 + stopped.signal
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"{job.out}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        died = worker_death(error)
+        if died is None:
+            raise
+        print(f"{job.out}: error: {died}; --resume goes on", file=sys.stderr)
         return 2
     return 0
 

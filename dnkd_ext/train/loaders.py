@@ -30,7 +30,40 @@ from dnkd_ext.train.samples import (
     seeded,
 )
 
-__all__ = ["EvalLoader", "Order", "TrainLoader", "as_it_is", "leave_signals_to_the_main_process"]
+__all__ = [
+    "EvalLoader",
+    "Order",
+    "TrainLoader",
+    "WorkerDied",
+    "as_it_is",
+    "leave_signals_to_the_main_process",
+    "worker_death",
+]
+
+
+class WorkerDied(RuntimeError):
+    """A process that reads images for this one ended; what it was about to do is lost."""
+
+
+def worker_death(error: Exception, workers: int | None = None) -> WorkerDied | None:
+    """The error that tells of a worker's death, or None where ``error`` is of something else.
+
+    torch raises its own wherever the program is when a worker ends, out of a signal handler.
+    """
+    if isinstance(error, WorkerDied):
+        return error
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in text:
+        return None
+    return _died(text[text.index("DataLoader worker (pid") :].partition(". ")[0], workers)
+
+
+def _died(what: str, workers: int | None) -> WorkerDied:
+    fewer = "fewer --workers" if workers is None else f"fewer than --workers {workers}"
+    return WorkerDied(
+        f"a worker process that reads images died: {what.rstrip('.')}; too little memory, or "
+        f"shared memory (/dev/shm), is the usual reason: {fewer} need less"
+    )
 
 
 class Order(NamedTuple):
@@ -195,7 +228,8 @@ class _Loader(BatchShare):
             aim: says which batches the workers are to make, when the first is asked for.
 
         Raises:
-            RuntimeError: a worker died, or another epoch was begun meanwhile.
+            WorkerDied: one did.
+            RuntimeError: another epoch was begun meanwhile.
             DataError: an image cannot be read, or has no class.
         """
         self._turn += 1
@@ -208,7 +242,7 @@ class _Loader(BatchShare):
                 raise RuntimeError(
                     "this epoch cannot go on: another one of the same loader was begun"
                 )
-            died = ""
+            died: WorkerDied | None = None
             try:
                 if batches is None:
                     aim()
@@ -217,24 +251,24 @@ class _Loader(BatchShare):
             except StopIteration:
                 break
             except RuntimeError as error:
-                if "DataLoader worker (pid" not in str(error):
+                died = worker_death(error, self.options.workers)
+                if died is None:
                     raise
-                died = str(error)
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 # It held the memory of batches that were on their way. What was raised within a
                 # worker says that it was caught there.
                 if not self.options.workers or str(error).startswith("Caught "):
                     raise
-                died = f"{type(error).__name__}: {error}."
+                died = _died(f"{type(error).__name__}: {error}", self.options.workers)
             # Who keeps an error keeps all that its traceback refers to. Workers must not be among
             # that: found by the garbage collector, they take seconds to end.
-            if died:
+            if died is not None:
                 batches = None
                 self.close()
-                raise RuntimeError(
-                    f"a worker process that reads images died: {died} Too little memory is the "
-                    f"usual reason; fewer than --workers {self.options.workers} need less."
-                )
+                try:
+                    raise died
+                finally:
+                    del died
             if isinstance(batch, DataError):
                 batches = None
                 self.close()
@@ -433,7 +467,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: a negative epoch, or a start outside of it. While iterating
                 :class:`~dnkd_ext.train.readers.DataError`, which names the image.
-            RuntimeError: while iterating: a worker process died, or another epoch was begun.
+            RuntimeError: while iterating: another epoch was begun, or :class:`WorkerDied`.
         """
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
@@ -546,7 +580,7 @@ class EvalLoader(_Loader):
         Raises:
             ValueError: a start that is no batch. While iterating
                 :class:`~dnkd_ext.train.readers.DataError`, which names the image.
-            RuntimeError: while iterating: a worker process died, or was given another pass.
+            RuntimeError: while iterating: another pass was begun, or :class:`WorkerDied`.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start must be between 0 and {len(self)} batches, got {start}")
