@@ -276,6 +276,8 @@ class _Loader(BatchShare):
                     raise batch
                 finally:
                     del batch
+            for note in batch.notes:
+                warnings.warn(note, stacklevel=3)
             count += len(batch.failed)
             self.first_unreadable = first = first or next(iter(batch.failed), "")
             yield batch

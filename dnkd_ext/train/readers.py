@@ -103,7 +103,8 @@ class ReaderOptions:
     shuffle_buffer: int = 2048
     """WebDataset: undecoded images among which a worker chooses the next."""
     on_error: Literal["raise", "skip"] = "raise"
-    """An image that cannot be read: stop and name it, or count it and go on."""
+    """An image that cannot be read: stop and name it, or count it and go on. A shard that breaks
+    off counts as the images that it should still hold, where that is known, else as one."""
 
     def check(self) -> None:
         """ValueError for values out of range, naming the option."""

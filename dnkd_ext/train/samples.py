@@ -74,13 +74,15 @@ class Batch(NamedTuple):
     """Images (N, C, H, W) uint8, or float32 and normalised, on the CPU.
 
     ``target`` (N,) int64, ``mask`` (N,) bool: False where a place is empty; ``failed``: paths of
-    what could not be read.
+    what could not be read, a shard's for each image that is lost with it; ``notes``: what is to be
+    told of such shards.
     """
 
     images: Tensor
     target: Tensor
     mask: Tensor
     failed: list[str]
+    notes: list[str]
 
 
 def collate(
@@ -102,7 +104,7 @@ def collate(
         mask[place] = item.pixels is not None
         target[place] = item.target if item.pixels is not None else 0
     images += [blank] * (size - len(items))
-    return Batch(torch.stack(images), target, mask, failed)
+    return Batch(torch.stack(images), target, mask, failed, [])
 
 
 def build_transform(
@@ -228,6 +230,43 @@ class _Ahead:
             yield self.seen[place]
 
 
+def _other_length(url: str, length: int, held: int | str) -> UnreadableError:
+    return UnreadableError(url, f"{length} images were announced, it holds {held}")
+
+
+class _Broken:
+    """Shards of an epoch that broke off, as :class:`Batch` has them, each told once."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.notes: list[str] = []
+        self.seen: set[str] = set()
+
+    def add(self, error: UnreadableError, length: int | None, count: int, last: str) -> None:
+        """A shard of which ``count`` images could be read, and the last of them."""
+        if error.name in self.seen:
+            return
+        self.seen.add(error.name)
+        lost = 1 if length is None else max(1, length - count)
+        told = f"{lost} of {length} are lost"
+        if length is None:
+            told = "how many are lost is not known, and they count as one"
+        behind = f", behind {last}" if last else ""
+        self.failed += [error.name] * lost
+        self.notes.append(f"{error}; it breaks off after {count} images{behind}: {told}")
+
+    def move_to(self, batch: Batch) -> None:
+        """What is new becomes the batch's."""
+        batch.failed.extend(self.failed)
+        batch.notes.extend(self.notes)
+        self.forget()
+
+    def forget(self) -> None:
+        """Count nothing of what was added until now, nor tell it."""
+        self.failed.clear()
+        self.notes.clear()
+
+
 class ShardBatches(IterableDataset):
     """Whole batches of this process's shards, which its workers share.
 
@@ -248,6 +287,7 @@ class ShardBatches(IterableDataset):
         buffer: int,
     ) -> None:
         self.split = split
+        self.lengths = dict(zip(split.urls, split.lengths or (), strict=False))
         self.maker = maker
         self.collate = collate
         self.local_size = local_size
@@ -284,18 +324,17 @@ class ShardBatches(IterableDataset):
     def _training(self, worker: int, epoch: int, start: int) -> Iterator[Any]:
         # The loader asks its workers in turn, beginning with the first.
         stream = (worker + start) % self.streams
-        broken: list[str] = []
+        broken = _Broken()
         images = _Ahead(self._stream(stream, epoch, broken))
         passed = len(range(stream, start, self.streams))
         for _ in range(passed * self.local_size):
             next(images)
-        broken.clear()
+        broken.forget()
         for _ in range(start + worker, self.steps, self.streams):
             items = [self._next(images, epoch) for _ in range(self.local_size)]
             batch = self.collate(items)
             if isinstance(batch, Batch):
-                batch.failed.extend(broken)
-                broken.clear()
+                broken.move_to(batch)
             yield batch
 
     def _next(self, images: _Ahead, epoch: int) -> Item:
@@ -310,7 +349,7 @@ class ShardBatches(IterableDataset):
                 return self._decoded(other, raw.name, epoch)
         raise UnreadableError(raw.name, f"nor can the {LONGEST_GAP} behind it")
 
-    def _stream(self, stream: int, epoch: int, broken: list[str]) -> Iterator[RawImage]:
+    def _stream(self, stream: int, epoch: int, broken: _Broken) -> Iterator[RawImage]:
         """Undecoded images, shuffled, again and again."""
         numbers = [SHARDS, self.maker.seed, epoch]
         words = np.random.SeedSequence(numbers).generate_state(1)
@@ -341,15 +380,28 @@ class ShardBatches(IterableDataset):
         draw.shuffle(buffer)
         yield from buffer
 
-    def _opened(self, shards: list[str], broken: list[str]) -> Iterator[RawImage]:
+    def _opened(self, shards: list[str], broken: _Broken) -> Iterator[RawImage]:
         """The images of the shards, one shard after another."""
         for url in shards:
+            length = self.lengths.get(url)
+            count, last, error = 0, "", None
             try:
-                yield from self.split.read(url)
-            except UnreadableError as error:
+                for raw in self.split.read(url):
+                    count, last = count + 1, raw.name
+                    yield raw
+            except UnreadableError as caught:
                 if not self.maker.skips:
                     raise
-                broken.append(error.name)
+                error = caught
+            if count == length:
+                continue  # only what lies behind the images is broken
+            # An archive that ends between two files looks like a whole one.
+            if error is None and count < (length or 0):
+                error = _other_length(url, length, count)
+                if not self.maker.skips:
+                    raise error
+            if error is not None:
+                broken.add(error, length, count, last)
 
     # -- evaluation: every image once ----------------------------------------------------------
 
@@ -385,7 +437,6 @@ class ShardBatches(IterableDataset):
                 raise
         if count != length:
             if not self.maker.skips:
-                held = "more" if count > length else count
-                raise UnreadableError(url, f"{length} images were announced, it holds {held}")
+                raise _other_length(url, length, "more" if count > length else count)
             for _ in range(length - count):
                 yield Item(None, 0, url)
