@@ -1104,6 +1104,31 @@ def test_a_break_in_a_shard_of_unknown_length(tiles, tmp_path):
     assert loader.unreadable == 1
 
 
+@BROKEN
+def test_a_shard_that_ends_between_an_image_and_its_class(shards):
+    """As a copy that stopped at a block; not a sample without a class among others."""
+    for split in ("train", "val"):
+        path = shards / f"{split}-0001.tar"
+        with tarfile.open(path) as archive:
+            end = archive.getmembers()[5].offset
+        path.write_bytes(path.read_bytes()[:end])
+    opts = dataclasses.replace(SHARDS, on_error="skip")
+    splits = open_splits(shards, SHARDS)
+    told = r"train-0001\.tar cannot be read: \S*:\S+ must have an integer \.cls .*; there it ends"
+    with pytest.raises(UnreadableError, match=told):
+        list(train_loader(splits.train, 4).epoch(0))
+    loader = train_loader(splits.train, 4, opts)
+    list(loader.epoch(0))
+    assert loader.unreadable == 5
+    loader = eval_loader(splits.val, opts=opts)
+    assert sum(int(mask.sum()) for _, _, mask in loader) == 17
+    with tarfile.open(shards / "train-0002.tar", "w") as archive:
+        for name, content in (("x.png", b""), ("y.png", png(pixels_of(0))), ("y.cls", b"0")):
+            add(archive, name, content)
+    with pytest.raises(ValueError, match=r"^\S*train-0002\.tar:x must have an integer \.cls as"):
+        list(train_loader(splits.train, 4, opts).epoch(0))
+
+
 def test_only_the_end_of_a_shard_is_broken(shards):
     path = shards / "train-0001.tar"
     with tarfile.open(path) as archive:

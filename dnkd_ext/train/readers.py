@@ -482,7 +482,7 @@ class ShardSplit:
         """The images of a shard, undecoded.
 
         Raises:
-            UnreadableError: the shard cannot be opened, or breaks off.
+            UnreadableError: the shard cannot be opened, or breaks off, within its last sample, too.
             DataError: a sample without an image or a class, or with one out of range.
         """
         from webdataset.tariterators import tarfile_samples
@@ -497,7 +497,18 @@ class ShardSplit:
                 raise
             except Exception as error:
                 raise UnreadableError(url, _reason(error)) from error
-            yield self._raw(url, sample)
+            try:
+                raw = self._raw(url, sample)
+            except DataError as error:
+                if self._is_whole(sample) or not _ended(samples):
+                    raise
+                # An archive that ends between two files looks like a whole one.
+                raise UnreadableError(url, f"{error}; there it ends") from error
+            yield raw
+
+    def _is_whole(self, sample: dict[str, Any]) -> bool:
+        """Whether it has an image and a class, of whatever content."""
+        return ("json" if self.label else "cls") in sample and any(k in sample for k in IMAGE_KEYS)
 
     def _raw(self, url: str, sample: dict[str, Any]) -> RawImage:
         name = f"{url}:{sample.get('__key__')}"
@@ -549,6 +560,15 @@ class ShardSplit:
                 f"{self.count} were announced"
             )
         return dataclasses.replace(self, lengths=tuple(lengths))
+
+
+def _ended(samples: Iterator[Any]) -> bool:
+    try:
+        return next(samples, None) is None
+    except MemoryError:
+        raise
+    except Exception:
+        return True
 
 
 def _open_shards(root: str, options: ReaderOptions) -> Splits:
