@@ -132,7 +132,8 @@ def measure_case(
     with warm_allocator(warm) as is_warm:
         peers = case.peers(only=only)
         calls = {"copy": copy_of(case.bytes, case.device), **peers.calls()}
-        calls.update(_in_float32(case, only))
+        wide, refused = _in_float32(case, only)
+        calls.update(wide)
         rows = []
         for name, timing in measure(calls, case.device, seconds=seconds).items():
             rows.append(_row(name, BOTH, timing))
@@ -155,16 +156,19 @@ def measure_case(
         row.update(common)
         if case.device == "cpu":  # where a call returns when its work is done
             row.update(host_us="")
-    return rows, peers.refused
+    return rows, {**peers.refused, **refused}
 
 
-def _in_float32(case: Case, only: Collection[str] | None) -> dict[str, Callable[[], None]]:
-    """The peer of that name, for a case of 16 bits; none where it is wrong or not asked for."""
+def _in_float32(
+    case: Case, only: Collection[str] | None
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """The peer of that name, for a case of 16 bits, if asked for; and why it was refused."""
     if case.dtype.itemsize != 2 or not (only is None or "float32" in only):
-        return {}
-    wide = dataclasses.replace(case, dtype=torch.float32)
-    calls = wide.peers(only=("ours",)).calls()
-    return {"float32": calls["ours"]} if calls else {}
+        return {}, {}
+    wide = dataclasses.replace(case, dtype=torch.float32).peers(only=("ours",))
+    if "ours" in wide.refused:
+        return {}, {"float32": wide.refused["ours"]}
+    return {"float32": wide.calls()["ours"]}, {}
 
 
 def _row(peer: str, which: str, timing) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -126,11 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     try:
         if arguments.command in TRAINING:
-            return _training(arguments.command, argv[1:])
-        return {"info": _info, "demo": _demo}[arguments.command](arguments)
-    except BrokenPipeError:
-        # Who read standard output has enough; what is still to be written goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = _training(arguments.command, argv[1:])
+        else:
+            status = {"info": _info, "demo": _demo}[arguments.command](arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError as error:
+        if _is_read():
+            print(f"dnkd {arguments.command}: error: {error}", file=sys.stderr)
+            return 2
         return 128 + signal.SIGPIPE
     except (ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         print(f"dnkd {arguments.command}: error: {error}", file=sys.stderr)
@@ -155,6 +160,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         more = "; --resume goes on where the run was last kept" if resumes else ""
         print(f"dnkd {arguments.command}: error: {died}{more}", file=sys.stderr)
         return 2
+
+
+def _is_read() -> bool:
+    """Whether somebody reads standard output; if not, what is still to be written goes nowhere."""
+    try:
+        place = sys.stdout.fileno()
+    except OSError:  # no file
+        return True
+    poll = select.poll()
+    poll.register(place, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return True
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, place)
+    os.close(nowhere)
+    return False
 
 
 def entry() -> None:

@@ -310,8 +310,13 @@ def test_rows_are_appended_and_read_again(tmp_path, no_compile):
     }
 
 
-def test_sixteen_bits_take_turns_with_float32():
+def test_sixteen_bits_take_turns_with_float32(monkeypatch):
     """So that their ratio is of one run; rows without it are no measurement of the target."""
+
+    def refusing(case, name, *_):
+        if case.dtype == torch.float32:
+            raise cases.WrongPeer(f"{name} is wrong")
+
     (target,) = (t for t in targets.targets("cpu") if t.text.startswith("bfloat16 within 5%"))
     case = NdCase(64, 64, 100, dtype=torch.bfloat16)
     assert (case.name, "default") in target.cases
@@ -326,6 +331,12 @@ def test_sixteen_bits_take_turns_with_float32():
     assert one.evaluate(found).figure == f"{us['ours'] / us['float32']:.2f}x"
     without = results.measurements([row for row in rows if row["peer"] != "float32"])[0]
     assert one.evaluate({(case.name, "default"): without}).status == targets.NOT_MEASURED
+    wrong = dataclasses.replace(case, rows=32)
+    monkeypatch.setattr(NdCase, "_check", refusing)
+    rows, refused = results.measure_case(wrong, warm=False, seconds=0.02, only=("ours", "float32"))
+    assert "float32" not in {row["peer"] for row in rows}
+    assert refused["float32"] == "ours is wrong"
+    monkeypatch.undo()
     rows, _ = results.measure_case(SMALL, warm=False, seconds=0.02, only=("ours", "float32"))
     assert "float32" not in {row["peer"] for row in rows}
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import dnkd_ext
+from dnkd_ext import cli
 from dnkd_ext.cli import main
 
 
@@ -238,20 +239,33 @@ class TestAugmentation:
         assert {m for m, _, _ in seen} == {False, True}
 
 
-def test_a_reader_that_has_enough_is_no_error():
-    """As in ``dnkd train --help | head -1``, of more than a pipe holds."""
+@pytest.mark.parametrize("lines", [1, 200_000], ids=["at the end", "in between"])
+def test_a_reader_that_has_enough_is_no_error(lines):
+    """As in ``dnkd train --help | head -1``, of less and of more than a pipe holds."""
     script = (
         "import sys; from unittest import mock; import dnkd_ext.cli as cli\n"
         "def much(arguments):\n"
-        "    for _ in range(200_000):\n"
+        "    print('begun', flush=True)\n"
+        "    sys.stdin.read()\n"
+        f"    for _ in range({lines}):\n"
         "        print('a line')\n"
+        "    return 0\n"
         "with mock.patch.object(cli, '_info', much):\n"
         "    sys.exit(cli.main(['info']))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "a line\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", script], **pipes, text=True)
+    assert process.stdout.readline() == "begun\n"
     process.stdout.close()
+    process.stdin.close()
     assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    def broken(arguments):
+        raise BrokenPipeError(32, "of a service")
+
+    monkeypatch.setattr(cli, "_info", broken)
+    assert main(["info"]) == 2
+    assert "dnkd info: error: [Errno 32] of a service" in capsys.readouterr().err

@@ -294,7 +294,11 @@ def test_what_processes_kept_is_that_of_all():
             "meter": {"sums": torch.tensor([loss, steps]), "bad": torch.tensor([bad])},
             "random": {},
             "unreadable": unreadable,
-            "buffers": {"mean": torch.tensor([mean, 1.0]), "frozen": torch.tensor([0.1, 0.2])},
+            "buffers": {
+                "mean": torch.tensor([mean, 1.0]),
+                "frozen": torch.tensor([0.1, 0.2]),
+                "number": torch.tensor(bad),
+            },
         }
 
     merged = merge_ranks([own(3.0, 2.0, 7, 1.0, 1), own(5.0, 2.0, 4, 2.0, 0), own(1, 2, 9, 6.0, 2)])
@@ -303,6 +307,7 @@ def test_what_processes_kept_is_that_of_all():
     assert merged["unreadable"] == 3
     assert merged["buffers"]["mean"].tolist() == [3.0, 1.0]
     assert torch.equal(merged["buffers"]["frozen"], torch.tensor([0.1, 0.2]))
+    assert merged["buffers"]["number"] == 7  # a count has no mean
     assert "random" not in merged
 
 

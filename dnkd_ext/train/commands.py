@@ -59,9 +59,11 @@ def run_class_means(
     notes, done = tasks.origin_notes(model, teacher, source, config), None
     with world.first_alone():
         if world.is_first and resume and not overwrite:
-            done = tasks.kept_means(out, notes, source)
+            done = tasks.kept_means(out, notes, source, any_classes=config.data.any_classes)
             if done is None and out.exists():
-                raise FileExistsError(f"--out {out} exists, and is of other data or another model")
+                raise FileExistsError(
+                    f"--out {out} exists, and is of other data, other classes or another model"
+                )
     done = world.from_first(done)
     if done is not None:
         return done

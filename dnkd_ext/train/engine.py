@@ -310,9 +310,11 @@ def merge_ranks(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     buffers: dict[str, Tensor] = {}
     for name, first in ranks[0].get("buffers", {}).items():
         values = [own["buffers"][name] for own in ranks]
-        # Frozen ones are the same everywhere, and their mean might not be to the last bit.
+        # Frozen ones are the same everywhere, and their mean might not be to the last bit. Counts
+        # of batches have none.
         alike = all(torch.equal(first, value) for value in values)
-        buffers[name] = first if alike else torch.stack(values).mean(0)
+        averaged = first.is_floating_point() and not alike
+        buffers[name] = torch.stack(values).mean(0) if averaged else first
     return {
         "meter": {
             # Each counts its own steps, so that those of this epoch weigh alike before and after.

@@ -176,7 +176,8 @@ def gather_means(
     held = None
     if path is not None and resume:
         held = _load(_part(path, world), origin)
-        others = {int(part.name.rpartition("-of-")[2]) for part in find_parts(path)} - {world.size}
+        ends = [part.name.rpartition("-of-")[2] for part in find_parts(path)]
+        others = {int(end) for end in ends if end.isdecimal()} - {world.size}
         if held is None and others and world.is_first:
             warnings.warn(
                 f"class means begin anew: those beside {path} are parts of {min(others)} "

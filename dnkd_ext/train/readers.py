@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -400,8 +401,8 @@ def _open_files(place: Path, class_map: str) -> FileSplit:
                 reader = create_reader("", root=str(place))
     except tarfile.TarError as error:
         raise ValueError(f"{place} is not a readable tar archive: {error}") from error
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(none) from error
+    except (AssertionError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{none} ({error})" if str(error) else none) from error
     # timm's classes are the last folders, whatever lies above them.
     if isinstance(reader, ReaderImageInTar):
         names = _archive_classes(reader.samples)
@@ -680,7 +681,8 @@ def open_splits(data: str | Path, options: ReaderOptions) -> Splits:
     the first level at which there are several.
 
     An archive is scanned from beginning to end. timm keeps the result of more than 10 GB beside
-    it, in ``_*_tarinfos.pickle``: of several processes one should come first then.
+    it, in ``_*_tarinfos.pickle``: of several processes one should come first then. A list that timm
+    itself made has png, jpg and jpeg files alone; where there are others, remove it.
 
     Raises:
         FileNotFoundError: the folder, or a split, is missing.

@@ -133,7 +133,9 @@ class Shared:
             notes = tasks.origin_notes(config.model.teacher, teacher, source, config)
             with self.world.first_alone():
                 if self.world.is_first:
-                    means = tasks.kept_means(out / CLASS_MEANS, notes, source)
+                    means = tasks.kept_means(
+                        out / CLASS_MEANS, notes, source, any_classes=config.data.any_classes
+                    )
             means = self.world.from_first(means)
             if means is None:
                 means = tasks.gather_class_means(

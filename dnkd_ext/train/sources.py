@@ -242,6 +242,7 @@ def _open(config: TrainConfig, world: World, progress: bool) -> Source:
                 _tell_left_out(getattr(split, "left_out", {}), getattr(split, "place", ""))
         channels = len(options.normalisation["mean"])
         return DiskSource(Path(options.data).name, splits, channels, config.reader.image_size)
+    was_cached = bool(options.cache) and Path(options.cache or "").exists()
     # The choice of a limited set does not depend on the seed: all seeds see the same.
     images = load_images(
         options.data,
@@ -250,7 +251,8 @@ def _open(config: TrainConfig, world: World, progress: bool) -> Source:
         cache=options.cache,
         progress=progress and world.is_first,
     )
-    if world.is_first:
+    # Of a cache that was told when it was made; looking takes as long as listing all files.
+    if world.is_first and not was_cached:
         _tell_left_out(left_out(options.data), options.data)
     for name, values in options.normalisation.items():
         if len(values) != images.channels:

@@ -105,12 +105,15 @@ def gather_class_means(
     return means
 
 
-def kept_means(path: Path, notes: dict[str, str], source: Any) -> ClassMeans | None:
+def kept_means(
+    path: Path, notes: dict[str, str], source: Any, *, any_classes: bool = False
+) -> ClassMeans | None:
     """Class means that were gathered before, if these are the ones, of the data's classes."""
     means = gather.kept_means(path, notes)
-    if means is None or other_classes(means.metadata.get(CLASSES), source.classes) is not None:
-        return None
-    return means
+    if means is None or any_classes:
+        return means
+    differs = other_classes(means.metadata.get(CLASSES), source.classes)
+    return means if differs is None else None
 
 
 def origin_notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
