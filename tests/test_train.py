@@ -27,7 +27,7 @@ from PIL import Image
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import gather, sources, tasks
+from dnkd_ext.train import files, gather, sources, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.class_names import CLASSES as NOTE
 from dnkd_ext.train.class_names import class_notes, other_classes
@@ -508,6 +508,44 @@ def test_checkpoints_keep_the_one_before_and_run_nothing(tmp_path):
     (tmp_path / "checkpoint.previous.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read.*previous"):
         load_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def full_disk():
+    """A limit of 64 KiB on what is written to a file, where it stands for a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "checkpoint.pt", "log.csv"])
+def test_a_full_disk_is_told_with_the_files_name(tmp_path, full_disk, name):
+    numbers = torch.arange(40_000)
+    writes = {
+        "weights.safetensors": lambda path, n: files.write_tensors(path, {"n": numbers[:n]}, {}),
+        "checkpoint.pt": lambda path, n: save_checkpoint(path.parent, {"n": numbers[:n].clone()}),
+        "log.csv": lambda path, n: files.write_csv(path, [{"n": i} for i in range(n)]),
+    }
+    path = tmp_path / name
+    writes[name](path, 10)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        writes[name](path, 40_000)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_files_are_for_those_whom_the_umask_lets_read_them(tmp_path):
+    before = os.umask(0o027)
+    try:
+        files.write_tensors(tmp_path / "weights", {"n": torch.zeros(3)}, {})
+        files.write_json(tmp_path / "other", {})
+    finally:
+        os.umask(before)
+    for name in ("weights", "other"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
 
 
 def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch, capsys):

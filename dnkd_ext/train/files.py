@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,13 +43,36 @@ TEMPORARY = ".unfinished"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; what is written there replaces it at the end, synced."""
+    """A temporary name beside ``path``; what is written there replaces it at the end, synced.
+
+    Raises:
+        OSError: it cannot be written, where the disk is full or the like; ``path`` is named, and
+            holds what it held before.
+    """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        if temporary.stat().st_mode != mode:  # safetensors writes for the owner alone
+            temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        # torch.save says no more than at which byte it stopped.
+        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
+            raise
+        raise OSError(
+            f"{path} cannot be written, where {shutil.disk_usage(path.parent).free >> 20} MiB are "
+            f"free: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

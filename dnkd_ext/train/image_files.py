@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -22,6 +21,7 @@ from dnkd_ext.train.data import (
     load_image_folder,
     other_images,
 )
+from dnkd_ext.train.files import replacing
 
 __all__ = ["left_out", "load_images"]
 
@@ -240,9 +240,7 @@ def _write_cache(path: Path, key: str, images: ImageSet) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, then moved there: a killed process leaves no half a cache.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         save_file(
             {
                 "train.pixels": images.train.pixels,
@@ -258,6 +256,3 @@ def _write_cache(path: Path, key: str, images: ImageSet) -> None:
                 "classes": json.dumps(images.classes),
             },
         )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
