@@ -627,6 +627,26 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     assert (out / "curves.png").stat().st_size > 10_000
 
 
+def test_the_summary_keeps_runs_of_other_options_apart(images, tmp_path, capsys):
+    more = ("--resume", "--log-every", "3")
+    assert main(options(images, tmp_path, "--epochs", "1", "--seeds", "0,1")) == 0
+    assert main(options(images, tmp_path, "--epochs", "1", "--seeds", "1,2", *more)) == 0
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["seeds"], row["differing"]) == ("3", "")
+    capsys.readouterr()
+    assert main(options(images, tmp_path, "--epochs", "2", "--seeds", "3,4", "--pad", "1")) == 0
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seeds"] for row in rows] == ["3", "2"]
+    assert [row["differing"] for row in rows] == ["pad 2, epochs 1", "pad 1, epochs 2"]
+    for row, seeds in zip(rows, ((0, 1, 2), (3, 4)), strict=True):
+        results = [tmp_path / "run" / f"seed-{seed}" / "result.json" for seed in seeds]
+        best = [json.loads(result.read_text())["best_top1"] for result in results]
+        assert float(row["best_top1"]) == pytest.approx(np.mean(best), abs=1e-3)
+    assert "  with pad 1, epochs 2\n" in capsys.readouterr().out
+
+
 def test_a_series_goes_on_after_a_run_that_failed(images, tmp_path, monkeypatch, capsys):
     batches = Classification.batches
 

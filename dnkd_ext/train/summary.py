@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from dnkd_ext.train.config import FREE, TrainConfig, flatten
 from dnkd_ext.train.files import RESULT
 
 __all__ = ["all_results", "format_summary", "result_line", "summary"]
@@ -38,11 +39,37 @@ def _figure(result: dict[str, Any]) -> str:
     return next(name for name in FIGURES if f"best_{name}" in result)
 
 
+def _alike(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """A preset's results by what their options are that not all of them have: for one, by ""."""
+    defaults = flatten(TrainConfig())
+    configs = [{**defaults, **result["config"]} for result in results]
+    differing = [
+        name
+        for name in configs[0]
+        if name not in FREE | {"seed"}
+        and any(config.get(name) != configs[0][name] for config in configs)
+    ]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result, config in zip(results, configs, strict=True):
+        told = ", ".join(f"{name} {config.get(name)}" for name in differing)
+        groups.setdefault(told, []).append(result)
+    return groups
+
+
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per preset: best and last accuracy (or AP) over its seeds, and the published."""
+    """A row per preset: best and last accuracy (or AP) over its seeds, and the published.
+
+    Of a preset that ran with several configurations a row for each; ``differing`` has the options
+    in which they differ.
+    """
+    presets = dict.fromkeys(result["preset"] for result in results)
+    groups = [
+        (preset, told, own)
+        for preset in presets
+        for told, own in _alike([r for r in results if r["preset"] == preset]).items()
+    ]
     rows = []
-    for preset in dict.fromkeys(result["preset"] for result in results):
-        own = [result for result in results if result["preset"] == preset]
+    for preset, told, own in groups:
         row: dict[str, Any] = {"preset": preset, "seeds": len(own)}
         figure = _figure(own[0])
         for name in (f"best_{figure}", f"last_{figure}"):
@@ -51,6 +78,7 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row[f"{name}_std"] = round(statistics.stdev(values), 3) if len(values) > 1 else None
         row[f"published_{figure}"] = own[0][f"published_{figure}"]
         row["training_seconds"] = round(sum(r["training_seconds"] for r in own) / len(own), 1)
+        row["differing"] = told
         rows.append(row)
     return rows
 
@@ -75,6 +103,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best'):>14}  "
             f"{cell(row, 'last'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
+            + (f"  with {row['differing']}" if row["differing"] else "")
         )
     lines.append("accuracies in percent, mean ± std over seeds; published: best epoch, all data")
     return "\n".join(lines)
