@@ -27,7 +27,7 @@ from PIL import Image
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import files, gather, sources, tasks
+from dnkd_ext.train import files, gather, jobs, sources, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.class_names import CLASSES as NOTE
 from dnkd_ext.train.class_names import class_notes, other_classes
@@ -644,7 +644,9 @@ def test_the_summary_keeps_runs_of_other_options_apart(images, tmp_path, capsys)
         results = [tmp_path / "run" / f"seed-{seed}" / "result.json" for seed in seeds]
         best = [json.loads(result.read_text())["best_top1"] for result in results]
         assert float(row["best_top1"]) == pytest.approx(np.mean(best), abs=1e-3)
-    assert "  with pad 1, epochs 2\n" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "  with pad 1, epochs 2\n" in told
+    assert "\nrun         3 " in told
 
 
 def test_a_series_goes_on_after_a_run_that_failed(images, tmp_path, monkeypatch, capsys):
@@ -708,6 +710,13 @@ def test_runs_at_once_are_those_one_after_another(
     assert "--at-once must be at least 1" in refused(
         options(images, tmp_path / "none", *more, "--at-once", "0"), capfd
     )
+
+
+def test_images_that_a_killed_call_decoded_are_removed(tmp_path):
+    (tmp_path / ".images.0.unfinished").write_bytes(b"images")
+    (tmp_path / "other").write_bytes(b"something")
+    with jobs._decoded_once([], tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_before_runs_at_once_all_is_read_once_and_given_back(

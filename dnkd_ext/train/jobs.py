@@ -194,6 +194,9 @@ def _decoded_once(jobs: list[Job], out: Path) -> Iterator[list[Job]]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # Those of calls that were killed; the runs of another call would decode anew.
+        for left in out.glob(f".images.*{TEMPORARY}"):
+            left.unlink(missing_ok=True)
         yield borrowing
     finally:
         cache.unlink(missing_ok=True)

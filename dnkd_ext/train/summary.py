@@ -91,7 +91,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         spread = row[f"{name}_std"]
         return f"{row[name]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
-    width = max(len("preset"), *(len(row["preset"]) for row in rows))
+    width = max(len("preset"), *(len(row["preset"] or "run") for row in rows))
     words = "/".join(dict.fromkeys(FIGURES[_figure(row)] for row in rows))
     lines = [
         f"{'preset':{width}}  seeds  {'best ' + words:>14}  {'last ' + words:>14}  published  "
@@ -101,7 +101,7 @@ def format_summary(rows: list[dict[str, Any]]) -> str:
         known = row[f"published_{_figure(row)}"]
         published = "-" if known is None else f"{known:.2f}"
         lines.append(
-            f"{row['preset']:{width}}  {row['seeds']:5}  {cell(row, 'best'):>14}  "
+            f"{row['preset'] or 'run':{width}}  {row['seeds']:5}  {cell(row, 'best'):>14}  "
             f"{cell(row, 'last'):>14}  {published:>9}  {row['training_seconds']:11.0f}"
             + (f"  with {row['differing']}" if row["differing"] else "")
         )
