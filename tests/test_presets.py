@@ -317,6 +317,46 @@ def test_settings_are_those_of_a_run():
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "published"),
+    [
+        ("cifar100/resnet56-resnet20/kd++", ["--lr", "0.05"], 72.53),
+        ("cifar100/resnet56-resnet20/ce", [], 69.06),
+        ("cifar100/teacher/resnet56", ["--epochs", "9"], 72.34),
+        ("imagenet/resnet34-resnet18/kd++", ["--teacher", "resnet34.tv_in1k"], 71.98),
+        ("imagenet/resnet34-resnet18/kd++", ["--teacher", "resnet50.tv_in1k"], None),
+        ("cifar100/resnet56-resnet20/kd++", ["--student", "cifar_resnet32"], None),
+        ("cifar100/resnet56-resnet20/kd++", ["--method", "dist"], None),
+        ("cifar100/resnet56-resnet20/kd++", ["--nd-weight", "0"], None),
+        ("cifar100/resnet56-resnet20/kd++", ["--nd-weight", "1"], 72.53),
+        ("cifar100/teacher/resnet56", ["--student", "cifar_resnet110"], None),
+    ],
+)
+def test_what_is_published_is_for_models_and_method_of_the_preset(
+    monkeypatch, name, options, published
+):
+    pytest.importorskip("tyro")
+    from dnkd_ext.cli import main
+    from dnkd_ext.train import arguments
+
+    planned = []
+    monkeypatch.setattr(arguments, "run_jobs", lambda jobs, *_, **__: planned.extend(jobs))
+    command = ["train", "--data", "x", "--out", "y", "--device", "cpu", "--preset", name, *options]
+    assert main(command) == 0
+    assert [job.published for job in planned] == [published]
+
+
+def test_what_is_published_is_every_presets_own():
+    pytest.importorskip("tyro")
+    from dnkd_ext.train.arguments import _published
+    from dnkd_ext.train.config import TrainConfig, replace
+
+    for name in preset_names():
+        preset = load_preset(name)
+        config = replace(TrainConfig(), {"preset": name, **preset.settings})
+        assert _published(config) == preset.published, name
+
+
 def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsys):
     pytest.importorskip("tyro")
     from dnkd_ext.cli import main
@@ -344,6 +384,18 @@ def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsy
     for job in planned:
         job.config.check()
     assert [job.config.model.class_means_momentum for job in planned] == [None, None, 0.9]
+    # Every teacher has paths of its own, by the name that it has in the preset.
+    planned.clear()
+    paths = ["--teacher-weights", "runs/{teacher}/seed-0", "--class-means", "{teacher}.safetensors"]
+    pattern = "cifar100/{resnet56-resnet20,wrn_40_2-wrn_40_1}/{ce,kd++}"
+    assert main([*command[:-4], *paths, "--preset", pattern]) == 0
+    models = [job.config.model for job in planned]
+    assert [(m.teacher_weights, m.class_means) for m in models] == [
+        (None, None),
+        ("runs/resnet56/seed-0", "resnet56.safetensors"),
+        (None, None),
+        ("runs/wrn_40_2/seed-0", "wrn_40_2.safetensors"),
+    ]
     # Of those that have none it is a mistake.
     planned.clear()
     assert main([*command, "--preset", f"{pair}/ce"]) == 0

@@ -77,7 +77,8 @@ class Train:
     """Folder for the results; several presets or seeds get folders of their own in it."""
     preset: str = ""
     """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'; options
-    of the teacher are then for those that have one."""
+    of the teacher are then for those that have one, and {teacher} in its paths stands for its name,
+    as runs/{teacher}."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
     at_once: int = 1
@@ -238,6 +239,37 @@ def _without_teacher(config: TrainConfig, *, others_have_nd: bool) -> TrainConfi
     return replace(config, none)
 
 
+def _published(config: TrainConfig) -> float | None:
+    """The preset's accuracy or AP, where models and method are still its own."""
+    if not config.preset:
+        return None
+    preset = load_preset(config.preset)
+    given = {
+        "student": config.model.student,
+        "teacher": config.model.teacher,
+        "method": config.method.method,
+        "with ND": config.method.nd_weight != 0,
+    }
+    own = {**preset.settings, "with ND": preset.settings.get("nd_weight", 0) != 0}
+    # A tag says which of timm's weights of the same model are meant.
+    alike = all(
+        str(own.get(name)).partition(".")[0] == str(value).partition(".")[0]
+        for name, value in given.items()
+    )
+    return preset.published if alike else None
+
+
+def _with_names(config: TrainConfig) -> TrainConfig:
+    """The configuration with the teacher's name, as the preset has it, in place of {teacher}."""
+    name = config.preset.split("/")[1].partition("-")[0] if config.preset else config.model.teacher
+    paths = {
+        option: path.replace("{teacher}", name or "")
+        for option in ("teacher_weights", "class_means")
+        if (path := getattr(config.model, option)) is not None
+    }
+    return replace(config, paths)
+
+
 def _read_train(
     argv: Sequence[str],
 ) -> tuple[Train, list[tuple[TrainConfig, float | None]], list[int]]:
@@ -261,12 +293,12 @@ def _read_train(
             arguments.reader,
             arguments.detection,
         )
-        configs.append((config, load_preset(name).published if name else None))
+        configs.append((config, _published(config)))
     if any(config.needs_teacher for config, _ in configs):
         # What the options say of the teacher is for those that have one.
         any_nd = any(config.method.nd_weight for config, _ in configs)
         configs = [
-            (_without_teacher(config, others_have_nd=any_nd), published)
+            (_with_names(_without_teacher(config, others_have_nd=any_nd)), published)
             for config, published in configs
         ]
     assert arguments is not None
