@@ -214,7 +214,8 @@ def test_the_log_and_the_result_say_the_same(images, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(max(accuracies))
 
 
-def test_diagnostics_are_those_of_the_features(images, teacher, tmp_path):
+def test_diagnostics_are_those_of_the_features(images, teacher, tmp_path, capsys):
+    capsys.readouterr()
     rows = run(images, tmp_path / "run", *of(teacher, "kd", 1.0, "--epochs", "1"))
     data = load_image_folder(images, progress=False)
     config = TrainConfig()
@@ -238,6 +239,13 @@ def test_diagnostics_are_those_of_the_features(images, teacher, tmp_path):
     assert float(rows[0]["cosine"]) == pytest.approx(cosine, **near)
     reached = (own.norm(dim=1) >= wanted.norm(dim=1)).double().mean().item()
     assert float(rows[0]["reached"]) == pytest.approx(reached, abs=1e-6)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    of_teacher = json.loads((teacher / "result.json").read_text())
+    assert result["teacher_top1"] == of_teacher["best_top1"]
+    assert "teacher_top1" not in of_teacher
+    told = capsys.readouterr().out
+    assert f", the teacher's {result['teacher_top1']:.2f}; " in told
+    assert " \n" not in told
 
 
 def test_learning_rate_and_ramp():
@@ -1353,7 +1361,7 @@ def test_a_loss_that_is_not_finite_is_named(images, teacher, tmp_path, capsys, m
 
     monkeypatch.setattr(Classification, "batches", broken)
     told = refused(options(images, tmp_path / "run", *of(teacher, "kd", 1.0)), capsys)
-    assert "epoch 2, step 3 of 6: ce and kd and nd is not finite" in told
+    assert "epoch 2, step 3 of 6: ce and kd and nd are not finite" in told
     assert "the checkpoint after 1 epochs is kept" in told
     assert load_checkpoint(tmp_path / "run")["epoch"] == 1
     assert len(log(tmp_path / "run")) == 1
@@ -1426,6 +1434,24 @@ def test_help_tells_every_option(capsys):
     text = capsys.readouterr().out
     for name in flatten(TrainConfig()):
         assert f"--{name.replace('_', '-')}" in text, name
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--out", "x", "--preset"])
+    assert stopped.value.code == 2
+    assert "dnkd train: error: argument --preset: expected one argument" in capsys.readouterr().err
+
+
+def test_the_device_is_prepared_before_anything_runs_on_it(images, teacher, tmp_path, monkeypatch):
+    """cuBLAS asks for its workspace's settings once, at its first product of matrices."""
+    order = []
+
+    def note(own, *arguments):
+        order.append(own.__name__)
+        return own(*arguments)
+
+    for name in ("prepare_device", "_check_inputs"):
+        monkeypatch.setattr(jobs, name, functools.partial(note, getattr(jobs, name)))
+    run(images, tmp_path / "run", *of(teacher, "kd", 1.0, "--epochs", "1"))
+    assert order[:2] == ["prepare_device", "_check_inputs"]
 
 
 def test_defaults_are_those_of_the_device_and_the_task():

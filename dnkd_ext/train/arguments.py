@@ -274,7 +274,7 @@ def _read_train(
     argv: Sequence[str],
 ) -> tuple[Train, list[tuple[TrainConfig, float | None]], list[int]]:
     """Options, a configuration and the published accuracy for every preset, and the seeds."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser("dnkd train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="")
     pattern = first.parse_known_args(argv)[0].preset
     names = expand(pattern) if pattern else [""]

@@ -735,6 +735,8 @@ class Classification(Task):
         self._autocast = autocast(run, world)
         self._teacher = teacher
         self._teacher_norms: Tensor | None = None
+        # Of the test images, in percent; None until feature_figures has looked at it.
+        self.teacher_top1: float | None = None
         self._skips = config.data.task == "imagenet" and config.reader.on_error == "skip"
         self._counted = source.test_images
 
@@ -859,7 +861,9 @@ class Classification(Task):
             classes = len(self.source.classes)
             result = evaluate(network, self._test, classes, self._autocast, self.world, keep=True)
             own = result.features
-            if name == "student":
+            if name == "teacher":
+                self.teacher_top1 = result.top1
+            else:
                 own = self._projected(own, projector)
             kept = result.target != -100
             norms[name] = own[kept].norm(dim=1).cpu().numpy()

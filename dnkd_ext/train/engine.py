@@ -487,7 +487,8 @@ class _Training:
             names = [name for name in names if name != "loss"] or names
             raise FloatingPointError(
                 f"epoch {epoch + 1}, step {first + 1} of {self.task.steps_per_epoch}: "
-                f"{' and '.join(names)} is not finite; {self._advice()}"
+                f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not finite; "
+                f"{self._advice()}"
             )
         return means
 

@@ -219,6 +219,7 @@ def _run_ready(
     shared = Shared(world)
     for job, state in zip(ready, states, strict=True):
         with world.together():
+            prepare_device(job.config, world)  # before anything runs on it
             _check_inputs(job, state, shared, world)
     if overwrite:
         with world.first_alone():
@@ -453,6 +454,8 @@ def _run(job: Job, shared: Shared, world: World, resume: bool) -> dict[str, Any]
     cosines: dict[str, Any] = {}
     if isinstance(task, Classification):
         norms, cosines = task.feature_figures(*log["judged"])
+        if task.teacher_top1 is not None:
+            result["teacher_top1"] = task.teacher_top1
     else:
         task.finish(out, log["judged"][0])
     with world.first_alone():
@@ -504,7 +507,7 @@ def _heading(job: Job, source: Any, world: World) -> str:
         words.append(f"\nnote: the run ends before --milestones {' '.join(map(str, late))}")
     if config.needs_teacher and method.kd_warm_up >= optim.epochs:
         words.append(f"\nnote: the run ends before --kd-warm-up {method.kd_warm_up} does")
-    return " ".join(words)
+    return " ".join(words).replace(" \n", "\n")
 
 
 def machine(world: World) -> dict[str, Any]:

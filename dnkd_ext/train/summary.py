@@ -23,6 +23,8 @@ def result_line(result: dict[str, Any], out: Path) -> str:
     name = _figure(result)
     published = result[f"published_{name}"]
     beside = "" if published is None else f" (published, on all data: {published:.2f})"
+    if "teacher_top1" in result:
+        beside += f", the teacher's {result['teacher_top1']:.2f}"
     return (
         f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]} "
         f"{result[f'best_{name}']:.2f} "
