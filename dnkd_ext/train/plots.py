@@ -126,7 +126,7 @@ def plot_curves(
 
     Args:
         rows_by_run: per name of a run its logged rows, one per epoch and in any order. A row has
-            ``epoch``, counted from 0, and any of ``lr``, ``train_loss``, ``test_loss``, ``ce``,
+            ``epoch``, a number, and any of ``lr``, ``train_loss``, ``test_loss``, ``ce``,
             ``kd``, ``nd`` (or ``train_ce``, ``train_kd``, ``train_nd``), ``train_top1`` and
             ``test_top1`` in percent, and of a detector ``box``, ``rpn_box``, ``objectness`` (or
             ``train_box`` and so on), ``test_ap`` and ``test_ap50`` in percent; numbers, or their
