@@ -548,6 +548,32 @@ def test_every_test_image_is_seen_once(shapes):
         assert sorted(seen) == list(range(VAL))
 
 
+def test_test_batches_are_padded_as_their_images_alone(shapes):
+    """Otherwise what is found depends on the batch size and the number of processes."""
+    chosen = config(shapes, min_size=[40, 100], max_size=200)
+    split = read_split(str(shapes), "val2017")
+    random = np.random.default_rng(0)
+    sizes = random.integers(8, 200, (60, 2))
+    many = dataclasses.replace(split, sizes=sizes, names=["none"] * len(sizes))
+    transform = models.create_detector(R18, CLASSES, chosen).eval().transform
+
+    def padded(places):
+        resized, _ = transform([torch.zeros(3, *sizes[place]) for place in places])
+        return tuple(resized.tensors.shape[-2:])
+
+    alone = [padded([place]) for place in range(len(sizes))]
+    assert detection_data.padded_sizes(sizes, chosen).tolist() == [list(one) for one in alone]
+    assert len(set(alone)) > 4
+    seen = []
+    for rank in (0, 1):
+        for one in TestBatches(many, chosen, World(rank, 2, ALONE.device))._own:
+            places = [sample.index for sample in one]
+            assert len(places) <= 2
+            assert {alone[place] for place in places} == {padded(places)}
+            seen += places
+    assert sorted(seen) == list(range(len(sizes)))
+
+
 def broken(shapes: Path, tmp_path: Path, change) -> Path:
     """A copy of the data whose training annotations are changed."""
     copy = tmp_path / "broken"

@@ -389,10 +389,30 @@ class TrainBatches:
             yield _on_device(batch, self.world.device)
 
 
-class TestBatches:
-    """Every image once: (images, targets, their numbers in the split), wide ones first.
+# To a multiple of which torchvision's detectors pad a batch.
+STRIDE = 32
 
-    The processes share the images; one may have a batch less than another.
+
+def padded_sizes(sizes: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """Height and width (N, 2) that images have in an evaluation, alone in their batch.
+
+    Args:
+        sizes: (N, 2) int64, height and width of the images.
+        config: its last ``min_size``, and ``max_size``.
+    """
+    options = config.detection
+    scale = np.minimum(options.min_size[-1] / sizes.min(1), options.max_size / sizes.max(1))
+    resized = np.floor(sizes * scale[:, None]).astype(np.int64)
+    return -(-resized // STRIDE) * STRIDE
+
+
+class TestBatches:
+    """Every image once: (images, targets, their numbers in the split), large ones first.
+
+    A batch has images of one padded size. Each is then seen as it would be alone, since what is
+    around an image has a part in what is found in it: the results are the same, up to rounding,
+    for any batch size and number of processes. These share the images; one may have a batch less
+    than another.
     """
 
     __test__ = False  # nothing for pytest
@@ -402,9 +422,11 @@ class TestBatches:
         self.config = config
         self.world = world
         size = -(-config.detection.detect_batch_size // world.size)
-        wide = split.sizes[:, 1] >= split.sizes[:, 0]
-        order = np.concatenate([np.flatnonzero(wide), np.flatnonzero(~wide)])
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        padded = padded_sizes(split.sizes, config)
+        batches: list[np.ndarray] = []
+        for one in np.unique(padded, axis=0)[::-1]:
+            own = np.flatnonzero((padded == one).all(1))
+            batches += [own[i : i + size] for i in range(0, len(own), size)]
         self._own = [
             [Sample(int(i), False) for i in batch] for batch in batches[world.rank :: world.size]
         ]
