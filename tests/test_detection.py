@@ -440,7 +440,8 @@ def test_torchvisions_file_is_used_as_it_was_trained(shapes, tmp_path, monkeypat
 
     def eps() -> set[float]:
         names = ["background", "a", "b", "c"]
-        found, _ = models.load_detector(R18, str(path), config(shapes), names, [1, 2, 3])
+        chosen = config(shapes, anchor_sizes=[32, 64, 128, 256, 512])
+        found, _ = models.load_detector(R18, str(path), chosen, names, [1, 2, 3])
         norms = [m for m in found.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         return {norm.eps for norm in norms}
 
@@ -457,7 +458,7 @@ def test_downloads_without_a_network_are_told(shapes, monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
     with pytest.raises(ValueError, match=r"resnet18 cannot be had.*without a network"):
         models.create_detector(R18, CLASSES, config(shapes), backbone_weights="pretrained")
-    chosen = config(shapes)
+    chosen = config(shapes, anchor_sizes=[32, 64, 128, 256, 512])
     with pytest.raises(ValueError, match="no weights of fasterrcnn_resnet18 to download"):
         models.load_detector(R18, "pretrained", chosen, ["background", "a"], [1])
     with pytest.raises(ValueError, match="cannot be had"):
@@ -980,6 +981,52 @@ def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, o
     (student / "config.json").write_text(json.dumps(settings))
     command = ["plot", str(student), "--out", str(tmp_path), "--task", "detection"]
     assert message in refused([*command, "--device", "cpu"], capsys)
+
+
+def test_a_runs_file_is_used_with_the_runs_options(shapes, teacher, tmp_path, capsys):
+    other = ["--anchor-sizes", "16", "32", "64", "128", "256"]
+    message = "is a run with --anchor-sizes 8 16 32 64 128, got 16 32 64 128 256"
+    for name in ("best.safetensors", "last.safetensors"):
+        command = ["eval", "--model", R18, "--weights", str(teacher / name), "--data", str(shapes)]
+        assert message in refused([*command, *common(), *other], capsys)
+    # Beside another program's configuration, and elsewhere, a file says nothing of it.
+    for content in (None, "{}", '{"model_type": "detr"}', "[1]"):
+        folder = tmp_path / f"copy{content and len(content)}"
+        folder.mkdir()
+        shutil.copyfile(teacher / "best.safetensors", folder / "best.safetensors")
+        if content:
+            (folder / "config.json").write_text(content)
+        given = config(shapes, anchor_sizes=[16, 32, 64, 128, 256])
+        if content != "{}":
+            detection_task.check_settings(str(folder / "best.safetensors"), given)
+        else:  # that of a run by its defaults, of classifiers
+            with pytest.raises(ValueError, match="is a run of --task cifar, not of detection"):
+                detection_task.check_settings(str(folder / "best.safetensors"), given)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"anchor_sizes": [8, 16, 32, 64, 128]},
+        {"anchor_sizes": [32, 64, 128, 256, 512], "mean": [0.5, 0.5, 0.5]},
+        {"anchor_sizes": [32, 64, 128, 256, 512], "std": [0.5, 0.5, 0.5]},
+    ],
+)
+def test_torchvisions_weights_are_used_as_they_were_trained(
+    shapes, tmp_path, monkeypatch, settings
+):
+    """Downloaded or from their file."""
+    (option, value) = list(settings.items())[-1]
+    message = f"weights are for --{option.replace('_', '-')} .*, got {value[0]} "
+    chosen, names = config(shapes, **settings), ["background", "a", "b", "c"]
+    monkeypatch.setattr(models, "_download", lambda *_: pytest.fail("it downloads"))
+    with pytest.raises(ValueError, match=message):
+        models.load_detector("fasterrcnn_resnet50", "pretrained", chosen, names, [1, 2, 3])
+    path = tmp_path / "r18.pth"
+    torch.save(models.create_detector(R18, CLASSES, chosen).state_dict(), path)
+    monkeypatch.setattr(models, "COCO_DIGEST", hashlib.sha256(path.read_bytes()).hexdigest()[:8])
+    with pytest.raises(ValueError, match=message):
+        models.load_detector(R18, str(path), chosen, names, [1, 2, 3])
 
 
 # -- runs -----------------------------------------------------------------------------------------

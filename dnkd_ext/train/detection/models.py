@@ -17,7 +17,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
 from dnkd_ext.train.classification import PRETRAINED, weights_digest
-from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.config import NORMALISATION, DetectionOptions, TrainConfig
 from dnkd_ext.train.detection.heads import DistillingRoIHeads
 from dnkd_ext.train.models import load_weights
 
@@ -214,7 +214,8 @@ def load_detector(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such detector, weights of another one or of other classes.
+        ValueError: no such detector, weights of another one or of other classes, or torchvision's
+            with other anchors, or another mean or std, than they were trained with.
     """
     model = create_detector(name, len(classes), config)
 
@@ -231,6 +232,7 @@ def load_detector(
     if weights == PRETRAINED:
         if name != "fasterrcnn_resnet50":
             raise ValueError(f"torchvision has no weights of {name} to download; name a file")
+        _check_torchvisions(weights, config)
         model.load_state_dict(adapt(_download(COCO, name)))
         digest, is_torchvisions = PRETRAINED, True
     else:
@@ -239,11 +241,30 @@ def load_detector(
         digest = weights_digest(path)
         file = hashlib.sha256(path.read_bytes()).hexdigest()
         is_torchvisions = file.startswith(COCO_DIGEST)
+        if is_torchvisions:
+            _check_torchvisions(weights, config)
     if is_torchvisions:
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = 0.0  # as those weights were trained
     return model.eval().requires_grad_(False), digest
+
+
+def _check_torchvisions(weights: str, config: TrainConfig) -> None:
+    """ValueError where torchvision's weights would see images or anchors that are not theirs."""
+    wanted: dict[str, Sequence[float]] = {"anchor-sizes": DetectionOptions().anchor_sizes}
+    wanted["mean"], wanted["std"] = NORMALISATION["detection"]
+    given = {"anchor-sizes": config.detection.anchor_sizes, **config.data.normalisation}
+    for option, values in wanted.items():
+        if tuple(given[option]) != tuple(values):
+            raise ValueError(
+                f"{weights}: torchvision's weights are for --{option} {_words(values)}, got "
+                f"{_words(given[option])}"
+            )
+
+
+def _words(values: Sequence[float]) -> str:
+    return " ".join(map(str, values))
 
 
 def _of_categories(

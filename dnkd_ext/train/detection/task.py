@@ -38,8 +38,8 @@ from dnkd_ext.train.detection.evaluation import (
     write_detections,
 )
 from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
-from dnkd_ext.train.engine import Task, autocast
-from dnkd_ext.train.files import DETECTIONS
+from dnkd_ext.train.engine import BEST, LAST, Task, autocast
+from dnkd_ext.train.files import CONFIG, DETECTIONS
 from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.world import World
 
@@ -86,14 +86,25 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def check_settings(weights: str, config: TrainConfig) -> None:
-    """ValueError where ``weights`` is the folder of a run that trained its detector otherwise."""
-    path = Path(weights) / "config.json"
+    """ValueError where ``weights`` are of a run that trained its detector otherwise.
+
+    That is the run's folder, or one of the two files of weights that are in it.
+    """
+    path = Path(weights)
+    is_folder = path.is_dir()
+    if not is_folder and path.name not in (BEST, LAST):
+        return
+    path = (path if is_folder else path.parent) / CONFIG
     if not path.is_file():
         return
     try:
         run = replace(TrainConfig(), json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
+        if not is_folder:
+            return  # another program's, which says nothing of the weights beside it
         raise ValueError(f"{path} is no run's: {error}") from error
+    if run.data.task != "detection":
+        raise ValueError(f"{weights} is a run of --task {run.data.task}, not of detection")
     given = _settings(config)
     for name, value in _settings(run).items():
         if value != given[name]:
