@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -799,6 +800,35 @@ def test_class_means_command_and_the_authors_files(shapes, teacher, source, tmp_
     (tmp_path / "five.json").write_text(json.dumps(rows))
     with pytest.raises(ValueError, match="has 5 classes, but the data have 4"):
         read_means(str(tmp_path / "five.json"), R18, holder, source)
+
+
+@pytest.mark.parametrize("golden", ["coco_r101"], indirect=True)
+def test_the_authors_class_means_give_their_loss(source, tmp_path, golden):
+    """Labels and logits with the background first, where theirs have it last."""
+    values = {name: torch.from_numpy(array) for name, array in golden.items()}
+    path = tmp_path / "R101_emb.json"
+    path.write_text(json.dumps(dict(enumerate(values["class_means"].tolist()))))
+    model = torch.nn.Module()
+    model.num_features = 1024
+    holder = Teacher(model, "digest", None)
+    eighty = copy.copy(source)
+    eighty.classes = ["background", *map(str, range(80))]
+    means = read_means(str(path), "fasterrcnn_resnet101", holder, eighty)
+    method = replace(TrainConfig(), {"method": "kd", "nd_weight": 1.5, "temperature": 1.0}).method
+    labels = (values["labels"].long() + 1) % 81
+    logits, soft = (values[f"{who}_logits"].roll(1, 1) for who in ("student", "teacher"))
+    terms = make_criterion(method, means.compute())(
+        logits, soft, values["student"], labels, teacher_features=values["teacher"]
+    )
+    torch.testing.assert_close(terms.nd.item(), float(golden["nd_loss"]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms.kd.item(), float(golden["kd_T1_loss"]), rtol=1e-5, atol=0)
+    # The run's own file of them is known as such; their rows as they are would be silently wrong.
+    means.save(tmp_path / "moved.safetensors")
+    moved = read_means(str(tmp_path / "moved.safetensors"), "fasterrcnn_resnet101", holder, eighty)
+    assert torch.equal(moved.compute(), means.compute())
+    ClassMeans.from_json(path).save(tmp_path / "as_they_are.safetensors")
+    with pytest.raises(ValueError, match=r"made of R101_emb.json, .* pass the JSON file"):
+        read_means(str(tmp_path / "as_they_are.safetensors"), "r101", holder, eighty)
 
 
 # -- evaluation -----------------------------------------------------------------------------------

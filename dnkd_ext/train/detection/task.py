@@ -130,6 +130,10 @@ def gathering_notes(config: TrainConfig) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in seen.items()}
 
 
+# What class means say whose background was moved to the first row.
+BACKGROUND_FIRST = {"background": "first"}
+
+
 def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) -> ClassMeans:
     """Class means from a file, the background's in row 0.
 
@@ -142,7 +146,17 @@ def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) 
     means = read_class_means(path, name, teacher, source)
     if path.endswith(".json"):
         state = means.state_dict()
-        means.load_state_dict({**state, "table": state["table"].roll(1, 0)})
+        moved = {"table": state["table"].roll(1, 0), "metadata": means.metadata | BACKGROUND_FIRST}
+        means.load_state_dict(state | moved)
+    elif (
+        means.counts is None
+        and means.metadata.get("source", "").endswith(".json")
+        and not BACKGROUND_FIRST.items() <= means.metadata.items()
+    ):
+        raise ValueError(
+            f"--class-means {path} was made of {means.metadata['source']}, which has the background"
+            " last, and does not say that it is in the first row here; pass the JSON file"
+        )
     return means
 
 
