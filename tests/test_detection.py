@@ -966,6 +966,49 @@ def test_eval_reads_everything_before_it_detects(shapes, teacher, monkeypatch, c
     assert "no ground truth" in refused([*command, *common()], capsys)
 
 
+def test_where_detections_go_is_looked_at_first(shapes, teacher, tmp_path, monkeypatch, capsys):
+    command = ["eval", "--model", R18, "--weights", str(teacher), "--data", str(shapes)]
+    command += [*common(), "--limit", "3", "--detections"]
+    assert main([*command, str(tmp_path / "new" / "found.json")]) == 0
+    assert json.loads((tmp_path / "new" / "found.json").read_text())
+    monkeypatch.setattr(detection_task, "detect", lambda *_, **__: pytest.fail("it detects"))
+    assert f"--detections {tmp_path} is a folder" in refused([*command, str(tmp_path)], capsys)
+    below = tmp_path / "new" / "found.json" / "more.json"
+    assert "found.json" in refused([*command, str(below)], capsys)
+
+
+def test_no_boxes_at_all_are_told(shapes, teacher, tmp_path):
+    """They train as background, and an average precision of 0 says nothing then."""
+
+    def changed(content):
+        content["annotations"] = [a for a in content["annotations"] if a["area"] == 0]
+
+    copy = broken(shapes, tmp_path, changed)
+    name = "annotations/instances_{}.json"
+    (copy / name.format("val2017")).write_text((copy / name.format("train2017")).read_text())
+    shutil.rmtree(copy / "val2017")
+    shutil.copytree(copy / "train2017", copy / "val2017")
+    told = rf"has no box \(1 without area\) in the {TRAIN} images that are read, so that"
+    with (
+        pytest.warns(UserWarning, match=f"train2017.json {told} all of them train as background"),
+        pytest.warns(UserWarning, match=f"val2017.json {told} the average precision is 0"),
+    ):
+        (row,) = run(copy, tmp_path / "run", "--epochs", "1", "--epoch-steps", "1")
+    assert float(row["test_ap"]) == 0
+    command = ["eval", "--model", R18, "--weights", str(teacher), "--data", str(copy)]
+    with pytest.warns(UserWarning, match=f"{told} the average precision is 0"):
+        assert main([*command, *common()]) == 0
+
+
+def test_pictures_of_images_that_the_run_left_out(shapes, teacher, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(teacher, student)
+    settings = json.loads((student / "config.json").read_text()) | {"limit": 6}
+    (student / "config.json").write_text(json.dumps(settings))
+    command = ["plot", str(student), "--out", str(tmp_path), "--task", "detection"]
+    assert main([*command, "--device", "cpu", "--images", "1007"]) == 0
+
+
 def test_evaluation_and_pictures_need_the_images_of_the_evaluation_alone(
     shapes, teacher, tmp_path, capsys
 ):

@@ -104,13 +104,15 @@ def run_eval(
         weights: a file, a run's folder, or ``"pretrained"``.
         config: its groups ``data``, ``run``, ``reader`` and ``detection``.
         world: the processes.
-        detections: file for a detector's detections.
+        detections: file for a detector's detections, whose folder is made.
     """
     with world.together():
         config.check_data()
         config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
         if detections is not None and not tasks.is_detection(config):
             raise ValueError(f"--detections is for --task detection, got {detections}")
+        if detections is not None and detections.is_dir():
+            raise IsADirectoryError(f"--detections {detections} is a folder; name a file")
     if tasks.is_detection(config):
         return tasks.detection().run_evaluation(model, weights, config, world, detections)
     with world.together():

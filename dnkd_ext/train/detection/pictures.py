@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dnkd_ext.train.config import TrainConfig, replace
-from dnkd_ext.train.detection.data import BoxSplit, Sample, _Images, read_test_split
+from dnkd_ext.train.detection.data import BoxSplit, Sample, _Images, read_split, read_test_split
 from dnkd_ext.train.detection.task import check_settings, load_teacher
 from dnkd_ext.train.plots import COLOURS, _figure
 from dnkd_ext.train.world import World
@@ -120,7 +120,10 @@ def draw_run(
         raise ValueError(f"{folder} is a run of --task {config.data.task}, not of detection")
     if data:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data=data))
-    split = read_test_split(config)
+    if images:  # any of the file's, though the run may have evaluated a part of them
+        split = read_split(config.data.data, config.detection.val_set)
+    else:
+        split = read_test_split(config)
     places = _chosen(split, images, count)
     models = {"student": load_teacher(config.model.student, str(folder), split, config, world)}
     if config.model.teacher is not None and config.model.teacher_weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,20 @@ def _words(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+NO_TRUTH = "so that the average precision is 0, whatever is found"
+
+
+def _warn_without_boxes(split: BoxSplit, told: str) -> None:
+    """A warning where none of the images has a box."""
+    if not len(split.labels):
+        left_out = f" ({split.dropped.sum()} without area)" if split.dropped.any() else ""
+        warnings.warn(
+            f"{split.annotations} has no box{left_out} in the {len(split)} images that are read, "
+            f"{told}",
+            stacklevel=3,
+        )
+
+
 def gathering_notes(config: TrainConfig) -> dict[str, str]:
     """What a file of class means says about how they were gathered."""
     options = config.detection
@@ -137,11 +152,13 @@ BACKGROUND_FIRST = {"background": "first"}
 def read_means(path: str, name: str, teacher: Teacher, source: DetectionSource) -> ClassMeans:
     """Class means from a file, the background's in row 0.
 
-    In the authors' JSON files the background is the last class, as in Detectron2; its row is moved.
+    In the authors' JSON files the background is the last class, as in Detectron2; its row is moved,
+    and the means' metadata say so, by which a run's file of them is known.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or of other classes or another teacher.
+        ValueError: it is damaged, of other classes or another teacher, or was made of a JSON file
+            with its rows as they are.
     """
     means = read_class_means(path, name, teacher, source)
     if path.endswith(".json"):
@@ -248,7 +265,12 @@ def run_evaluation(
         split = read_test_split(config)
         network = load_teacher(model, weights, split, config, world).model
         # Now, lest its errors come when all is detected.
-        truth = ground_truth(split) if world.is_first else None
+        truth = None
+        if world.is_first:
+            _warn_without_boxes(split, NO_TRUTH)
+            truth = ground_truth(split)
+            if detections is not None:
+                detections.parent.mkdir(parents=True, exist_ok=True)
     found = detect(
         network,
         TestBatches(split, config, world),
@@ -315,6 +337,8 @@ class DetectionTask(Task):
         self._truth: Any = None
         with world.first_alone():
             if world.is_first:
+                _warn_without_boxes(source.train_split, "so that all of them train as background")
+                _warn_without_boxes(source.test_split, NO_TRUTH)
                 self._truth = ground_truth(source.test_split)
         # Of the latest evaluation, on the first process.
         self._found: list[Detection] | None = None
