@@ -178,6 +178,8 @@ class Plot:
     """Smallest score of a box that is drawn."""
     data: str = ""
     """Folder of the data, where it is not that of the run any more."""
+    teacher_weights: str = ""
+    """Likewise the teacher's weights, a file or a run's folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the detectors run."""
 
@@ -447,6 +449,7 @@ def plot(argv: Sequence[str]) -> int:
                     count=arguments.count,
                     threshold=arguments.threshold,
                     data=arguments.data,
+                    teacher_weights=arguments.teacher_weights,
                 )
             )
     return 0

@@ -175,6 +175,7 @@ def run_pictures(
     count: int,
     threshold: float,
     data: str,
+    teacher_weights: str,
 ) -> Path:
     """Boxes that a run's student and teacher find, beside the annotated, as a PNG file."""
     tasks.detection()  # which tells what is not installed
@@ -190,4 +191,5 @@ def run_pictures(
         count=count,
         threshold=threshold,
         data=data,
+        teacher_weights=teacher_weights,
     )

@@ -97,6 +97,7 @@ def draw_run(
     count: int = 4,
     threshold: float = 0.5,
     data: str = "",
+    teacher_weights: str = "",
 ) -> Path:
     """Boxes in images of the evaluation: annotated, and found by a run's student and teacher.
 
@@ -109,6 +110,7 @@ def draw_run(
         count: how many, where ``images`` is empty.
         threshold: smallest score of a box that is drawn.
         data: folder of the data, where it is not that of the run any more.
+        teacher_weights: likewise the teacher's.
 
     Raises:
         ValueError: the run has no detector, its teacher is of a run with other options, or an id of
@@ -126,11 +128,10 @@ def draw_run(
         split = read_test_split(config)
     places = _chosen(split, images, count)
     models = {"student": load_teacher(config.model.student, str(folder), split, config, world)}
-    if config.model.teacher is not None and config.model.teacher_weights is not None:
-        check_settings(config.model.teacher_weights, config)
-        models["teacher"] = load_teacher(
-            config.model.teacher, config.model.teacher_weights, split, config, world
-        )
+    weights = teacher_weights or config.model.teacher_weights
+    if config.model.teacher is not None and weights is not None:
+        check_settings(weights, config)
+        models["teacher"] = load_teacher(config.model.teacher, weights, split, config, world)
     read = _Images(split)
     opened = [read[Sample(place, False)][0] for place in places]
     columns: dict[str, list[Boxes]] = {
