@@ -29,6 +29,8 @@ pytest.importorskip("tyro")
 pytest.importorskip("yaml")
 pytest.importorskip("PIL")
 
+import PIL.Image
+import PIL.ImageOps
 import torchvision
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -660,7 +662,33 @@ def test_boxes_that_mirroring_would_make_nothing_of(shapes, tmp_path):
     assert all(loss.isfinite() for loss in model([image.float() / 255], [target]).values())
 
 
-def test_images_that_are_not_what_they_should_be(shapes, tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("height", "width"), [(12, 20), (16, 16)])
+def test_images_are_turned_as_they_are_shown(tmp_path, shapes, orientation, height, width):
+    """By EXIF, whose annotations are those of the image upright; otherwise their size tells."""
+    split = read_split(str(shapes), "train2017")
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    image = PIL.Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "one.png", exif=exif)
+    with PIL.Image.open(tmp_path / "one.png") as opened:
+        upright = np.asarray(PIL.ImageOps.exif_transpose(opened))
+    assert (upright.shape != pixels.shape) == (orientation >= 5 and height != width)
+
+    def read(wanted):
+        part = dataclasses.replace(
+            split, folder=tmp_path, names=["one.png"], sizes=np.array([wanted.shape[:2]])
+        )
+        found, _, _ = detection_data._Images(part)[detection_data.Sample(0, False)]
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), wanted)
+
+    read(upright)
+    if upright.shape != pixels.shape:
+        read(pixels)
+
+
+def test_images_that_are_not_what_they_should_be(shapes, tmp_path, monkeypatch):
     copy = broken(shapes, tmp_path, lambda c: None)
     split = read_split(str(copy), "train2017")
     path = copy / "train2017" / split.names[0]
@@ -670,7 +698,11 @@ def test_images_that_are_not_what_they_should_be(shapes, tmp_path):
     shutil.copyfile(copy / "train2017" / split.names[1], path)
     with pytest.raises(ValueError, match=r"pixels, but .* says"):
         detection_data._Images(split)[detection_data.Sample(0, False)]
-    # Nor does a worker add its traceback.
+    # Nor does a worker add its traceback; so it is with an image that is too large for Pillow.
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=f"{path.name} cannot be read as an image: Image size"):
+        detection_data._Images(split)[detection_data.Sample(0, False)]
+    monkeypatch.undo()
     with pytest.raises(DataError, match=f"{path.name} is ") as raised:
         list(TestBatches(split, config(shapes, workers=1), ALONE))
     assert "\n" not in str(raised.value)

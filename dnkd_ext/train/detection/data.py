@@ -246,6 +246,23 @@ def _images(images: list[Any], folder: Path, path: Path) -> tuple[list[str], lis
     return names, sizes
 
 
+# Where EXIF says how an image is to be turned, and from which value on its sides change places.
+ORIENTATION, SIDEWAYS = 0x0112, 5
+
+
+def _upright(image: Any, size: tuple[int, int]) -> Any:
+    """The image (PIL's) as it is shown: turned as its EXIF data say, as Detectron2 does.
+
+    Not where ``size``, the annotations' width and height, tells that they are of the image as it is
+    stored.
+    """
+    from PIL import ImageOps
+
+    orientation = image.getexif().get(ORIENTATION, 1)
+    as_stored = orientation >= SIDEWAYS and image.size == size and size[0] != size[1]
+    return image if orientation == 1 or as_stored else ImageOps.exif_transpose(image)
+
+
 Item = tuple[Tensor, Target, int]
 
 
@@ -267,12 +284,12 @@ class _Images(Dataset):
 
         split = self.split
         path = split.folder / split.names[sample.index]
+        height, width = split.sizes[sample.index].tolist()
         try:
             with Image.open(path) as opened:
-                pixels = np.array(opened.convert("RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+                pixels = np.array(_upright(opened, (width, height)).convert("RGB"))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
-        height, width = split.sizes[sample.index]
         if pixels.shape[:2] != (height, width):
             raise DataError(
                 f"{path} is {pixels.shape[0]} x {pixels.shape[1]} pixels, but {split.annotations} "
