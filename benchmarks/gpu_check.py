@@ -52,6 +52,8 @@ SANITIZED = (("nd_loss", "diagnostics", "scale"), ("ce_kd_loss", "ce_dkd_loss", 
 # compile-max and ours in a compiled step take minutes to compile and answer no target:
 # `python -m benchmarks run --device cuda` has them.
 BENCHED = ("ours", "noise", "module", "loop", "eager", "compile", "liger", "copy")
+# About how long each peer is timed per case: a GPU's times vary little, and there are many cases.
+SECONDS = 0.4
 # What pytest exits with where none of a file's tests was asked for.
 NO_TESTS = 5
 # How long an interrupted command has to write what it measured.
@@ -142,7 +144,9 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
 
     if stage == "bench":
         there = [peer for peer in BENCHED if unavailable(peer, "cuda") is None]
-        return [measure("run", "run", LADDER, "--peers", ",".join(there))]
+        return [
+            measure("run", "run", LADDER, "--peers", ",".join(there), "--seconds", str(SECONDS))
+        ]
     return [
         measure("e2e", "e2e", STEPS),
         measure("training recorded", "training", TRAINING, "--cuda-graph"),

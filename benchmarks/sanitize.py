@@ -9,6 +9,7 @@ differ, so that a fault that a tool misses may still show.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from dnkd_ext.losses.nd_loss import add_nd_loss
 # with vectors: a warp, a block, and a block whose registers do not hold the row. Odd rows are
 # misaligned, hence read without vectors.
 ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
-# A warp, a block, a block of 256 threads, one of 512 whose shared memory and registers hold a row,
-# and one where they do not; odd rows begin and end beside their vectors.
+# A warp, a block, a large block, clusters of 2, 4 and 8 blocks that keep a row (in float32, and the
+# next larger number in 16 bits) and of 8 that do not; with a teacher in float32 beside 16 bits huge
+# blocks that keep a row and that do not. Odd rows begin and end beside their vectors.
 LOGIT_WIDTHS = (
     *(3, 64, 1001, 2048, 1101, 4096, 4097, 9000, 9001),
-    *(32767, 32768, 65536, 65537, 70000, 70001),
+    *(19_999, 32_767, 32_768, 36_001, 65_536, 65_537, 90_001, 170_001),
 )
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)
@@ -89,12 +91,11 @@ def nd_runs() -> Iterator[Run]:
             )  # fmt: skip
 
 
-def _rows(resident: int) -> int:
+def _rows(resident: float) -> int:
     """So many rows that every block takes several, of which a multiprocessor has this many."""
     several = torch.cuda.is_available()
-    return (
-        2 * resident * (torch.cuda.get_device_properties(0).multi_processor_count if several else 2)
-    )
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if several else 2
+    return math.ceil(2 * resident * multiprocessors)
 
 
 def _base(student: Tensor, loss_weight: float | Tensor) -> tuple[Tensor, float | Tensor]:
@@ -190,12 +191,14 @@ def logit_runs(name: str) -> Iterator[Run]:
         for reduction in ("mean", "none"):
             what, options = f"{classes} classes, not alike, {reduction}", {"reduction": reduction}
             yield Run(what, unlike, reference, arguments, options, upstream=3.0)
-    # Of every kind of block: warps, and blocks of 128, 256 and 512 threads.
+    # Of every kind of block: warps, blocks, large blocks and clusters of 2, 4 and 8.
     for classes, rows in (
         (61, _rows(4 * 6)),
         (1001, _rows(6)),
         (9001, _rows(2)),
-        (32767, _rows(1)),
+        (19_999, _rows(1.5)),
+        (32_767, _rows(0.75)),
+        (65_537, _rows(0.375)),
     ):
         arguments = [_draw(rows, classes), _draw(rows, classes), torch.arange(rows) % 7]
         yield run(f"{rows} rows, {classes} classes", arguments, {"ignore_index": 3})

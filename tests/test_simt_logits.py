@@ -38,11 +38,12 @@ def run_logit_loss(
     target="int64", label_smoothing=0.0, reduction="mean", saves="gradient", standardize=False,
     scales=None, upstream=None, ignored=(), ignore_index=-100, bad=(), stride=None, shift=0,
     shared=64 << 10, multiprocessors=2, reverse=False, change=None, seed=0, weights=(0.7, 1.5),
-    stand_in=None, teacher_stride=None, teacher_shift=None, probabilities_stride=None,
-    probabilities_shift=None,
+    stand_in=None, clusters=True, cluster=0, teacher_stride=None, teacher_shift=None,
+    probabilities_stride=None, probabilities_shift=None,
 ):  # fmt: skip
     """Both sides: (losses, gradient) of the kernels, and of the reference in float64.
 
+    clusters: whether the device has them; cluster: the blocks of one that are expected, 0 any.
     stand_in: what the reference sees instead of -inf. Strides and shifts of their own: where not
     given, those of the student.
     """
@@ -83,6 +84,7 @@ def run_logit_loss(
         "shift": shift, "scale_tensors": scales is not None,
         "saves": {"nothing": 0, "gradient": 1, "coefficients": 2}[saves],
         "multiprocessors": multiprocessors, "reverse_blocks": reverse, "shared": shared,
+        "clusters": clusters, "cluster": cluster,
         "phantom_classes": 0,
     }  # fmt: skip
     arrays = [strided(student, stride), strided(teacher, teacher_stride)]
@@ -261,6 +263,105 @@ def test_rows_beyond_shared_memory(harness, dtype, columns, shared, standardize)
         shared=shared, rows=2, standardize=standardize,
     )  # fmt: skip
     assert_close(*result, dtype)
+
+
+# With this much shared memory a large block keeps 6,400 float32 logits of each row, a block of a
+# cluster 3,072; of 16 bits twice as many.
+FOR_CLUSTERS = 84 << 10
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "cluster"),
+    [
+        (torch.float32, 6500, 1),
+        (torch.float32, 6800, 2),
+        (torch.float32, 10_001, 4),
+        (torch.float32, 20_003, 8),
+        (torch.float32, 31_000, 8),  # more than they keep
+        (torch.bfloat16, 13_600, 2),
+        (torch.float16, 20_007, 4),
+        (torch.bfloat16, 40_000, 8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
+def test_rows_shared_by_a_cluster(harness, dtype, columns, cluster, kind):
+    """Several rows for each cluster, among them ignored ones and labels in every block's part."""
+
+    def change(student, teacher, labels):
+        labels[:] = torch.linspace(0, columns - 1, len(labels)).long()
+
+    result = run_logit_loss(
+        harness, dtype=dtype, columns=columns, kind=kind, cluster=cluster, shared=FOR_CLUSTERS,
+        rows=7, ignored=(2,), change=change, multiprocessors=4, label_smoothing=0.1,
+    )  # fmt: skip
+    assert_close(*result, dtype)
+
+
+@pytest.mark.parametrize("kind", ["kd", "ce_kd", "dkd", "ce_dkd"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"saves": "nothing"},
+        {"saves": "coefficients", "temperature": 3.0},
+        {"reduction": "none", "saves": "gradient", "temperature": 1.0},
+        {"reduction": "sum", "scales": (0.25, 3.0), "temperature": 2.0},
+        {"target": "probabilities", "standardize": True},
+        {"ignored": (0, 1, 2)},
+        {"bad": (1, 2), "reduction": "none"},
+        {"rows": 1},
+        {"rows": 0},
+        {"stride": 10_112},  # rows apart, still alike
+    ],
+    ids=ids,
+)
+def test_settings_in_clusters(harness, kind, options):
+    options = {"rows": 3, "cluster": 4 if options.get("rows") != 0 else 0, **options}
+    result = run_logit_loss(
+        harness, dtype=torch.float32, columns=10_001, kind=kind, shared=FOR_CLUSTERS, **options
+    )
+    assert_close(*result, torch.float32)
+
+
+@pytest.mark.parametrize("columns", [7000, 10_001, 31_000])
+@pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
+def test_devices_without_clusters(harness, columns, kind):
+    """Large blocks, and huge ones that keep a row and that do not."""
+    result = run_logit_loss(
+        harness, dtype=torch.float32, columns=columns, kind=kind, shared=FOR_CLUSTERS, rows=3,
+        clusters=False, cluster=1,
+    )  # fmt: skip
+    assert_close(*result, torch.float32)
+
+
+def test_clusters_do_not_depend_on_their_order(harness):
+    """Bitwise, and with another number of clusters only the loss' sum may differ."""
+    options = {"dtype": torch.float32, "columns": 10_001, "rows": 6, "kind": "ce_kd"}
+    options |= {"shared": FOR_CLUSTERS, "cluster": 4, "multiprocessors": 8}
+    forward, _ = run_logit_loss(harness, **options)
+    backward, _ = run_logit_loss(harness, **options, reverse=True)
+    fewer, _ = run_logit_loss(harness, **options | {"multiprocessors": 1})
+    for a, b in zip(forward[0], backward[0], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(forward[1], backward[1])
+    assert torch.equal(forward[1], fewer[1])
+
+
+@pytest.mark.parametrize("where", ["student", "teacher", "student label", "teacher label"])
+@pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
+def test_nan_is_seen_by_a_cluster(harness, kind, where):
+    def change(student, teacher, labels):
+        labels[1] = 9000
+        at = 9000 if "label" in where else 100
+        (student if "student" in where else teacher)[1, at] = float("nan")
+
+    (losses, gradient), _ = run_logit_loss(
+        harness, dtype=torch.float32, columns=10_001, kind=kind, change=change, rows=3,
+        reduction="none", shared=FOR_CLUSTERS, cluster=4,
+    )  # fmt: skip
+    assert losses[0].isnan().tolist() == [False, True, False]
+    assert gradient[1].isnan().all()
+    assert gradient[[0, 2]].isfinite().all()
 
 
 def far_apart(student, teacher, labels):

@@ -249,6 +249,34 @@ DNKD_INLINE void store_global(uint2* to, uint2 value) {
 #endif
 }
 
+// An element, behind all that the thread has stored before.
+DNKD_INLINE void store_element(double* to, double value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "d"(value)
+               : "memory");
+#else
+  *to = value;
+#endif
+}
+DNKD_INLINE void store_element(float* to, float value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(value)
+               : "memory");
+#else
+  *to = value;
+#endif
+}
+template <typename T>
+DNKD_INLINE void store_element(T* to, T value) {
+  static_assert(sizeof(T) == 2);
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "h"(value.bits)
+               : "memory");
+#else
+  *to = value;
+#endif
+}
+
 // Into global memory.
 template <bool kOnce = false, typename T, int kVec>
 DNKD_INLINE void store_pack(T* to, const Pack<T, kVec>& pack) {
@@ -368,61 +396,130 @@ DNKD_INLINE A warp_largest(A value) {
   return value;
 }
 
-// Combines what the warps of a block left: `combine` one warp's value after the other with `first`.
-// `shared` holds two buffers of at least kCount values used in turn, so that one barrier per call
-// is enough.
-template <int kThreads, int kCount, int kMost, typename A, typename Combine>
-DNKD_INLINE void combine_warps(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
-                               int& turn, A first, const Combine& combine) {
-  static_assert(kCount <= kMost, "more values than the buffers hold");
-  constexpr int kWarps = kThreads / kWarpSize;
-  if (threadIdx.x % kWarpSize == 0) {
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      shared[turn][v][threadIdx.x / kWarpSize] = values[v];
-    }
+// Up to four values are combined over a warp together: from step to step the lanes go on with half
+// of them, until each lane has one, and a group of kLanesOf<kCount> lanes that of their number.
+constexpr int kMostTogether = 4;
+template <int kCount>
+constexpr int kLanesOf = kWarpSize / (kCount <= 2 ? kCount : kMostTogether);
+
+// Combines kCount values over a warp; a lane gets that of its group. `first` combines with nothing.
+template <int kCount, typename A, typename Combine>
+DNKD_INLINE A warp_combine(const A (&values)[kCount], A first, const Combine& combine) {
+  static_assert(kCount <= kMostTogether, "a group for each value");
+  const int lane = threadIdx.x % kWarpSize;
+  A own = values[0];
+  if constexpr (kCount > 2) {
+    const A last = kCount > 3 ? values[kCount - 1] : first;
+    const bool is_high = lane >= kWarpSize / 2, is_odd = lane & kWarpSize / 4;
+    A even = is_high ? values[2] : values[0], odd = is_high ? last : values[1];
+    const A even_of_others = is_high ? values[0] : values[2];
+    const A odd_of_others = is_high ? values[1] : last;
+    even = combine(even, __shfl_xor_sync(kFullWarp, even_of_others, kWarpSize / 2));
+    odd = combine(odd, __shfl_xor_sync(kFullWarp, odd_of_others, kWarpSize / 2));
+    own = is_odd ? odd : even;
+    own = combine(own, __shfl_xor_sync(kFullWarp, is_odd ? even : odd, kWarpSize / 4));
+  } else if constexpr (kCount == 2) {
+    const bool is_high = lane >= kWarpSize / 2;
+    own = is_high ? values[1] : values[0];
+    own = combine(own, __shfl_xor_sync(kFullWarp, is_high ? values[0] : values[1], kWarpSize / 2));
   }
-  __syncthreads();
 #pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    values[v] = first;
+  for (int offset = kLanesOf<kCount> / 2; offset > 0; offset /= 2) {
+    own = combine(own, __shfl_xor_sync(kFullWarp, own, offset));
   }
-#pragma unroll 4  // more at once take registers that the kernels do not have
-  for (int w = 0; w < kWarps; ++w) {
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) {
-      values[v] = combine(values[v], shared[turn][v][w]);
-    }
-  }
-  turn ^= 1;
+  return own;
 }
 
-// Sums kCount values over the kThreads threads that share a row: a warp, or the whole block, which
-// must then all call it. Every thread gets the sums. `shared`, `turn`: see combine_warps().
+// Gives every lane the values of all groups.
+template <int kCount, typename A>
+DNKD_INLINE void gather_groups(A (&values)[kCount], A own) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    values[v] = kCount == 1 ? own : __shfl_sync(kFullWarp, own, v * kLanesOf<kCount>);
+  }
+}
+
+// Combines values[0] to values[kCount - 1] over the kThreads threads that share a row: a warp, or
+// the whole block, which must then all call it. Every thread gets the results. `shared` holds two
+// buffers of at least kCount values used in turn, so that one barrier per call is enough.
+template <int kThreads, int kCount, int kMost, typename A, typename Combine>
+DNKD_INLINE void row_combine(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
+                             int& turn, A first, const Combine& combine) {
+  static_assert(kCount <= kMost, "more values than the buffers hold");
+  constexpr bool kTogether = kCount <= kMostTogether;
+  constexpr int kWarps = kThreads / kWarpSize;
+  constexpr int kLanes = kTogether ? kLanesOf<kCount> : 1;  // of a group
+  const int lane = threadIdx.x % kWarpSize, group = lane / kLanes;
+  A own = first;
+  if constexpr (kTogether) {
+    own = warp_combine(values, first, combine);
+  } else {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      const A one[1] = {values[v]};
+      values[v] = warp_combine(one, first, combine);
+    }
+  }
+  if constexpr (kWarps > 1) {
+    A(&buffer)[kMost][kWarps] = shared[turn];
+    const int warp = threadIdx.x / kWarpSize;
+    if constexpr (kTogether) {
+      if (lane % kLanes == 0 && group < kCount) {
+        buffer[group][warp] = own;
+      }
+    } else if (lane == 0) {
+#pragma unroll
+      for (int v = 0; v < kCount; ++v) {
+        buffer[v][warp] = values[v];
+      }
+    }
+    turn ^= 1;
+    __syncthreads();
+    if constexpr (!kTogether || kWarps <= 4) {  // few are read sooner than combined by shuffles
+#pragma unroll
+      for (int v = 0; v < kCount; ++v) {
+        values[v] = first;
+      }
+#pragma unroll 4  // more at once take registers that the kernels do not have
+      for (int w = 0; w < kWarps; ++w) {
+#pragma unroll
+        for (int v = 0; v < kCount; ++v) {
+          values[v] = combine(values[v], buffer[v][w]);
+        }
+      }
+      return;
+    } else {
+      own = first;
+#pragma unroll
+      for (int w = 0; w < kWarps; w += kLanes) {
+        if (w + lane % kLanes < kWarps && group < kCount) {
+          own = combine(own, buffer[group][w + lane % kLanes]);
+        }
+      }
+#pragma unroll
+      for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+        own = combine(own, __shfl_xor_sync(kFullWarp, own, offset));
+      }
+    }
+  }
+  if constexpr (kTogether) {
+    gather_groups(values, own);
+  }
+}
+
+// The sums over the threads that share a row; see row_combine().
 template <int kThreads, int kCount, int kMost, typename A>
 DNKD_INLINE void row_sum(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
                          int& turn) {
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    values[v] = warp_sum(values[v]);
-  }
-  if constexpr (kThreads > kWarpSize) {
-    combine_warps<kThreads>(values, shared, turn, A(0), [](A a, A b) { return a + b; });
-  }
+  row_combine<kThreads>(values, shared, turn, A(0), [](A a, A b) { return a + b; });
 }
 
-// The largest instead of the sum. A NaN may get lost.
+// The largest instead. A NaN may get lost.
 template <int kThreads, int kCount, int kMost, typename A>
 DNKD_INLINE void row_largest(A (&values)[kCount], A (&shared)[2][kMost][kThreads / kWarpSize],
                              int& turn) {
-#pragma unroll
-  for (int v = 0; v < kCount; ++v) {
-    values[v] = warp_largest(values[v]);
-  }
-  if constexpr (kThreads > kWarpSize) {
-    combine_warps<kThreads>(values, shared, turn, -A(__builtin_inff()),
-                            [](A a, A b) { return larger(a, b); });
-  }
+  row_combine<kThreads>(values, shared, turn, -A(__builtin_inff()),
+                        [](A a, A b) { return larger(a, b); });
 }
 
 // Sum over a block of kThreads threads, for every thread; all must call it.

@@ -65,12 +65,13 @@ DNKD_INLINE unsigned long long counted_rows(const RowScratch& scratch, int64_t r
   return warp_sum(counted);
 }
 
-// Adds kSums values over all threads of all blocks. Every thread must call it, once. True in the
-// block that finishes last, which alone gets the sums: in an order that does not depend on which
-// one it is.
+// Adds kSums values over all threads of all blocks, or of every `every`-th block. Every thread of
+// those must call it, once. True in the block that finishes last, which alone gets the sums: in an
+// order that does not depend on which one it is.
 template <int kThreads, int kSums>
-DNKD_INLINE bool add_blocks(double (&sums)[kSums], const RowScratch& scratch) {
+DNKD_INLINE bool add_blocks(double (&sums)[kSums], const RowScratch& scratch, unsigned every = 1) {
   __shared__ bool is_last;
+  const unsigned blocks = gridDim.x / every;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     sums[i] = block_sum<kThreads>(sums[i]);
@@ -78,10 +79,10 @@ DNKD_INLINE bool add_blocks(double (&sums)[kSums], const RowScratch& scratch) {
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
-      scratch.partial[kSums * blockIdx.x + i] = sums[i];
+      scratch.partial[kSums * (blockIdx.x / every) + i] = sums[i];
     }
     __threadfence();
-    is_last = atomicAdd(scratch.ticket, 1u) == gridDim.x - 1;
+    is_last = atomicAdd(scratch.ticket, 1u) == blocks - 1;
     __threadfence();  // what the others left is read behind the barrier
   }
   __syncthreads();
@@ -91,7 +92,7 @@ DNKD_INLINE bool add_blocks(double (&sums)[kSums], const RowScratch& scratch) {
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
     double sum = 0;
-    for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
+    for (unsigned b = threadIdx.x; b < blocks; b += kThreads) {
       sum += static_cast<volatile const double*>(scratch.partial)[kSums * b + i];
     }
     sums[i] = block_sum<kThreads>(sum);

@@ -95,12 +95,18 @@ int run(const std::map<std::string, void (*)()>& launchers) {
   simt::multiprocessors = static_cast<int>(integer("multiprocessors"));
   simt::reverse_blocks = integer("reverse_blocks") != 0;
   simt::shared_per_multiprocessor = static_cast<int>(integer("shared"));
+  simt::has_clusters = integer("clusters") != 0;
   const auto found = launchers.find(name);
   if (found == launchers.end()) {
     std::fprintf(stderr, "harness: no launcher %s\n", name.c_str());
     return 2;
   }
   found->second();
+  const int64_t cluster = integer("cluster");  // 0: any
+  if (cluster != 0 && cluster != simt::last_cluster) {
+    std::fprintf(stderr, "harness: clusters of %u blocks\n", simt::last_cluster);
+    return 2;
+  }
   return 0;
 }
 

@@ -26,7 +26,7 @@ def build(name: str, folder: Path):
     subprocess.run(
         [
             compiler, "-std=c++20", "-O0", "-fno-strict-aliasing",
-            "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+            "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
             f"-I{ROOT}/tests/simt/include", f"-I{ROOT}/csrc",
             str(ROOT / f"tests/simt/{name}.cpp"), "-o", str(program),
         ],
@@ -34,7 +34,7 @@ def build(name: str, folder: Path):
     )  # fmt: skip
 
     def run(kernel, numbers, arrays, outputs):
-        numbers = {"shared": 64 << 10, **numbers}
+        numbers = {"shared": 64 << 10, "clusters": True, "cluster": 0, **numbers}
         line = " ".join([kernel, *(f"{k}={float(v)!r}" for k, v in numbers.items())]) + "\n"
         payload = b"".join(
             a.contiguous().view(torch.uint8).numpy().tobytes() for a in arrays if a.numel()

@@ -1,5 +1,6 @@
 #include <type_traits>
 
+#include "common/cluster.cuh"
 #include "common/rows.cuh"
 #include "ops/logit_loss.h"
 
@@ -11,14 +12,18 @@ namespace {
 static_assert(sizeof(LogitRow<float>) == kLogitCoefficients * sizeof(float),
               "coefficients are rows of LogitRow");
 
-// A row is shared by a warp, a block, a large block or a huge one: the smallest that takes it in
-// few rounds, and a huge one where its shared memory keeps more of the row.
+// A row is shared by a warp, a block or a large block: the smallest that takes it in few rounds.
+// What a large block's shared memory and registers do not keep of a row, the blocks of a cluster
+// keep together, or without clusters a huge block.
 constexpr int kBlock = 128;
-constexpr int kLargeBlock = 256;
+constexpr int kClusterBlock = 256;
+constexpr int kLargeBlock = 320;
 constexpr int kHugeBlock = 512;
 // Vectors per thread up to which a warp, and a block, take a row.
 constexpr int kWarpRounds = 4;
 constexpr int kBlockRounds = 8;
+// Rows that larger blocks count with 32 bits, as good as all there is memory for.
+constexpr int64_t kMostLongRows = 1 << 30;
 // Elements of a vector that are computed on together: registers for more would spill.
 constexpr int kGroup = 4;
 
@@ -29,12 +34,16 @@ constexpr int kBlockOf = kThreads > kBlock ? kThreads : kBlock;
 template <typename S, int kThreads>
 constexpr int kMinBlocks = sizeof(S) == 8                            ? (kThreads > kBlock ? 1 : 2)
                            : kThreads > kLargeBlock                  ? 1
-                           : kThreads > kBlock                       ? 2
+                           : kThreads > kClusterBlock                ? 2
+                           : kThreads > kBlock                       ? 3
                            : sizeof(S) == 2 && kThreads == kWarpSize ? 3
                                                                      : 4;
-// Blocks that share a multiprocessor's shared memory, of which a huge one takes all.
+// Blocks that share a multiprocessor's shared memory, so that some read while others compute. A
+// huge one takes all.
 template <int kThreads>
-constexpr int kSharingBlocks = kThreads > kLargeBlock ? 1 : 2;
+constexpr int kSharingBlocks = kThreads > kLargeBlock                          ? 1
+                               : kThreads > kBlock&& kThreads <= kClusterBlock ? 3
+                                                                               : 2;
 
 // How exp(z') follows from exp(s z') = exp(z' / T): its T-th power for an integer T, or 0: not.
 DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
@@ -48,22 +57,23 @@ DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
 // Vectors of a row that each thread of a large or huge block keeps in registers where the shared
 // memory does not take all.
 template <typename S, typename T, int kVec, int kThreads>
-constexpr int kInRegisters = kThreads <= kBlock || sizeof(S) == 8 || kVec == 1 ? 0
-                             : sizeof(T) > sizeof(S)                           ? 2
-                                                                               : 3;
+constexpr int kInRegisters =
+    kThreads <= kClusterBlock || sizeof(S) == 8 || kVec == 1
+        ? 0
+        : (kThreads > kLargeBlock ? 3 : 2) - (sizeof(T) > sizeof(S) ? 1 : 0);
 // Vectors that are under way at a time, of those that are not kept. There are none where registers
-// keep some, and where a block is small: it is for rows that shared memory takes. From sm_100 on
-// nvcc 13 spills where there is more than one.
+// keep some, and where a block is small or of a cluster: those are for rows that shared memory
+// takes. From sm_100 on nvcc 13 spills where there is more than one.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kMostBatched = 1;
 #else
 constexpr int kMostBatched = 4;
 #endif
 template <typename T, int kVec, int kThreads, int kRegisters>
-constexpr int kBatch = kRegisters > 0 || (kThreads <= kBlock && kVec > 1) ? 1
-                       : kVec > 1 && sizeof(Pack<T, kVec>) > 16           ? (kMostBatched + 1) / 2
-                       : kVec > 1                                         ? kMostBatched
-                                                                          : 4;
+constexpr int kBatch = kRegisters > 0 || (kThreads <= kClusterBlock && kVec > 1) ? 1
+                       : kVec > 1 && sizeof(Pack<T, kVec>) > 16 ? (kMostBatched + 1) / 2
+                       : kVec > 1                               ? kMostBatched
+                                                                : 4;
 
 // Where a row begins, and its first vector: where the student's lies as one in memory. The
 // teacher's and what else is read or written as vectors lies alike, see can_read_vectors().
@@ -92,13 +102,16 @@ struct RowAt {
 // thread reads it keeps the first `slots` vectors in shared memory that only it uses, and the next
 // kRegisters in registers; the others it reads again, kBatched under way at a time. While a row is
 // read for the last time the next one takes its place.
-template <typename S, typename T, int kVec, int kThreads, int kRegisters, int kBatched>
+template <typename S, typename T, int kVec, int kThreadsOfBlock_, int kBlocks_, int kRegisters,
+          int kBatched>
 struct Columns {
   using Row = RowAt<S, T, kVec>;
   using OfStudent = Staged<S, kVec>;
   using OfTeacher = Staged<T, kVec>;
-  static constexpr int kSharedBy = kThreads;
-  static constexpr int kAll = kBlockOf<kThreads>;  // threads of a block
+  static constexpr int kThreadsOfBlock = kThreadsOfBlock_;  // those that share the row
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kThreads = kThreadsOfBlock * kBlocks;
+  static constexpr int kAll = kBlockOf<kThreadsOfBlock>;
   static constexpr int kStudentBytes = OfStudent::bytes_of(kAll);
   static constexpr int kSlotBytes = kStudentBytes + OfTeacher::bytes_of(kAll);
   using LargestStudent = Largest<S>;
@@ -142,6 +155,16 @@ struct Columns {
   }
   DNKD_INLINE void arrived() const { wait_for_groups<0>(); }
 
+  // Whether this thread reads the element in a column, and writes what becomes of it.
+  DNKD_INLINE bool is_own(int column) const {
+    const int v = (column - row.head) / kVec;
+    const bool is_beside = column < row.head || v >= row.vectors;
+    const int owner = column < row.head ? column
+                      : is_beside       ? column - row.vectors * kVec
+                                        : v % kThreads;
+    return column >= 0 && owner == lane;
+  }
+
   // Calls each(student, teacher, column) for all vectors, where `column` is that of the first
   // element, and for the elements beside whole vectors one by one.
   template <typename Each>
@@ -160,21 +183,34 @@ struct Columns {
   DNKD_INLINE void visit(const Row next, bool has_next, const Each& each) {
     const int end = row.vectors, head = row.head;
     const int next_end = kLast && has_next ? next.vectors : 0;
-    const int own = end > lane ? (end - lane + kThreads - 1) / kThreads : 0;
-    const int shared = own < slots ? own : slots;
     int v = lane;
     if constexpr (kVec > 1) {  // elements one by one have no slots
-#pragma unroll 1
-      for (int k = 0; k < shared; ++k, v += kThreads) {
+      const auto in_slots = [&](int vectors) {
+        const int own = vectors > lane ? (vectors - lane + kThreads - 1) / kThreads : 0;
+        return own < slots ? own : slots;
+      };
+      const auto each_slot = [&](int k) {
         const char* at = kept + k * kSlotBytes;
         each(OfStudent::template load<kAll>(at), OfTeacher::template load<kAll>(at + kStudentBytes),
              head + v * kVec);
-        if (kLast && v < next_end) {
+      };
+      const int here = in_slots(end);
+      int k = 0;
+      if constexpr (kLast) {
+        const int there = in_slots(next_end);  // rows may have a vector more or less
+        const int both = here < there ? here : there;
+#pragma unroll 1
+        for (; k < both; ++k, v += kThreads) {
+          each_slot(k);
+          fetch_slot(next, k, v);
+        }
+        if (k < there) {
           fetch_slot(next, k, v);
         }
       }
-      if (kLast && shared < slots && v < next_end) {  // rows may have a vector more or less
-        fetch_slot(next, shared, v);
+#pragma unroll 1
+      for (; k < here; ++k, v += kThreads) {
+        each_slot(k);
       }
     }
     if constexpr (kRegisters > 0) {
@@ -219,6 +255,22 @@ struct Columns {
   }
 };
 
+// The power is asked for where the code is not made for one.
+constexpr int kAnyPower = -1;
+
+// Calls function(the power as a constant), with the usual power or with kAnyPower. Small blocks are
+// for short rows, which gain nothing.
+template <int kThreads, typename Function>
+DNKD_INLINE void with_power(int power, const Function& function) {
+  if constexpr (kThreads > kBlock) {
+    if (power == 4) {
+      function(std::integral_constant<int, 4>{});
+      return;
+    }
+  }
+  function(std::integral_constant<int, kAnyPower>{});
+}
+
 // What the exponentials of a row are formed with.
 template <typename A>
 struct Scales {
@@ -246,40 +298,54 @@ struct Exponentials {
   A teacher[kCount];     // exp(s' t')
 };
 
-// Of kSize elements from `first` on. kExcludes: the one at position `excluded`, counted from there,
-// has no exponentials.
-template <int kSize, bool kExcludes, typename S, typename T, typename A, int kVec>
-DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pack<T, kVec>& t,
-                                                int first, const Scales<A>& scales, int excluded) {
+// Of logits less their shifts. A difference and a product: of a product and a rounded offset the
+// largest logit would not give exactly 1, nor a sure row a loss of exactly 0.
+template <int kSize, int kPower, typename A>
+DNKD_INLINE Exponentials<A, kSize> exponentials_of(const A* student, const A* teacher,
+                                                   const Scales<A>& scales) {
+  const int power = kPower == kAnyPower ? scales.power : kPower;
   Exponentials<A, kSize> e;
-  // A difference and a product: of a product and a rounded offset the largest logit would not give
-  // exactly 1, nor a sure row a loss of exactly 0.
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    const A u = scales.units * (s[first + i] - scales.shift);
-    const A v = scales.teacher_units * (static_cast<A>(t[first + i]) - scales.teacher_shift);
+    const A u = scales.units * student[i];
+    const A v = scales.teacher_units * teacher[i];
     e.difference[i] = v - u;
     e.student[i] = exp_of_units(u);
     e.teacher[i] = exp_of_units(v);
     e.plain[i] = e.student[i];
   }
-  if (scales.power == 4) {
+  if (power == 4) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       e.plain[i] *= e.plain[i];
       e.plain[i] *= e.plain[i];
     }
-  } else if (scales.power == 0) {
+  } else if (power == 0) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      e.plain[i] = exp_of_units((s[first + i] - scales.shift) * Scales<A>::kUnit);
+      e.plain[i] = exp_of_units(student[i] * Scales<A>::kUnit);
     }
-  } else if (scales.power == 2) {
+  } else if (power == 2) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       e.plain[i] *= e.plain[i];
     }
   }
+  return e;
+}
+
+// Of kSize elements from `first` on. kExcludes: the one at position `excluded`, counted from there,
+// has no exponentials.
+template <int kSize, bool kExcludes, int kPower, typename S, typename T, typename A, int kVec>
+DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pack<T, kVec>& t,
+                                                int first, const Scales<A>& scales, int excluded) {
+  A student[kSize], teacher[kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    student[i] = s[first + i] - scales.shift;
+    teacher[i] = static_cast<A>(t[first + i]) - scales.teacher_shift;
+  }
+  auto e = exponentials_of<kSize, kPower>(student, teacher, scales);
   if constexpr (kExcludes) {
     if (static_cast<unsigned>(excluded) < kSize) {
 #pragma unroll
@@ -293,62 +359,91 @@ DNKD_INLINE Exponentials<A, kSize> exponentials(const Pack<S, kVec>& s, const Pa
   return e;
 }
 
-// The gradient of a row, behind which the next one is fetched. `label`: its position, or -1 without
-// one. kExcludes: where `decoupled` may be set. kPlain: without probabilities and standardization.
-template <bool kExcludes, bool kPlain, typename A, typename Row, typename S>
+// A row's label: its column, or -1 without one, and both logits less their shifts.
+template <typename A>
+struct LabelOf {
+  int column;
+  A student;
+  A teacher;
+};
+
+// The gradient of a row, behind which the next one is fetched. kPlain: without probabilities and
+// standardization.
+template <bool kPlain, typename A, typename Row, typename S>
 DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next, bool has_next,
-                                const LogitRow<A>& row, int label, bool decoupled,
+                                const LogitRow<A>& row, const LabelOf<A>& label, bool decoupled,
                                 const A* probabilities, int power, bool standardize) {
   const Scales<A> scales(row, power);
-  data.read_last(next, has_next, [&](const auto& s, const auto& t, int column) {
-    constexpr int kVec = std::decay_t<decltype(s)>::kCount;
-    constexpr int kSize = kVec < kGroup ? kVec : kGroup;
-    const int at = label - column;
-    A value[kVec];
-#pragma unroll
-    for (int g = 0; g < kVec; g += kSize) {
-      const auto e = exponentials<kSize, kExcludes>(s, t, g, scales, decoupled ? at - g : -1);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        value[g + i] = row.plain * e.plain[i] +
-                       (row.student * e.student[i] + (row.teacher * e.teacher[i] + row.constant));
-      }
+  const auto value_of = [&](A plain, A student, A teacher) {
+    return row.plain * plain + (row.student * student + (row.teacher * teacher + row.constant));
+  };
+  // The label's gradient has a term of its own, and with DKD no exponentials. It is formed once and
+  // written over what the loop makes of that element, by the thread that writes it there.
+  const bool has_label = data.is_own(label.column);
+  A of_label = 0;
+  if (has_label) {
+    Exponentials<A, 1> e = {};
+    if (!decoupled) {
+      e = exponentials_of<1, kAnyPower>(&label.student, &label.teacher, scales);
     }
-    if (static_cast<unsigned>(at) < kVec) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
-        value[i] += i == at ? row.label : A(0);
-      }
-    }
+    of_label = value_of(e.plain[0], e.student[0], e.teacher[0]) + row.label;
     if constexpr (!kPlain) {
-      if (standardize) {  // otherwise 0, of a logit that may be infinite
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          value[i] += row.linear * (s[i] - row.shift);
-        }
-      }
-      if (probabilities != nullptr) {
-        const auto r = load_pack<A, kVec>(probabilities + column);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          value[i] += row.probability * r[i];
-        }
-      }
+      of_label += standardize ? row.linear * label.student : A(0);
+      of_label += probabilities != nullptr ? row.probability * probabilities[label.column] : A(0);
     }
-    store_pack(out + column, Pack<S, kVec>::of(value));
-  });
+  }
+  const auto pass = [&](auto constant) {
+    constexpr int kPower = decltype(constant)::value;
+    data.read_last(next, has_next, [&](const auto& s, const auto& t, int column) {
+      constexpr int kVec = std::decay_t<decltype(s)>::kCount;
+      constexpr int kSize = kVec < kGroup ? kVec : kGroup;
+      A value[kVec];
+#pragma unroll
+      for (int g = 0; g < kVec; g += kSize) {
+        const auto e = exponentials<kSize, false, kPower>(s, t, g, scales, -1);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          value[g + i] = value_of(e.plain[i], e.student[i], e.teacher[i]);
+        }
+      }
+      if constexpr (!kPlain) {
+        if (standardize) {  // otherwise 0, of a logit that may be infinite
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            value[i] += row.linear * (s[i] - row.shift);
+          }
+        }
+        if (probabilities != nullptr) {
+          const auto r = load_pack<A, kVec>(probabilities + column);
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            value[i] += row.probability * r[i];
+          }
+        }
+      }
+      store_pack(out + column, Pack<S, kVec>::of(value));
+    });
+  };
+  if constexpr (kPlain) {
+    with_power<Row::kAll>(power, pass);
+  } else {
+    pass(std::integral_constant<int, kAnyPower>{});
+  }
+  if (has_label) {
+    store_element(out + label.column, narrow<S>(of_label));
+  }
 }
 
-template <bool kExcludes, typename A, typename Row, typename S>
+template <typename A, typename Row, typename S>
 DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next, bool has_next,
-                                const LogitRow<A>& row, int label, bool decoupled,
+                                const LogitRow<A>& row, const LabelOf<A>& label, bool decoupled,
                                 const A* probabilities, int power, bool standardize) {
   if (probabilities != nullptr || standardize) {
-    write_gradient<kExcludes, false>(out, data, next, has_next, row, label, decoupled,
-                                     probabilities, power, standardize);
+    write_gradient<false>(out, data, next, has_next, row, label, decoupled, probabilities, power,
+                          standardize);
   } else {
-    write_gradient<kExcludes, true>(out, data, next, has_next, row, label, decoupled, probabilities,
-                                    power, standardize);
+    write_gradient<true>(out, data, next, has_next, row, label, decoupled, probabilities, power,
+                         standardize);
   }
 }
 
@@ -357,7 +452,7 @@ template <typename S, typename Row>
 DNKD_INLINE void fill_gradient(S* out, const Row& data, typename Accumulate<S>::type value) {
   const S narrowed = narrow<S>(value);
 #pragma unroll 1
-  for (int j = data.lane; j < data.columns; j += Row::kSharedBy) {
+  for (int j = data.lane; j < data.columns; j += Row::kThreads) {
     out[j] = narrowed;
   }
 }
@@ -367,7 +462,13 @@ DNKD_INLINE void fill_gradient(S* out, const Row& data, typename Accumulate<S>::
 template <bool kDecoupled, typename A, typename Row, typename Buffers>
 DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, int power,
                                  const LogitOptions<A>& options, Buffers& buffers, int& turn) {
-  constexpr int kThreads = Row::kSharedBy;
+  const auto add = [&](auto& values) {
+    if constexpr (Row::kBlocks > 1) {
+      cluster_sum<Row::kThreadsOfBlock, Row::kBlocks>(values, buffers, turn);
+    } else {
+      row_sum<Row::kThreadsOfBlock>(values, buffers, turn);
+    }
+  };
   // The label's logit is left out of what DKD sums over.
   const int excluded = kDecoupled ? label : -1;
   typename Row::LargestStudent student_top;
@@ -389,7 +490,11 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
     }
   });
   A top[2] = {student_top.result(), static_cast<A>(teacher_top.result())};
-  row_largest<kThreads>(top, buffers, turn);
+  if constexpr (Row::kBlocks > 1) {
+    cluster_largest<Row::kThreadsOfBlock, Row::kBlocks>(top, buffers, turn);
+  } else {
+    row_largest<Row::kThreadsOfBlock>(top, buffers, turn);
+  }
 
   LogitSums<A> sum = {};
   sum.shift = top[0];
@@ -405,7 +510,7 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
         means[1] += static_cast<A>(t[i]) - sum.teacher_shift;
       }
     });
-    row_sum<kThreads>(means, buffers, turn);
+    add(means);
     means[0] /= options.columns;
     means[1] /= options.columns;
     A squares[2] = {0, 0};
@@ -419,7 +524,7 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
         squares[1] += b * b;
       }
     });
-    row_sum<kThreads>(squares, buffers, turn);
+    add(squares);
     const A freedom = options.columns > 1 ? options.columns - 1 : A(1);
     const A eps = static_cast<A>(1e-7);
     sum.mean = means[0];
@@ -435,24 +540,28 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
   row.teacher_scale = sum.teacher_scale;
   const Scales<A> scales(row, power);
   A sums[4] = {0, 0, 0, 0};  // plain, student, teacher, difference
-  data.read([&](const auto& s, const auto& t, int column) {
-    constexpr int kVec = std::decay_t<decltype(s)>::kCount;
-    constexpr int kSize = kVec < kGroup ? kVec : kGroup;
+  with_power<Row::kAll>(power, [&](auto constant) {
+    constexpr int kPower = decltype(constant)::value;
+    data.read([&](const auto& s, const auto& t, int column) {
+      constexpr int kVec = std::decay_t<decltype(s)>::kCount;
+      constexpr int kSize = kVec < kGroup ? kVec : kGroup;
 #pragma unroll
-    for (int g = 0; g < kVec; g += kSize) {
-      const auto e = exponentials<kSize, kDecoupled>(s, t, g, scales, excluded - column - g);
+      for (int g = 0; g < kVec; g += kSize) {
+        const auto e =
+            exponentials<kSize, kDecoupled, kPower>(s, t, g, scales, excluded - column - g);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        sums[0] += e.plain[i];
-        sums[1] += e.student[i];
-        sums[2] += e.teacher[i];
-        if (e.teacher[i] != 0) {  // else the student's probability may be as small as it likes
-          sums[3] += e.teacher[i] * e.difference[i];
+        for (int i = 0; i < kSize; ++i) {
+          sums[0] += e.plain[i];
+          sums[1] += e.student[i];
+          sums[2] += e.teacher[i];
+          if (e.teacher[i] != 0) {  // else the student's probability may be as small as it likes
+            sums[3] += e.teacher[i] * e.difference[i];
+          }
         }
       }
-    }
+    });
   });
-  row_sum<kThreads>(sums, buffers, turn);
+  add(sums);
   sum.plain = sums[0];
   sum.student = sums[1];
   sum.teacher = sums[2];
@@ -474,7 +583,7 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
         expectations[2] += probabilities == nullptr ? A(0) : r[i] * z;
       }
     });
-    row_sum<kThreads>(expectations, buffers, turn);
+    add(expectations);
     sum.logits = expectations[0];
     sum.probability = expectations[1];
     sum.expected = expectations[2];
@@ -486,7 +595,8 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
       constexpr int kSize = kVec < kGroup ? kVec : kGroup;
 #pragma unroll
       for (int g = 0; g < kVec; g += kSize) {
-        const auto e = exponentials<kSize, kDecoupled>(s, t, g, scales, excluded - column - g);
+        const auto e =
+            exponentials<kSize, kDecoupled, kAnyPower>(s, t, g, scales, excluded - column - g);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           const A z = s[g + i] - sum.shift;
@@ -495,7 +605,7 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
         }
       }
     });
-    row_sum<kThreads>(moments, buffers, turn);
+    add(moments);
     sum.student_moment = moments[0];
     sum.teacher_moment = moments[1];
   }
@@ -506,20 +616,27 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
   return sum;
 }
 
-template <typename S, typename T, bool kDecoupled, int kVec, int kThreads, int kRegisters>
+template <typename S, typename T, bool kDecoupled, int kVec, int kThreads, int kBlocks,
+          int kRegisters>
 __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     logit_loss_forward_kernel(const __grid_constant__ LogitLossParams p,
                               const __grid_constant__ RowScratch scratch, int slots) {
   using A = typename Accumulate<S>::type;
   constexpr int kBlockThreads = kBlockOf<kThreads>;
   constexpr int kRowsPerBlock = kBlockThreads / kThreads;
-  alignas(16) __shared__ A buffers[2][4][kThreads / kWarpSize];
+  if constexpr (kBlocks > 1 && !kHasClusters) {
+    return;
+  }
+  using Buffers = std::conditional_t<(kBlocks > 1), ClusterExchange<kBlocks * kThreads / kWarpSize>,
+                                     A[2][4][kThreads / kWarpSize]>;
+  alignas(16) __shared__ Buffers buffers;
   DNKD_DYNAMIC_SHARED(kept);
   const A nan = __builtin_nanf("");
   const bool is_none = p.reduction == Reduction::kNone;
 
   // The same for all rows; not in registers, of which there are few.
   __shared__ double weights[2], counts[2];  // of ce and kd; counts: what the sums are divided by
+  __shared__ double totals[kRowsPerBlock][2];
   __shared__ LogitOptions<A> options;
   const unsigned long long counted =
       p.reduction == Reduction::kMean ? counted_rows(scratch, p.rows) : 0;
@@ -548,21 +665,30 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     options.has_label = p.probabilities == nullptr;
     options.standardize = p.standardize;
   }
-  __syncthreads();
+  int rank = 0;
+  if constexpr (kBlocks > 1) {
+    begin_exchange(buffers);
+    rank = cluster_rank();
+  } else {
+    __syncthreads();
+  }
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
 
-  Columns<S, T, kVec, kThreads, kRegisters, kBatch<T, kVec, kThreads, kRegisters>> data{
-      {nullptr, nullptr, 0}};
+  constexpr int kBatched = kBatch<T, kVec, kThreads, kRegisters>;
+  Columns<S, T, kVec, kThreads, kBlocks, kRegisters, kBatched> data{{nullptr, nullptr, 0}};
   data.slots = slots;
   data.columns = static_cast<int>(p.columns);
-  data.lane = threadIdx.x % kThreads;
+  data.lane = rank * kThreads + threadIdx.x % kThreads;
   data.kept = reinterpret_cast<char*>(kept);
   data.kept_address = shared_address(kept);
-
-  double totals[2] = {0, 0};  // of ce and kd
+  double* const total = totals[threadIdx.x / kThreads];  // of the first lane, which alone uses it
+  if (threadIdx.x % kThreads == 0) {
+    total[0] = total[1] = 0;
+  }
   int turn = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowsPerBlock;
-  int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreads;
+  using Index = std::conditional_t<(kThreads > kBlock && kVec > 1), int, int64_t>;
+  const Index step = static_cast<Index>(gridDim.x / kBlocks) * kRowsPerBlock;
+  Index row = static_cast<Index>(blockIdx.x / kBlocks) * kRowsPerBlock + threadIdx.x / kThreads;
   const auto at = [&](int64_t of) {
     return typename decltype(data)::Row(static_cast<const S*>(p.student) + of * p.student_stride,
                                         static_cast<const T*>(p.teacher) + of * p.teacher_stride,
@@ -593,10 +719,13 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
             : nullptr;
     const bool is_read = !kDecoupled || label >= 0;
     LogitTerms<A> terms = {};
+    LabelOf<A> of_label = {label, 0, 0};
     if (is_read) {
       const LogitSums<A> sum =
           sum_row<kDecoupled>(data, label, probabilities, power, options, buffers, turn);
       terms = logit_row_terms<kDecoupled>(sum, options, !is_ignored);
+      of_label.student = sum.label;
+      of_label.teacher = sum.teacher_label;
     }
     if (is_bad) {
       terms.ce = p.has_ce ? nan : A(0);
@@ -612,8 +741,8 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
         static_cast<A*>(p.ce)[row] = terms.ce;
         static_cast<A*>(p.kd)[row] = terms.kd;
       } else {
-        totals[0] += static_cast<double>(terms.ce);
-        totals[1] += static_cast<double>(terms.kd);
+        total[0] += static_cast<double>(terms.ce);
+        total[1] += static_cast<double>(terms.kd);
       }
       if (p.coefficients != nullptr) {
         static_cast<LogitRow<A>*>(p.coefficients)[row] = terms.row;
@@ -622,8 +751,8 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     const bool writes = p.gradient != nullptr && is_read && !is_bad;
     S* out = kept_pointer(static_cast<S*>(p.gradient) + row * p.columns);
     if (writes) {
-      write_gradient<kDecoupled>(out, data, next, has_next, terms.row, label, kDecoupled,
-                                 probabilities, power, p.standardize);
+      write_gradient(out, data, next, has_next, terms.row, of_label, kDecoupled, probabilities,
+                     power, p.standardize);
     } else if (p.gradient != nullptr) {
       fill_gradient(out, data, is_bad ? nan : A(0));
     }
@@ -632,8 +761,13 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     }
   }
 
-  if (!is_none && add_blocks<kBlockThreads>(totals, scratch) && threadIdx.x == 0) {
-    const double ce = totals[0] / counts[0], kd = totals[1] / counts[1];
+  if (is_none || rank > 0) {
+    return;
+  }
+  const bool is_first = threadIdx.x % kThreads == 0;
+  double sums[2] = {is_first ? total[0] : 0, is_first ? total[1] : 0};
+  if (add_blocks<kBlockThreads>(sums, scratch, kBlocks) && threadIdx.x == 0) {
+    const double ce = sums[0] / counts[0], kd = sums[1] / counts[1];
     *static_cast<A*>(p.loss) = static_cast<A>(weights[0] * ce + weights[1] * kd);
     *static_cast<A*>(p.ce) = static_cast<A>(ce);
     *static_cast<A*>(p.kd) = static_cast<A>(kd);
@@ -647,7 +781,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
   constexpr int kRowsPerBlock = kBlock / kThreads;
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
   // Nothing is kept of what is read once.
-  Columns<S, T, kVec, kThreads, 0, (sizeof(Pack<T, kVec>) > 16 ? 2 : 4)> data{
+  Columns<S, T, kVec, kThreads, 1, 0, (sizeof(Pack<T, kVec>) > 16 ? 2 : 4)> data{
       {nullptr, nullptr, 0}};
   data.kept = nullptr;
   data.kept_address = {};
@@ -689,43 +823,77 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
         p.has_ce && p.probabilities != nullptr
             ? static_cast<const A*>(p.probabilities) + row * p.probabilities_stride
             : nullptr;
-    write_gradient<true>(out, data, here, false, terms, label, p.decoupled, probabilities, power,
-                         p.standardize);
+    LabelOf<A> of_label = {label, 0, 0};
+    if (data.is_own(label)) {
+      of_label.student = widen(data.row.student[label]) - terms.shift;
+      of_label.teacher = static_cast<A>(widen(data.row.teacher[label])) - terms.teacher_shift;
+    }
+    write_gradient(out, data, here, false, terms, of_label, p.decoupled, probabilities, power,
+                   p.standardize);
   }
 }
 
 // -- launchers -----------------------------------------------------------------------------------
 
-template <typename S, typename T, bool kDecoupled, int kVec, int kThreads,
+template <typename S, typename T, bool kDecoupled, int kVec, int kThreads, int kBlocks = 1,
           int kRegisters = kInRegisters<S, T, kVec, kThreads>>
 struct ForwardLaunch {
   static constexpr auto kKernel =
-      logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads, kRegisters>;
+      logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads, kBlocks, kRegisters>;
   static constexpr int kBlockThreads = kBlockOf<kThreads>;
-  static constexpr int kSlotBytes = Columns<S, T, kVec, kThreads, kRegisters, 1>::kSlotBytes;
+  static constexpr int kSharing = kThreads * kBlocks;  // threads that share a row
+  static constexpr int kSlotBytes =
+      Columns<S, T, kVec, kThreads, kBlocks, kRegisters, 1>::kSlotBytes;
 
   int64_t wanted;     // vectors of every thread
   int64_t slots = 0;  // those that shared memory keeps; elements one by one are not kept
 
   explicit ForwardLaunch(const LogitLossParams& p)
-      : wanted((p.columns / kVec + kThreads - 1) / kThreads) {
+      : wanted((p.columns / kVec + kSharing - 1) / kSharing) {
     if constexpr (kVec > 1) {
       slots = dynamic_shared_limit<kKernel, kSharingBlocks<kThreads>>() / kSlotBytes;
       slots = slots < wanted ? slots : wanted;
     }
   }
 
-  // What shared memory and registers keep.
-  int64_t kept() const { return slots + kRegisters; }
+  // Whether shared memory and registers keep at least this part of a row.
+  bool keeps(double part) const {
+    return static_cast<double>(slots + kRegisters) >= part * static_cast<double>(wanted);
+  }
+  int bytes() const { return static_cast<int>(slots) * kSlotBytes; }
+  int64_t clusters() const { return resident_clusters<kKernel>(kBlocks, kBlockThreads, bytes()); }
 
   int operator()(const LogitLossParams& p, const RowScratch& scratch, void* stream) const {
-    const int bytes = static_cast<int>(slots) * kSlotBytes;
+    if constexpr (kBlocks > 1) {
+      const int64_t resident = clusters(), count = p.rows < resident ? p.rows : resident;
+      return launch_clusters(kKernel, count < 1 ? 1 : count, kBlocks, kBlockThreads, bytes(),
+                             stream, p, scratch, static_cast<int>(slots));
+    }
     const int64_t blocks =
-        blocks_for<kKernel>(p.rows, kBlockThreads / kThreads, kBlockThreads, bytes);
-    return launch_sharing(kKernel, blocks, kBlockThreads, bytes, stream, p, scratch,
+        blocks_for<kKernel>(p.rows, kBlockThreads / kThreads, kBlockThreads, bytes());
+    return launch_sharing(kKernel, blocks, kBlockThreads, bytes(), stream, p, scratch,
                           static_cast<int>(slots));
   }
 };
+
+// Launches the smallest cluster from kBlocks blocks on that keeps nearly all of a row, or the
+// largest; false where the device has no clusters.
+template <typename S, typename T, bool kDecoupled, int kVec, int kBlocks = 2>
+bool forward_in_clusters(const LogitLossParams& p, const RowScratch& scratch, void* stream,
+                         int& error) {
+  const ForwardLaunch<S, T, kDecoupled, kVec, kClusterBlock, kBlocks> cluster(p);
+  if constexpr (2 * kBlocks <= kMostClusterBlocks) {
+    if (!cluster.keeps(0.9) &&
+        forward_in_clusters<S, T, kDecoupled, kVec, 2 * kBlocks>(p, scratch, stream, error)) {
+      return true;
+    }
+  }
+  if (cluster.clusters() == 0) {
+    return false;
+  }
+  error = cluster(p, scratch, stream);
+  return true;
+}
 
 template <typename S, typename T, bool kDecoupled, int kVec>
 int forward_with(const LogitLossParams& p, const RowScratch& scratch, void* stream) {
@@ -735,18 +903,26 @@ int forward_with(const LogitLossParams& p, const RowScratch& scratch, void* stre
   }
   // Elements one by one are for rows that do not lie alike: few, and not worth more kernels.
   if constexpr (kVec > 1) {
-    if (vectors <= kBlock * kBlockRounds) {
+    if (vectors <= kBlock * kBlockRounds || p.rows > kMostLongRows) {
       return ForwardLaunch<S, T, kDecoupled, kVec, kBlock>(p)(p, scratch, stream);
     }
   }
   const ForwardLaunch<S, T, kDecoupled, kVec, kLargeBlock> large(p);
   if constexpr (kVec > 1 && sizeof(S) < 8) {
+    // A teacher in float32 beside 16-bit logits is rare, and not worth more kernels either.
+    if constexpr (sizeof(S) == sizeof(T)) {
+      int error = 0;
+      if (!large.keeps(0.95) &&
+          forward_in_clusters<S, T, kDecoupled, kVec>(p, scratch, stream, error)) {
+        return error;
+      }
+    }
     // Two blocks hide each other's waits. But of what they cannot keep, those of all
     // multiprocessors together would read more again than the L2 cache holds.
-    if (4 * large.kept() < 3 * large.wanted) {
+    if (!large.keeps(0.75)) {
       const ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock> huge(p);
-      if (huge.kept() < huge.wanted) {
-        return ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock, 0>(p)(p, scratch, stream);
+      if (!huge.keeps(1)) {
+        return ForwardLaunch<S, T, kDecoupled, kVec, kHugeBlock, 1, 0>(p)(p, scratch, stream);
       }
       return huge(p, scratch, stream);
     }

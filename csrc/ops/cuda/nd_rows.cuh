@@ -12,7 +12,7 @@ constexpr int kBlock = 128;
 // Blocks per multiprocessor that the compiler makes room for: as many as need no spilling.
 template <typename S, typename M>
 constexpr int kMinBlocks = sizeof(S) > 2    ? 4
-                           : sizeof(M) == 2 ? 6
+                           : sizeof(M) == 2 ? 7
                                             : 5;
 
 // 16-byte vectors of a row that each thread keeps in registers (2048 elements of a row per block,

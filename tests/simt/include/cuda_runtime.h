@@ -1,12 +1,16 @@
 // A test-only stand-in for the CUDA runtime: kernels run as plain C++, blocks one after another,
-// the threads of a block as fibers that change over at barriers and shuffles. It finds mistakes of
-// indexing, of reduction order and of barriers; it says nothing about speed or memory ordering.
+// the threads of a block as fibers that change over at barriers and shuffles. The blocks of a
+// cluster run at the same time, each with its fibers in a thread of its own, whose thread-local
+// variables are the block's shared memory. It finds mistakes of indexing, of reduction order and of
+// barriers; it says nothing about speed or memory ordering.
 #pragma once
 
 #include <math.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -14,6 +18,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #define __global__ static
@@ -22,9 +28,10 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local
 #define DNKD_DYNAMIC_SHARED(name) uint4* const name = simt::dynamic_shared.get()
 #define DNKD_ASYNC_COPIES
+#define DNKD_CLUSTERS
 
 struct uint2 {
   alignas(8) unsigned x;
@@ -39,17 +46,32 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 using cudaStream_t = void*;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 1 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
+  cudaDevAttrClusterLaunch,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
@@ -59,6 +81,8 @@ namespace simt {
 
 inline int multiprocessors = 2;      // small, so that blocks take several rows
 inline bool reverse_blocks = false;  // the last block first
+inline bool has_clusters = true;
+inline unsigned last_cluster = 0;  // blocks of a cluster of the last launch
 inline int shared_per_multiprocessor = 64 << 10;
 constexpr int kReservedShared = 1 << 10;          // of each block
 constexpr int kSharedWithoutAsking = 48 << 10;    // dynamic shared memory of a block
@@ -87,25 +111,26 @@ struct Fiber {
   bool done = false;
   Barrier* waits_for = nullptr;
   long generation = 0;
+  std::function<bool()> waits_until;  // of what other blocks of the cluster do
 };
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline int current = 0;
-inline Barrier block_barrier;
-inline std::vector<Barrier> warp_barriers;
-inline std::vector<uint64_t> lanes;
+inline thread_local std::vector<Fiber> fibers;
+inline thread_local ucontext_t scheduler;
+inline thread_local int current = 0;
+inline thread_local Barrier block_barrier;
+inline thread_local std::vector<Barrier> warp_barriers;
+inline thread_local std::vector<uint64_t> lanes;
 inline std::function<void()> body;
-inline std::vector<std::unique_ptr<char[]>> stacks;
+inline thread_local std::vector<std::unique_ptr<char[]>> stacks;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 // Of exactly the size that the launch asks for, so that the address sanitizer sees what is outside.
-inline std::unique_ptr<uint4, Free> dynamic_shared;
+inline thread_local std::unique_ptr<uint4, Free> dynamic_shared;
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "simt: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
@@ -124,6 +149,16 @@ inline void wait(Barrier& barrier) {
   self.waits_for = nullptr;
 }
 
+// Waits for something that another block of the cluster does.
+inline void wait_until(std::function<bool()> ready) {
+  Fiber& self = fibers[current];
+  self.waits_until = std::move(ready);
+  while (!self.waits_until()) {
+    swapcontext(&self.context, &scheduler);
+  }
+  self.waits_until = nullptr;
+}
+
 inline void enter() {
   body();
   Fiber& self = fibers[current];
@@ -138,6 +173,44 @@ inline void enter() {
   block_barrier.arrive();
   --warp_barriers[current / kWarp].members;
   warp_barriers[current / kWarp].arrive();
+}
+
+// The blocks of a cluster. A thread-local variable lies at the same distance from `anchor` in every
+// thread.
+struct Arrivals {
+  int32_t due;    // bytes expected, less those that have come
+  int16_t phase;  // of its two turns
+  int16_t expects;
+};
+static_assert(sizeof(Arrivals) == sizeof(uint64_t));
+
+struct Cluster {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int64_t changes = 0;
+  std::vector<char*> anchors;  // of its blocks
+  int64_t threads = 0, arrived = 0, generation = 0;
+
+  // Wakes the blocks that wait.
+  void change() {
+    ++changes;
+    changed.notify_all();
+  }
+  // Ends a turn of which everything has come.
+  void settle(Arrivals& arrivals) {
+    if (arrivals.expects != 0 && arrivals.due == 0) {
+      arrivals.expects = 0;
+      arrivals.phase ^= 1;
+      change();
+    }
+  }
+};
+inline Cluster* cluster = nullptr;
+inline thread_local int rank = 0;
+inline thread_local char anchor = 0;
+
+inline char* in_block(const void* address, int of) {
+  return cluster->anchors[of] + (static_cast<const char*>(address) - &anchor);
 }
 
 inline void run_block(int threads) {
@@ -158,11 +231,20 @@ inline void run_block(int threads) {
     makecontext(&fiber.context, enter, 0);
   }
   for (int left = threads; left > 0;) {
-    bool progressed = false;
+    bool progressed = false, waits = false;
+    int64_t changes = 0;
+    if (cluster != nullptr) {
+      const std::lock_guard lock(cluster->mutex);
+      changes = cluster->changes;
+    }
     for (int t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[t];
       if (fiber.done ||
           (fiber.waits_for != nullptr && fiber.waits_for->generation == fiber.generation)) {
+        continue;
+      }
+      if (fiber.waits_until && !fiber.waits_until()) {
+        waits = true;
         continue;
       }
       progressed = true;
@@ -171,8 +253,15 @@ inline void run_block(int threads) {
       swapcontext(&scheduler, &fiber.context);
       left -= fiber.done;
     }
-    if (!progressed) {
+    if (!progressed && !waits) {
       fail("a barrier or shuffle was not reached by all threads");
+    }
+    if (!progressed) {
+      std::unique_lock lock(cluster->mutex);
+      if (!cluster->changed.wait_for(lock, std::chrono::seconds(60),
+                                     [&] { return cluster->changes != changes; })) {
+        fail("another block of the cluster does not come");
+      }
     }
   }
 }
@@ -194,7 +283,7 @@ T __ldcs(const T* from) {
 }
 
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+T __shfl_sync(unsigned mask, T value, int lane) {
   static_assert(sizeof(T) <= 8);
   if (mask != 0xffffffffu) {
     simt::fail("a shuffle with a partial mask");
@@ -207,9 +296,13 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
     simt::fail("a shuffle of all lanes after some have left");
   }
   T other;
-  std::memcpy(&other, &simt::lanes[self ^ lane_mask], sizeof(T));
+  std::memcpy(&other, &simt::lanes[warp * simt::kWarp + lane], sizeof(T));
   simt::wait(simt::warp_barriers[warp]);
   return other;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  return __shfl_sync(mask, value, simt::current % simt::kWarp ^ lane_mask);
 }
 
 // What device.cuh copies beside the computation. From the call until it is waited for there is NaN,
@@ -235,6 +328,53 @@ void wait_for_groups() {
   }
 }
 
+// What cluster.cuh has blocks of a cluster do.
+inline int cluster_rank() { return simt::rank; }
+inline void cluster_barrier() {
+  int64_t generation;
+  {
+    const std::lock_guard lock(simt::cluster->mutex);
+    generation = simt::cluster->generation;
+    if (++simt::cluster->arrived == simt::cluster->threads) {
+      simt::cluster->arrived = 0;
+      ++simt::cluster->generation;
+      simt::cluster->change();
+    }
+  }
+  simt::wait_until([=] {
+    const std::lock_guard lock(simt::cluster->mutex);
+    return simt::cluster->generation != generation;
+  });
+}
+inline void init_arrivals(uint64_t* arrivals) { *arrivals = 0; }
+inline void expect_arrivals(uint64_t* arrivals, int bytes) {
+  const std::lock_guard lock(simt::cluster->mutex);
+  auto& own = *reinterpret_cast<simt::Arrivals*>(arrivals);
+  if (own.expects != 0) {
+    simt::fail("arrivals are expected before those of the last turn have come");
+  }
+  own.expects = 1;
+  own.due += bytes;
+  simt::cluster->settle(own);
+}
+inline void await_arrivals(uint64_t* arrivals, int parity) {
+  simt::wait_until([=] {
+    const std::lock_guard lock(simt::cluster->mutex);
+    return reinterpret_cast<simt::Arrivals*>(arrivals)->phase != parity;
+  });
+}
+template <int kCount>
+void send(float* to, uint64_t* arrivals, int rank, const float (&values)[kCount]) {
+  if (reinterpret_cast<uint64_t>(to) % sizeof(values) != 0) {
+    simt::fail("a vector sent to an address that is not aligned");
+  }
+  const std::lock_guard lock(simt::cluster->mutex);
+  std::memcpy(simt::in_block(to, rank), values, sizeof(values));
+  auto& there = *reinterpret_cast<simt::Arrivals*>(simt::in_block(arrivals, rank));
+  there.due -= sizeof(values);
+  simt::cluster->settle(there);
+}
+
 template <typename T>
 T atomicAdd(T* address, T value) {
   const T old = *address;
@@ -245,20 +385,53 @@ T atomicAdd(T* address, T value) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  gridDim = config->gridDim;
-  blockDim = config->blockDim;
   const auto limit = simt::shared_limits.find(reinterpret_cast<const void*>(kernel));
   const size_t bytes = config->dynamicSmemBytes;
   if (bytes > static_cast<size_t>(limit == simt::shared_limits.end() ? simt::kSharedWithoutAsking
                                                                      : limit->second)) {
     return cudaErrorInvalidValue;
   }
-  simt::dynamic_shared.reset(static_cast<uint4*>(std::malloc(bytes)));
+  const unsigned together = config->numAttrs == 0 ? 1 : config->attrs->val.clusterDim.x;
+  const unsigned threads = config->blockDim.x;
+  if (together == 0 || config->gridDim.x % together != 0) {
+    return cudaErrorInvalidValue;
+  }
+  simt::last_cluster = together;
   simt::body = [=] { kernel(arguments...); };
-  for (unsigned b = 0; b < config->gridDim.x; ++b) {
+  const auto run = [&](unsigned block) {
+    gridDim = config->gridDim;
+    blockDim = config->blockDim;
+    simt::dynamic_shared.reset(static_cast<uint4*>(std::malloc(bytes)));
     std::memset(simt::dynamic_shared.get(), 0xff, bytes);  // NaN: a block finds nothing of use
-    blockIdx = dim3(simt::reverse_blocks ? config->gridDim.x - 1 - b : b, 0, 0);
-    simt::run_block(static_cast<int>(config->blockDim.x));
+    blockIdx = dim3(block, 0, 0);
+    simt::run_block(static_cast<int>(threads));
+  };
+  const unsigned clusters = config->gridDim.x / together;
+  for (unsigned c = 0; c < clusters; ++c) {
+    const unsigned first = (simt::reverse_blocks ? clusters - 1 - c : c) * together;
+    if (together == 1) {
+      run(first);
+      continue;
+    }
+    simt::Cluster cluster;
+    cluster.threads = int64_t{threads} * together;
+    cluster.anchors.resize(together);
+    simt::cluster = &cluster;
+    std::vector<std::thread> blocks;
+    for (unsigned rank = 0; rank < together; ++rank) {
+      blocks.emplace_back([&, rank] {
+        simt::rank = static_cast<int>(rank);
+        {
+          const std::lock_guard lock(cluster.mutex);
+          cluster.anchors[rank] = &simt::anchor;
+        }
+        run(first + rank);
+      });
+    }
+    for (auto& block : blocks) {
+      block.join();
+    }
+    simt::cluster = nullptr;
   }
   return cudaSuccess;
 }
@@ -269,6 +442,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? simt::multiprocessors
+           : attribute == cudaDevAttrClusterLaunch     ? simt::has_clusters
            : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor
                ? simt::shared_per_multiprocessor
                : simt::shared_per_multiprocessor - simt::kReservedShared;
@@ -286,5 +460,19 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   const int fitting =
       simt::shared_per_multiprocessor / (static_cast<int>(bytes) + simt::kReservedShared);
   *blocks = std::min(2, fitting);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  *attributes = {90};
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel kernel,
+                                           const cudaLaunchConfig_t* config) {
+  int blocks = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 0, config->dynamicSmemBytes);
+  const int together = static_cast<int>(config->attrs->val.clusterDim.x);
+  *clusters = std::max(1, simt::multiprocessors * blocks / together);
   return cudaSuccess;
 }
