@@ -36,10 +36,13 @@ class Kernel:
     stack: int = 0
     loads: int = 0  # 128-bit
     stores: int = 0
+    is_empty: bool = False  # of clusters, on an architecture without them
 
     @property
     def promises_vectors(self) -> bool:
         """Whether 128-bit accesses must be found."""
+        if self.is_empty:
+            return False
         width = re.search(r", (\d+)(?:, \d+)*>", self.name)
         return self.name.startswith(ALWAYS_VECTORS) or (width is not None and int(width[1]) > 1)
 
@@ -118,6 +121,10 @@ def report(source: Path, architecture: str, cuda_home: str, disassembler: str) -
     names = _demangled(list(kernels))
     for mangled, kernel in kernels.items():
         kernel.name = names[mangled]
+        # logit_loss_forward_kernel<..., width, threads, blocks of a cluster, registers>
+        blocks = re.match(r"logit_loss_forward_kernel<.*, (\d+), \d+>", kernel.name)
+        has_clusters = int(architecture.rstrip("af")) >= 90
+        kernel.is_empty = blocks is not None and int(blocks[1]) > 1 and not has_clusters
     if not kernels:
         raise SystemExit(
             f"{source} holds no kernel for sm_{architecture}; is nvcc -Xptxas -v silent?"

@@ -79,15 +79,17 @@ def nd_runs() -> Iterator[Run]:
     for width in ND_WIDTHS:
         yield from _nd_of_width(width)
     student, means, target = _draw(MANY_ROWS, 16), _draw(7, 16), torch.arange(MANY_ROWS) % 7
-    yield _nd("many rows", [student, target, means], {"ignore_index": 3})
+    # The upstream gradient is such that a mean over many rows is not too small for float16.
+    yield _nd("many rows", [student, target, means], {"ignore_index": 3}, upstream=MANY_ROWS)
     for width, rows in ((61, _rows(4 * 6)), (520, _rows(6))):
         student, means, target = _draw(rows, width), _draw(7, width), torch.arange(rows) % 7
-        arguments, options = [student, target, means], {"teacher_features": student * 2}
-        yield _nd(f"{rows} rows, {width} wide", arguments, options | {"ignore_index": 3})
+        arguments = [student, target, means]
+        what, options = f"{rows} rows, {width} wide", {"teacher_features": student * 2}
+        yield _nd(what, arguments, options | {"ignore_index": 3}, upstream=rows)
         for weight in (0.5, torch.tensor(0.5, dtype=torch.float64)):
             yield Run(
-                f"{rows} rows, {width} wide, added to a loss", _added, _added_by_reference,
-                arguments, options | {"loss_weight": weight},
+                f"{what}, added to a loss", _added, _added_by_reference, arguments,
+                options | {"loss_weight": weight}, upstream=rows,
             )  # fmt: skip
 
 

@@ -103,8 +103,8 @@ int run(const std::map<std::string, void (*)()>& launchers) {
   }
   found->second();
   const int64_t cluster = integer("cluster");  // 0: any
-  if (cluster != 0 && cluster != simt::last_cluster) {
-    std::fprintf(stderr, "harness: clusters of %u blocks\n", simt::last_cluster);
+  if (cluster != 0 && cluster != simt::largest_cluster) {
+    std::fprintf(stderr, "harness: clusters of %u blocks\n", simt::largest_cluster);
     return 2;
   }
   return 0;

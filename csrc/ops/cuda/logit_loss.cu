@@ -56,11 +56,11 @@ DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
 
 // Vectors of a row that each thread of a large or huge block keeps in registers where the shared
 // memory does not take all.
-template <typename S, typename T, int kVec, int kThreads>
+template <typename S, typename T, bool kDecoupled, int kVec, int kThreads>
 constexpr int kInRegisters =
-    kThreads <= kClusterBlock || sizeof(S) == 8 || kVec == 1
-        ? 0
-        : (kThreads > kLargeBlock ? 3 : 2) - (sizeof(T) > sizeof(S) ? 1 : 0);
+    kThreads <= kClusterBlock || sizeof(S) == 8 || kVec == 1 ? 0
+    : kThreads > kLargeBlock ? (sizeof(T) > sizeof(S) ? 2 : 3)
+                             : (sizeof(T) > sizeof(S) || kDecoupled ? 1 : 2);
 // Vectors that are under way at a time, of those that are not kept. There are none where registers
 // keep some, and where a block is small or of a cluster: those are for rows that shared memory
 // takes. From sm_100 on nvcc 13 spills where there is more than one.
@@ -371,26 +371,28 @@ struct LabelOf {
 // standardization.
 template <bool kPlain, typename A, typename Row, typename S>
 DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next, bool has_next,
-                                const LogitRow<A>& row, const LabelOf<A>& label, bool decoupled,
-                                const A* probabilities, int power, bool standardize) {
+                                const LogitRow<A>& row, const LabelOf<A>& label, A& of_label,
+                                bool decoupled, const A* probabilities, int power,
+                                bool standardize) {
   const Scales<A> scales(row, power);
   const auto value_of = [&](A plain, A student, A teacher) {
     return row.plain * plain + (row.student * student + (row.teacher * teacher + row.constant));
   };
   // The label's gradient has a term of its own, and with DKD no exponentials. It is formed once and
   // written over what the loop makes of that element, by the thread that writes it there.
+  // `of_label` is this row's place in shared memory, for want of registers.
   const bool has_label = data.is_own(label.column);
-  A of_label = 0;
   if (has_label) {
     Exponentials<A, 1> e = {};
     if (!decoupled) {
       e = exponentials_of<1, kAnyPower>(&label.student, &label.teacher, scales);
     }
-    of_label = value_of(e.plain[0], e.student[0], e.teacher[0]) + row.label;
+    A value = value_of(e.plain[0], e.student[0], e.teacher[0]) + row.label;
     if constexpr (!kPlain) {
-      of_label += standardize ? row.linear * label.student : A(0);
-      of_label += probabilities != nullptr ? row.probability * probabilities[label.column] : A(0);
+      value += standardize ? row.linear * label.student : A(0);
+      value += probabilities != nullptr ? row.probability * probabilities[label.column] : A(0);
     }
+    of_label = value;
   }
   const auto pass = [&](auto constant) {
     constexpr int kPower = decltype(constant)::value;
@@ -436,14 +438,15 @@ DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next
 
 template <typename A, typename Row, typename S>
 DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next, bool has_next,
-                                const LogitRow<A>& row, const LabelOf<A>& label, bool decoupled,
-                                const A* probabilities, int power, bool standardize) {
+                                const LogitRow<A>& row, const LabelOf<A>& label, A& of_label,
+                                bool decoupled, const A* probabilities, int power,
+                                bool standardize) {
   if (probabilities != nullptr || standardize) {
-    write_gradient<false>(out, data, next, has_next, row, label, decoupled, probabilities, power,
-                          standardize);
+    write_gradient<false>(out, data, next, has_next, row, label, of_label, decoupled, probabilities,
+                          power, standardize);
   } else {
-    write_gradient<true>(out, data, next, has_next, row, label, decoupled, probabilities, power,
-                         standardize);
+    write_gradient<true>(out, data, next, has_next, row, label, of_label, decoupled, probabilities,
+                         power, standardize);
   }
 }
 
@@ -637,6 +640,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   // The same for all rows; not in registers, of which there are few.
   __shared__ double weights[2], counts[2];  // of ce and kd; counts: what the sums are divided by
   __shared__ double totals[kRowsPerBlock][2];
+  __shared__ A label_gradients[kRowsPerBlock];
   __shared__ LogitOptions<A> options;
   const unsigned long long counted =
       p.reduction == Reduction::kMean ? counted_rows(scratch, p.rows) : 0;
@@ -719,13 +723,13 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
             : nullptr;
     const bool is_read = !kDecoupled || label >= 0;
     LogitTerms<A> terms = {};
-    LabelOf<A> of_label = {label, 0, 0};
+    LabelOf<A> at_label = {label, 0, 0};
     if (is_read) {
       const LogitSums<A> sum =
           sum_row<kDecoupled>(data, label, probabilities, power, options, buffers, turn);
       terms = logit_row_terms<kDecoupled>(sum, options, !is_ignored);
-      of_label.student = sum.label;
-      of_label.teacher = sum.teacher_label;
+      at_label.student = sum.label;
+      at_label.teacher = sum.teacher_label;
     }
     if (is_bad) {
       terms.ce = p.has_ce ? nan : A(0);
@@ -751,8 +755,9 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     const bool writes = p.gradient != nullptr && is_read && !is_bad;
     S* out = kept_pointer(static_cast<S*>(p.gradient) + row * p.columns);
     if (writes) {
-      write_gradient(out, data, next, has_next, terms.row, of_label, kDecoupled, probabilities,
-                     power, p.standardize);
+      write_gradient(out, data, next, has_next, terms.row, at_label,
+                     label_gradients[threadIdx.x / kThreads], kDecoupled, probabilities, power,
+                     p.standardize);
     } else if (p.gradient != nullptr) {
       fill_gradient(out, data, is_bad ? nan : A(0));
     }
@@ -823,20 +828,21 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
         p.has_ce && p.probabilities != nullptr
             ? static_cast<const A*>(p.probabilities) + row * p.probabilities_stride
             : nullptr;
-    LabelOf<A> of_label = {label, 0, 0};
+    LabelOf<A> at_label = {label, 0, 0};
     if (data.is_own(label)) {
-      of_label.student = widen(data.row.student[label]) - terms.shift;
-      of_label.teacher = static_cast<A>(widen(data.row.teacher[label])) - terms.teacher_shift;
+      at_label.student = widen(data.row.student[label]) - terms.shift;
+      at_label.teacher = static_cast<A>(widen(data.row.teacher[label])) - terms.teacher_shift;
     }
-    write_gradient(out, data, here, false, terms, of_label, p.decoupled, probabilities, power,
-                   p.standardize);
+    A of_label;
+    write_gradient(out, data, here, false, terms, at_label, of_label, p.decoupled, probabilities,
+                   power, p.standardize);
   }
 }
 
 // -- launchers -----------------------------------------------------------------------------------
 
 template <typename S, typename T, bool kDecoupled, int kVec, int kThreads, int kBlocks = 1,
-          int kRegisters = kInRegisters<S, T, kVec, kThreads>>
+          int kRegisters = kInRegisters<S, T, kDecoupled, kVec, kThreads>>
 struct ForwardLaunch {
   static constexpr auto kKernel =
       logit_loss_forward_kernel<S, T, kDecoupled, kVec, kThreads, kBlocks, kRegisters>;

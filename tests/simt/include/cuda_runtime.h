@@ -82,7 +82,7 @@ namespace simt {
 inline int multiprocessors = 2;      // small, so that blocks take several rows
 inline bool reverse_blocks = false;  // the last block first
 inline bool has_clusters = true;
-inline unsigned last_cluster = 0;  // blocks of a cluster of the last launch
+inline unsigned largest_cluster = 0;  // blocks of one, of all launches
 inline int shared_per_multiprocessor = 64 << 10;
 constexpr int kReservedShared = 1 << 10;          // of each block
 constexpr int kSharedWithoutAsking = 48 << 10;    // dynamic shared memory of a block
@@ -396,7 +396,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (together == 0 || config->gridDim.x % together != 0) {
     return cudaErrorInvalidValue;
   }
-  simt::last_cluster = together;
+  simt::largest_cluster = std::max(simt::largest_cluster, together);
   simt::body = [=] { kernel(arguments...); };
   const auto run = [&](unsigned block) {
     gridDim = config->gridDim;
