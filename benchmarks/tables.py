@@ -67,11 +67,14 @@ def step_table(group: Sequence[Row]) -> str:
             [
                 str(row["method"]),
                 f"{step:,.1f} ({low:,.1f}-{high:,.1f})",
+                f"{1000 * float(str(row['batch'])) / step:,.0f}",
                 decimal(part),
                 ratio,
             ]
         )
-    header = ["", "step, ms (20-80 %)", "loss part, us", "the loop's loss part takes"]
+    header = [
+        "", "step, ms (20-80 %)", "images/s", "loss part, us", "the loop's loss part takes",
+    ]  # fmt: skip
     return markdown(header, lines)
 
 
