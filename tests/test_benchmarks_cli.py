@@ -363,7 +363,7 @@ def test_the_report_of_a_gpu_and_of_steps():
     assert text.count("ImageNet-shape step with KD++") == 1  # beside its own figures alone
     assert text.count("Not run: there is no result of a GPU") == 1  # training, part by part
     assert "make gpu-check STAGE=bench" in text
-    assert "| KD++ ours | 100.5 (99.0-102.0) | 500 | 60.0x |" in text
+    assert "| KD++ ours | 100.5 (99.0-102.0) | 2,547 | 500 | 60.0x |" in text
     assert "PASS         ImageNet-shape step with KD++" in text
 
 
