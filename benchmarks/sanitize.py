@@ -32,7 +32,8 @@ ND_WIDTHS = (3, 64, 201, 256, 1101, 1104, 2304)
 # blocks that keep a row and that do not. Odd rows begin and end beside their vectors.
 LOGIT_WIDTHS = (
     *(3, 64, 1001, 2048, 1101, 4096, 4097, 9000, 9001),
-    *(19_999, 32_767, 32_768, 36_001, 65_536, 65_537, 90_001, 170_001),
+    *(19_999, 20_000, 32_767, 32_768, 36_000, 36_001, 65_536, 65_537),
+    *(90_000, 90_001, 170_000, 170_001),
 )
 # Where the student's rows lie otherwise than the teacher's, hence without vectors: a warp, a block.
 UNLIKE_WIDTHS = (64, 1001)

@@ -325,34 +325,54 @@ def test_widths_reach_every_variant_of_the_row_kernels(widths):
         )
 
 
-def test_classes_reach_every_variant_of_the_logit_kernels():
-    """By the launchers' numbers: a warp, a block, a large block, a huge one, each with and without
-    elements beside the vectors; rows beyond what the last keeps; and without vectors."""
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("size", VECTOR)
+def test_classes_reach_every_variant_of_the_logit_kernels(size, is_wide, decoupled):
+    """By the launchers' numbers, of an H100: a warp, a block, a large block, clusters of 2, 4 and 8
+    blocks, or with a wider teacher a huge block, each with and without elements beside the vectors;
+    rows beyond what the last keeps; and without vectors."""
+    if is_wide and size != 2:
+        pytest.skip("a teacher of another type is for 16 bits")
     source = (ROOT / "csrc/ops/cuda/logit_loss.cu").read_text()
-    warp, block, registers = (
-        int(re.search(rf"constexpr int {name}\b[^;]*?(\d+);", source)[1])
-        for name in ("kWarpRounds", "kBlockRounds", "kInRegisters")
-    )
+    warp, block, in_cluster, in_large, in_huge, large_registers, huge_registers = (
+        int(re.search(rf"\b{name} = (\d+)[,;]", source)[1])
+        for name in (
+            "kWarpRounds", "kBlockRounds", "kClusterBlock", "kLargeBlock", "kHugeBlock",
+            "kLargeRegisters", "kHugeRegisters",
+        )
+    )  # fmt: skip
     common = (ROOT / "csrc/common/device.cuh").read_text()
-    other = int(re.search(r"kOtherShared = (\d+) << 10;", common)[1])
-    shared = {256: (228 // 2 - other) << 10, 512: (227 - other) << 10}
-    for size, vector in VECTOR.items():
-        found = set()
-        for classes in sanitize.LOGIT_WIDTHS:
-            vectors = classes // vector
-            threads = 32 if vectors <= 32 * warp else 128 if vectors <= 128 * block else 256
+    other = int(re.search(r"kOtherShared = (\d+) << 10;", common)[1]) << 10
+    vector = VECTOR[size]
+    vector_bytes = vector * (size + (4 if is_wide else size))
+    found = set()
+    for classes in sanitize.LOGIT_WIDTHS:
+        vectors = classes // vector
 
-            def keeps(part, block, vectors=vectors, vector=vector, size=size):
-                """Whether a block keeps this part of the vectors that its threads read."""
-                slots = shared[block] // (block * vector * 2 * size)
-                return slots + (registers if size < 8 else 0) >= part * -(-vectors // block)
+        def keeps(threads, sharing, registers=0, blocks=1, vectors=vectors):
+            """The part of a row that is kept, by threads of blocks that share the memory."""
+            most = min((228 << 10) // sharing, 227 << 10) - other
+            slots = most // (threads * vector_bytes)
+            return (slots + registers) / max(1, -(-vectors // (threads * blocks)))
 
-            if threads == 256 and size < 8 and not keeps(3 / 4, 256):
-                threads = 512
-            found.add((threads, classes % vector > 0, threads < 256 or keeps(1, threads)))
-        kept = (32, 128, 256) if size == 8 else (32, 128, 256, 512)
-        wanted = {(threads, rest, True) for threads in kept for rest in (False, True)}
-        assert wanted | {(kept[-1], rest, False) for rest in (False, True)} <= found, size
+        large = keeps(in_large, 2, large_registers - (is_wide or decoupled) if size < 8 else 0)
+        if vectors <= 32 * warp:
+            kind, kept = "warp", 1.0
+        elif vectors <= 128 * block:
+            kind, kept = "block", 1.0
+        elif size < 8 and not is_wide and large < 0.95:
+            parts = {n: keeps(in_cluster, 3, blocks=n) for n in (2, 4, 8)}
+            kind = next((n for n in (2, 4) if parts[n] >= 0.9), 8)
+            kept = parts[kind] / 0.9
+        elif size < 8 and large < 0.75:
+            kind, kept = "huge", keeps(in_huge, 1, huge_registers - is_wide)
+        else:
+            kind, kept = "large", large
+        found.add((kind, classes % vector > 0, kept >= 1))
+    last = ["large"] if size == 8 else ["large", "huge"] if is_wide else ["large", 2, 4, 8]
+    wanted = {(k, rest, True) for k in ["warp", "block", *last] for rest in (False, True)}
+    assert wanted | {(last[-1], rest, False) for rest in (False, True)} <= found
     assert {classes <= 32 * warp for classes in sanitize.UNLIKE_WIDTHS} == {True, False}
 
 

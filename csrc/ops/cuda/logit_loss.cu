@@ -55,12 +55,13 @@ DNKD_INLINE int power_of(bool has_ce, bool standardize, double temperature) {
 }
 
 // Vectors of a row that each thread of a large or huge block keeps in registers where the shared
-// memory does not take all.
+// memory does not take all: one less where a vector is larger, or for DKD.
+constexpr int kLargeRegisters = 2, kHugeRegisters = 3;
 template <typename S, typename T, bool kDecoupled, int kVec, int kThreads>
 constexpr int kInRegisters =
     kThreads <= kClusterBlock || sizeof(S) == 8 || kVec == 1 ? 0
-    : kThreads > kLargeBlock ? (sizeof(T) > sizeof(S) ? 2 : 3)
-                             : (sizeof(T) > sizeof(S) || kDecoupled ? 1 : 2);
+    : kThreads > kLargeBlock ? kHugeRegisters - (sizeof(T) > sizeof(S) ? 1 : 0)
+                             : kLargeRegisters - (sizeof(T) > sizeof(S) || kDecoupled ? 1 : 0);
 // Vectors that are under way at a time, of those that are not kept. There are none where registers
 // keep some, and where a block is small or of a cluster: those are for rows that shared memory
 // takes. From sm_100 on nvcc 13 spills where there is more than one.
@@ -79,15 +80,12 @@ constexpr int kBatch = kRegisters > 0 || (kThreads <= kClusterBlock && kVec > 1)
 // teacher's and what else is read or written as vectors lies alike, see can_read_vectors().
 template <typename S, typename T, int kVec>
 struct RowAt {
-  const S* student;
-  const T* teacher;
   const S* student_vectors;
   const T* teacher_vectors;
   int head = 0;     // elements before the first vector
   int vectors = 0;  // whole ones
 
-  DNKD_INLINE RowAt(const S* student_row, const T* teacher_row, int columns)
-      : student(student_row), teacher(teacher_row) {
+  DNKD_INLINE RowAt(const S* student, const T* teacher, int columns) {
     if constexpr (kVec > 1) {
       head = static_cast<int>((0 - reinterpret_cast<uint64_t>(student) / sizeof(S)) & (kVec - 1));
       head = head < columns ? head : columns;
@@ -96,6 +94,9 @@ struct RowAt {
     student_vectors = kept_pointer(student + head);
     teacher_vectors = kept_pointer(teacher + head);
   }
+  // The logits in a column.
+  DNKD_INLINE const S* student_at(int column) const { return student_vectors + (column - head); }
+  DNKD_INLINE const T* teacher_at(int column) const { return teacher_vectors + (column - head); }
 };
 
 // The columns of a row, read by kThreads threads of which this is `lane`, kVec at a time. Of what a
@@ -249,7 +250,8 @@ struct Columns {
       static_assert(2 * kVec <= kWarpSize, "an element for every thread");
       const int column = lane < head ? lane : lane + end * kVec;
       if (column < columns) {
-        each(load_pack<S, 1>(row.student + column), load_pack<T, 1>(row.teacher + column), column);
+        each(load_pack<S, 1>(row.student_at(column)), load_pack<T, 1>(row.teacher_at(column)),
+             column);
       }
     }
   }
@@ -613,8 +615,8 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
     sum.teacher_moment = moments[1];
   }
   if (label >= 0) {
-    sum.label = widen(data.row.student[label]) - sum.shift;
-    sum.teacher_label = static_cast<A>(widen(data.row.teacher[label])) - sum.teacher_shift;
+    sum.label = widen(*data.row.student_at(label)) - sum.shift;
+    sum.teacher_label = static_cast<A>(widen(*data.row.teacher_at(label))) - sum.teacher_shift;
   }
   return sum;
 }
@@ -830,8 +832,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks<S, kThreads>)
             : nullptr;
     LabelOf<A> at_label = {label, 0, 0};
     if (data.is_own(label)) {
-      at_label.student = widen(data.row.student[label]) - terms.shift;
-      at_label.teacher = static_cast<A>(widen(data.row.teacher[label])) - terms.teacher_shift;
+      at_label.student = widen(*data.row.student_at(label)) - terms.shift;
+      at_label.teacher = static_cast<A>(widen(*data.row.teacher_at(label))) - terms.teacher_shift;
     }
     A of_label;
     write_gradient(out, data, here, false, terms, at_label, of_label, p.decoupled, probabilities,
