@@ -116,7 +116,7 @@ def report(source: Path, architecture: str, cuda_home: str, disassembler: str) -
         if entry := re.search(r"Function : (\S+)", line):
             current = kernels[entry[1]]
         elif current is not None:
-            current.loads += bool(re.search(r"\bLDG\.E\.\S*128", line))
+            current.loads += bool(re.search(r"\bLDG?\.E\.\S*128", line))
             current.stores += bool(re.search(r"\bSTG\.E\.\S*128", line))
     names = _demangled(list(kernels))
     for mangled, kernel in kernels.items():

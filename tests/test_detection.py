@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -686,6 +687,40 @@ def test_images_are_turned_as_they_are_shown(tmp_path, shapes, orientation, heig
     read(upright)
     if upright.shape != pixels.shape:
         read(pixels)
+
+
+def exif_of(*fields: tuple[int, int, bytes]) -> bytes:
+    """EXIF data of fields of four bytes: tag, type (2 letters, 3 a short number), and value."""
+    entries = b"".join(
+        struct.pack(">HHI", tag, kind, 2 if kind == 2 else 1) + value for tag, kind, value in fields
+    )
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(fields)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "exif", "turned"),
+    [
+        ("png", b"Exif\0\0nothing", False),
+        ("png", exif_of((0x0112, 3, b"\0\3\0\0"))[:20], False),  # an entry that is not there
+        ("webp", b"Exif\0\0nothing", False),
+        ("jpg", exif_of((0x0112, 2, b"6\0\0\0")), False),  # letters for a number
+        ("jpg", exif_of((0x0112, 3, b"\0\x09\0\0")), False),
+        ("jpg", exif_of((0x0112, 3, b"\0\3\0\0"), (0x011A, 2, b"x\0\0\0")), True),
+    ],
+    ids=["nothing", "cut off", "nothing in webp", "letters", "9", "another field"],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_data_are_no_reason_to_stop(tmp_path, shapes, kind, exif, turned):
+    split = read_split(str(shapes), "train2017")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    name = f"one.{kind}"
+    PIL.Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    with PIL.Image.open(tmp_path / name) as opened:
+        stored = np.asarray(opened.convert("RGB"))
+    part = dataclasses.replace(split, folder=tmp_path, names=[name], sizes=np.array([(12, 20)]))
+    found, _, _ = detection_data._Images(part)[detection_data.Sample(0, False)]
+    wanted = stored[::-1, ::-1] if turned else stored
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), wanted)
 
 
 def test_images_that_are_not_what_they_should_be(shapes, tmp_path, monkeypatch):

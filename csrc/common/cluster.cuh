@@ -114,7 +114,7 @@ DNKD_INLINE void begin_exchange(Exchange& exchange) {
 
 // As row_combine(), over the threads of all kBlocks blocks of a cluster, which all call it. `turn`
 // counts the calls. Who writes into a buffer again has what all warps sent in the call between,
-// behind their reads of the call before.
+// behind their reads of the call before: the shuffles after those wait for what was read.
 template <int kThreads, int kBlocks, int kCount, typename Exchange, typename Combine>
 DNKD_INLINE void cluster_combine(float (&values)[kCount], Exchange& exchange, int& turn,
                                  float first, const Combine& combine) {
@@ -220,8 +220,10 @@ int64_t resident_clusters(int cluster, int threads, int shared_bytes) {
     config.numAttrs = 1;
     if (cudaOccupancyMaxActiveClusters(&count, kKernel, &config) != cudaSuccess) {
       count = 0;
-      cudaGetLastError();  // it is not the caller's
     }
+  }
+  if (count == 0) {
+    cudaGetLastError();  // if there was an error, it is not the caller's
   }
   if (is_kept) {
     known[device].store(key + count, std::memory_order_relaxed);

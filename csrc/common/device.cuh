@@ -222,7 +222,8 @@ DNKD_INLINE T* kept_pointer(T* pointer) {
 
 // One store each: of an assignment nvcc 13 makes stores of single elements wherever it does not see
 // the address to be aligned. The compiler does not know that they write to memory, so that loads
-// may go before them: nothing that is stored so is read or written again by the same kernel.
+// may go before them: nothing that is stored so is read again by the same kernel, or written again
+// but by store_element(), which like these is volatile and so keeps its place, of the same thread.
 // kOnce: of what the caches need no more, so that it leaves them first.
 template <bool kOnce>
 DNKD_INLINE void store_global(uint4* to, uint4 value) {

@@ -295,19 +295,16 @@ def _read_train(
             arguments.reader,
             arguments.detection,
         )
-        configs.append((config, _published(config)))
-    if any(config.needs_teacher for config, _ in configs):
+        configs.append(config)
+    if any(config.needs_teacher for config in configs):
         # What the options say of the teacher is for those that have one.
-        any_nd = any(config.method.nd_weight for config, _ in configs)
-        configs = [
-            (_with_names(_without_teacher(config, others_have_nd=any_nd)), published)
-            for config, published in configs
-        ]
+        any_nd = any(config.method.nd_weight for config in configs)
+        configs = [_with_names(_without_teacher(c, others_have_nd=any_nd)) for c in configs]
     assert arguments is not None
     seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
-    return arguments, configs, seeds
+    return arguments, [(config, _published(config)) for config in configs], seeds
 
 
 def train(argv: Sequence[str]) -> int:

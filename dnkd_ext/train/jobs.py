@@ -195,7 +195,7 @@ def _decoded_once(jobs: list[Job], out: Path) -> Iterator[list[Job]]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         # Those of calls that were killed; the runs of another call would decode anew.
-        for left in out.glob(f".images.*{TEMPORARY}"):
+        for left in out.glob(f".*images.*{TEMPORARY}"):  # half written ones, too
             left.unlink(missing_ok=True)
         yield borrowing
     finally:

@@ -41,6 +41,10 @@ def _figure(result: dict[str, Any]) -> str:
     return next(name for name in FIGURES if f"best_{name}" in result)
 
 
+# What a run may go on with elsewhere, but what may be another thing from run to run.
+OTHER_THINGS = {"data", "teacher_weights", "class_means", "backbone_weights"}
+
+
 def _alike(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """A preset's results by what their options are that not all of them have: for one, by ""."""
     defaults = flatten(TrainConfig())
@@ -48,7 +52,7 @@ def _alike(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     differing = [
         name
         for name in configs[0]
-        if name not in FREE | {"seed"}
+        if name not in FREE - OTHER_THINGS | {"seed"}
         and any(config.get(name) != configs[0][name] for config in configs)
     ]
     groups: dict[str, list[dict[str, Any]]] = {}

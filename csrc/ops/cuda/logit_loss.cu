@@ -634,6 +634,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   }
   using Buffers = std::conditional_t<(kBlocks > 1), ClusterExchange<kBlocks * kThreads / kWarpSize>,
                                      A[2][4][kThreads / kWarpSize]>;
+  static_assert(sizeof(Buffers) + 1536 <= kOtherShared, "with the rest, and what the driver takes");
   alignas(16) __shared__ Buffers buffers;
   DNKD_DYNAMIC_SHARED(kept);
   const A nan = __builtin_nanf("");
@@ -705,7 +706,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     data.fetch(next);
   }
   for (; row < p.rows; row += step) {
-    // The same for all threads of a row, and with a block per row for the whole block: the
+    // The same for all threads of a row, and with a block or a cluster per row for all of it: the
     // barriers in sum_row are reached by all or by none.
     int label = -1;
     bool is_ignored = false, is_bad = false;

@@ -246,21 +246,37 @@ def _images(images: list[Any], folder: Path, path: Path) -> tuple[list[str], lis
     return names, sizes
 
 
-# Where EXIF says how an image is to be turned, and from which value on its sides change places.
+# Where EXIF says how an image is to be turned, how (names of PIL's operations, from the value of 2
+# on), and from which value on its sides change places.
 ORIENTATION, SIDEWAYS = 0x0112, 5
+TURNS = (
+    "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+    "ROTATE_90",
+)  # fmt: skip
+
+
+def _orientation(image: Any) -> int:
+    """What EXIF says of an image (PIL's): 1 to 8, and 1 where nothing that can be read is there."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken data about an image that is itself whole, of as many kinds as fields
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _upright(image: Any, size: tuple[int, int]) -> Any:
-    """The image (PIL's) as it is shown: turned as its EXIF data say, as Detectron2 does.
+    """The image (PIL's) as it is shown: turned as its EXIF data say.
 
     Not where ``size``, the annotations' width and height, tells that they are of the image as it is
     stored.
     """
-    from PIL import ImageOps
+    from PIL import Image
 
-    orientation = image.getexif().get(ORIENTATION, 1)
+    orientation = _orientation(image)
     as_stored = orientation >= SIDEWAYS and image.size == size and size[0] != size[1]
-    return image if orientation == 1 or as_stored else ImageOps.exif_transpose(image)
+    if orientation == 1 or as_stored:
+        return image
+    return image.transpose(getattr(Image.Transpose, TURNS[orientation - 2]))
 
 
 Item = tuple[Tensor, Target, int]

@@ -178,9 +178,11 @@ inline void enter() {
 // The blocks of a cluster. A thread-local variable lies at the same distance from `anchor` in every
 // thread.
 struct Arrivals {
-  int32_t due;    // bytes expected, less those that have come
-  int16_t phase;  // of its two turns
-  int16_t expects;
+  static constexpr int16_t kMade = 0x5a5a;
+  int32_t due;   // bytes expected, less those that have come
+  int8_t phase;  // of its two turns
+  int8_t expects;
+  int16_t made;  // kMade
 };
 static_assert(sizeof(Arrivals) == sizeof(uint64_t));
 
@@ -210,7 +212,17 @@ inline thread_local int rank = 0;
 inline thread_local char anchor = 0;
 
 inline char* in_block(const void* address, int of) {
+  if (cluster->anchors[of] == nullptr) {
+    fail("a block is sent to that has ended");
+  }
   return cluster->anchors[of] + (static_cast<const char*>(address) - &anchor);
+}
+inline Arrivals& arrivals_at(void* address) {
+  auto& arrivals = *static_cast<Arrivals*>(address);
+  if (arrivals.made != Arrivals::kMade) {
+    fail("arrivals that were not made");
+  }
+  return arrivals;
 }
 
 inline void run_block(int threads) {
@@ -346,10 +358,12 @@ inline void cluster_barrier() {
     return simt::cluster->generation != generation;
   });
 }
-inline void init_arrivals(uint64_t* arrivals) { *arrivals = 0; }
+inline void init_arrivals(uint64_t* arrivals) {
+  *reinterpret_cast<simt::Arrivals*>(arrivals) = {0, 0, 0, simt::Arrivals::kMade};
+}
 inline void expect_arrivals(uint64_t* arrivals, int bytes) {
   const std::lock_guard lock(simt::cluster->mutex);
-  auto& own = *reinterpret_cast<simt::Arrivals*>(arrivals);
+  auto& own = simt::arrivals_at(arrivals);
   if (own.expects != 0) {
     simt::fail("arrivals are expected before those of the last turn have come");
   }
@@ -360,7 +374,7 @@ inline void expect_arrivals(uint64_t* arrivals, int bytes) {
 inline void await_arrivals(uint64_t* arrivals, int parity) {
   simt::wait_until([=] {
     const std::lock_guard lock(simt::cluster->mutex);
-    return reinterpret_cast<simt::Arrivals*>(arrivals)->phase != parity;
+    return simt::arrivals_at(arrivals).phase != parity;
   });
 }
 template <int kCount>
@@ -370,7 +384,7 @@ void send(float* to, uint64_t* arrivals, int rank, const float (&values)[kCount]
   }
   const std::lock_guard lock(simt::cluster->mutex);
   std::memcpy(simt::in_block(to, rank), values, sizeof(values));
-  auto& there = *reinterpret_cast<simt::Arrivals*>(simt::in_block(arrivals, rank));
+  auto& there = simt::arrivals_at(simt::in_block(arrivals, rank));
   there.due -= sizeof(values);
   simt::cluster->settle(there);
 }
@@ -426,6 +440,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
           cluster.anchors[rank] = &simt::anchor;
         }
         run(first + rank);
+        const std::lock_guard lock(cluster.mutex);
+        cluster.anchors[rank] = nullptr;
       });
     }
     for (auto& block : blocks) {
