@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import platform
 import statistics
@@ -87,6 +88,18 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Python's garbage collection waits, so that nobody's block pays for another peer's garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def measure(
     peers: dict[str, Callable[[], None]],
     device: str,
@@ -107,12 +120,13 @@ def measure(
 
     def block(run: Callable[[], None], count: int) -> tuple[float, float]:
         synchronise(device)
-        begin = time.perf_counter()
-        for _ in range(count):
-            run()
-        returned = time.perf_counter()
-        synchronise(device)
-        return (time.perf_counter() - begin) / count, (returned - begin) / count
+        with _without_collection():
+            begin = time.perf_counter()
+            for _ in range(count):
+                run()
+            returned = time.perf_counter()
+            synchronise(device)
+            return (time.perf_counter() - begin) / count, (returned - begin) / count
 
     for name, run in peers.items():
         run()  # compiles, allocates

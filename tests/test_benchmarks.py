@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import platform
 import time
 from types import SimpleNamespace
@@ -404,3 +405,19 @@ def test_noise_counts_quantiles_and_ours_timed_twice():
     assert one.noise() == pytest.approx(0.03)
     one.rows[results.BOTH, "noise"] = row("noise", 104.0, 104.0, 104.0)
     assert one.noise() == pytest.approx(0.05)
+
+
+def test_garbage_is_not_collected_while_a_block_is_timed():
+    seen = []
+
+    def peer():
+        seen.append(gc.isenabled())
+        if len(seen) > 5:
+            raise KeyboardInterrupt
+
+    assert gc.isenabled()
+    with pytest.raises(KeyboardInterrupt):
+        measure({"peer": peer}, "cpu", seconds=1.0)
+    assert seen[0]  # the call that compiles and allocates
+    assert not any(seen[1:3])  # blocks
+    assert gc.isenabled()
