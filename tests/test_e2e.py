@@ -163,7 +163,9 @@ def test_a_method_without_a_loss_part_has_an_empty_cell(no_compile, tmp_path, mo
     monkeypatch.setattr(e2e, "shape", lambda name, device: tiny(name))
     out = tmp_path / "steps.csv"
     assert main(["e2e", "--shape", "detection", "--rounds", "1", "--out", str(out)]) == 0
-    assert re.search(r"\| plain \| [\d.]+ \([\d.-]+\) \| - \| - \|", capsys.readouterr().out)
+    assert re.search(
+        r"\| plain \| [\d.]+ \([\d.-]+\) \| [\d,]+ \| - \| - \|", capsys.readouterr().out
+    )
     rows = steps.read_steps(out)
     assert [row["method"] for row in rows][:2] == ["plain", "KD"]
     assert [rows[0][name] for name in ("loss_us", "loss_low_us", "loss_high_us")] == [None] * 3
