@@ -7,7 +7,6 @@ import json
 import numbers
 import operator
 import os
-import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dnkd_ext._checks import require_floating, require_same_device, require_tensor
+from dnkd_ext._files import replacing
 
 __all__ = ["ClassMeans"]
 
@@ -487,19 +487,8 @@ class ClassMeans:
         if taken:
             raise ValueError(f"metadata must not use the names {taken}; the file format does")
         metadata = {**{key: str(value) for key, value in self.metadata.items()}, **own}
-        path = Path(path)
-        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-        # Permissions as any new file's; O_EXCL, so that it is nobody else's.
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(to_bytes(tensors, metadata=metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(to_bytes(tensors, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassMeans:

@@ -1117,7 +1117,7 @@ def test_evaluation_and_pictures_need_the_images_of_the_evaluation_alone(
 )
 def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, option, given, was):
     wrong = given.split()[-1] if option == "--min-size" else given
-    message = f"is a run with {option} {was}, got {wrong}"
+    message = f"is a run with {option} {was}, got {wrong}; pass {option} {was}, or weights that"
     for command in (["eval"], ["class-means", "--out", str(tmp_path / "means")]):
         command += ["--model", R18, "--weights", str(teacher), "--data", str(shapes)]
         assert message in refused([*command, *common(), option, *given.split()], capsys)

@@ -403,6 +403,12 @@ def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsy
         (None, None),
         ("runs/wrn_40_2/seed-0", "wrn_40_2.safetensors"),
     ]
+    # Or by the name of another that is given.
+    planned.clear()
+    pattern = "cifar100/resnet56-resnet20/kd"
+    other = ["--teacher", "cifar_resnet110", *paths]
+    assert main([*command[:-4], *other, "--preset", pattern]) == 0
+    assert planned[0].config.model.teacher_weights == "runs/cifar_resnet110/seed-0"
     # Of those that have none it is a mistake.
     planned.clear()
     assert main([*command, "--preset", f"{pair}/ce"]) == 0

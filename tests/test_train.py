@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import functools
 import importlib.util
 import json
@@ -37,6 +38,7 @@ from dnkd_ext.train.data import load_image_folder
 from dnkd_ext.train.engine import _Meter, _Training, check_identity, learning_rate, ramp
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
+from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
@@ -568,6 +570,65 @@ def test_a_finished_run_is_not_run_again(images, whole, teacher, monkeypatch, ca
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_a_folder_has_one_writer(images, tmp_path, capsys, more):
+    """Whether the other has begun its run, or the folder alone is there yet."""
+    out = tmp_path / "run"
+    run(images, out, "--epochs", "1")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    holding = """
+import sys, time
+from pathlib import Path
+from dnkd_ext.train.files import OwnFolders
+with OwnFolders() as own:
+    own.take(Path(sys.argv[1]))
+    print("taken", flush=True)
+    sys.stdin.read()
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", holding, str(out)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout.readline() == "taken\n"
+        told = refused(options(images, out, "--epochs", "1", *more), capsys)
+        assert f"another process writes to {out}" in told
+        assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    finally:
+        other.kill()
+        other.communicate()
+    assert len(run(images, out, "--epochs", "1", *(more or ["--overwrite"]))) == 1
+
+
+def test_a_folder_is_not_held_by_what_was_forked(tmp_path):
+    """A killed run's loading processes may live on for a while."""
+    with files.OwnFolders() as own:
+        own.take(tmp_path)
+        own.take(tmp_path)  # it is its own already
+        (reading, writing), (told, telling) = os.pipe(), os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(writing)
+            os.write(telling, b"x")
+            os.read(reading, 1)  # until the other end is closed
+            os._exit(0)
+        os.read(told, 1)
+        own.release()
+        try:
+            with files.OwnFolders() as again:
+                again.take(tmp_path)
+                with files.OwnFolders() as third, pytest.raises(BlockingIOError, match="another"):
+                    third.take(tmp_path)
+        finally:
+            os.close(writing)
+            os.waitpid(child, 0)
+            for end in (reading, told, telling):
+                os.close(end)
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
 def test_a_start_that_failed_leaves_no_run(images, teacher, tmp_path, monkeypatch, capsys, more):
     """Neither while class means were gathered nor when the task was made."""
     out, begin = tmp_path / "run", Classification.__init__
@@ -633,6 +694,28 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     folders = [str(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)]
     assert main(["plot", *folders, "--out", str(out)]) == 0
     assert (out / "curves.png").stat().st_size > 10_000
+    for option, value in (("--teacher-weights", "x"), ("--count", "2"), ("--device", "cpu")):
+        told = refused(["plot", *folders, "--out", str(out), option, value], capsys)
+        assert f"{option} is for the boxes of --task detection, got {value}" in told
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "curves.png"
+    path.write_bytes(b"the old one")
+    rows = {"run": [{"epoch": 1, "test_top1": 3.0}]}
+
+    def full(self, place, **_):
+        Path(place).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        plot_curves(rows, path)
+    assert path.read_bytes() == b"the old one"
+    assert [one.name for one in tmp_path.iterdir()] == ["curves.png"]
+    monkeypatch.undo()
+    plot_curves(rows, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_summary_keeps_runs_of_other_options_apart(images, tmp_path, capsys):
@@ -1337,6 +1420,7 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
         ([*kd, "--teacher-weights", str(tmp_path)], "without best.safetensors"),
         ([*kd, "--class-means", str(tmp_path / "no.safetensors")], "no class-means file"),
         (["--seeds", "1,1"], "--seeds must be different"),
+        (["--seed", "3", "--seeds", "1,2"], "--seed 3 is for one run and --seeds 1,2 for several"),
         (["--limit", "2"], "--limit must be at least one image for each of 3 classes, got 2"),
         (["--mean", "0.5"], "--mean must have a value for each of 3 channels"),
     ]

@@ -77,8 +77,8 @@ class Train:
     """Folder for the results; several presets or seeds get folders of their own in it."""
     preset: str = ""
     """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'; options
-    of the teacher are then for those that have one, and {teacher} in its paths stands for its name,
-    as runs/{teacher}."""
+    of the teacher are then for those that have one, and {teacher} in its paths stands for its name
+    in the preset, or for what --teacher gives, as runs/{teacher}."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
     at_once: int = 1
@@ -262,8 +262,13 @@ def _published(config: TrainConfig) -> float | None:
 
 
 def _with_names(config: TrainConfig) -> TrainConfig:
-    """The configuration with the teacher's name, as the preset has it, in place of {teacher}."""
-    name = config.preset.split("/")[1].partition("-")[0] if config.preset else config.model.teacher
+    """The configuration with the teacher's name in place of {teacher}.
+
+    As the preset has it, or where another teacher is named, that one's.
+    """
+    name = config.model.teacher
+    if config.preset and load_preset(config.preset).settings.get("teacher") == name:
+        name = config.preset.split("/")[1].partition("-")[0]
     paths = {
         option: path.replace("{teacher}", name or "")
         for option in ("teacher_weights", "class_means")
@@ -301,6 +306,11 @@ def _read_train(
         any_nd = any(config.method.nd_weight for config in configs)
         configs = [_with_names(_without_teacher(c, others_have_nd=any_nd)) for c in configs]
     assert arguments is not None
+    if arguments.seeds and arguments.run.seed != RunOptions().seed:
+        raise ValueError(
+            f"--seed {arguments.run.seed} is for one run and --seeds {arguments.seeds} for "
+            "several; pass one of them"
+        )
     seeds = _seeds(arguments.seeds) if arguments.seeds else [arguments.run.seed]
     if arguments.resume and arguments.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it; pass one")
@@ -431,6 +441,13 @@ def plot(argv: Sequence[str]) -> int:
             "--count must be at least 1 and --threshold between 0 and 1, got "
             f"{arguments.count} and {arguments.threshold}"
         )
+    if arguments.task == "curves":
+        drawn = {one.name: one.default for one in dataclasses.fields(Plot)}
+        for name in ("images", "count", "threshold", "data", "teacher_weights", "device"):
+            value = getattr(arguments, name)
+            if value != drawn[name]:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is for the boxes of --task detection, got {value}")
     folders, out = [Path(run) for run in arguments.runs], Path(arguments.out)
     print(run_plot(folders, out))
     if arguments.task == "curves":

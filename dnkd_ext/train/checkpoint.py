@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dnkd_ext.train.files import TEMPORARY, replacing, sync
+from dnkd_ext._files import TEMPORARY, replacing, sync
 from dnkd_ext.train.sharding import check_shards
 from dnkd_ext.train.world import World
 

@@ -1,4 +1,4 @@
-"""Files of a run, which appear whole or not at all: names, and writing."""
+"""Files of a run: names, and writing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import csv
 import io
 import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
+import weakref
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from torch import Tensor
+
+from dnkd_ext._files import TEMPORARY, replacing
 
 __all__ = [
     "CLASS_MEANS",
@@ -22,10 +27,8 @@ __all__ = [
     "DETECTIONS",
     "FEATURES",
     "RESULT",
-    "TEMPORARY",
+    "OwnFolders",
     "remove_temporaries",
-    "replacing",
-    "sync",
     "write_csv",
     "write_json",
     "write_tensors",
@@ -38,52 +41,60 @@ CURVES = "curves.png"
 FEATURES = "features.png"
 # What a detector's run found last.
 DETECTIONS = "detections.json"
-TEMPORARY = ".unfinished"
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``; what is written there replaces it at the end, synced.
+_alive: weakref.WeakSet[OwnFolders] = weakref.WeakSet()
 
-    Raises:
-        OSError: it cannot be written, where the disk is full or the like; ``path`` is named, and
-            holds what it held before.
+
+class OwnFolders(contextlib.AbstractContextManager["OwnFolders"]):
+    """Folders that this process alone writes to, for as long as the context lasts or it lives.
+
+    Where the file system keeps no locks, they are taken without a look.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        if temporary.stat().st_mode != mode:  # safetensors writes for the owner alone
-            temporary.chmod(mode)
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = os.fspath(path)
-        raise
-    except Exception as error:
-        from safetensors import SafetensorError
 
-        # torch.save says no more than at which byte it stopped.
-        if not isinstance(error, SafetensorError) and "inline_container" not in str(error):
-            raise
-        raise OSError(
-            f"{path} cannot be written, where {shutil.disk_usage(path.parent).free >> 20} MiB are "
-            f"free: {str(error).splitlines()[0]}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    def __init__(self) -> None:
+        self._held: dict[Path, int] = {}
+        _alive.add(self)
+
+    def take(self, folder: Path) -> None:
+        """Keep others out of a folder that exists; one that is held already stays so.
+
+        Raises:
+            BlockingIOError: another process has taken it, and is still running.
+        """
+        place = folder.resolve()
+        if fcntl is None or place in self._held:
+            return
+        handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise BlockingIOError(
+                f"another process writes to {folder}; wait until it ends, or choose another --out"
+            ) from None
+        except OSError:  # no locks here
+            os.close(handle)
+            return
+        self._held[place] = handle
+
+    def release(self) -> None:
+        """Let others write to all of them."""
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
 
 
-def sync(path: Path) -> None:
-    """What was written to a file, or the names in a folder, reach the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _release_all() -> None:
+    for one in list(_alive):
+        one.release()
+
+
+# A forked process, which may outlive this one, shares the lock and would go on holding it.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_all)
 
 
 def remove_temporaries(folder: Path) -> None:

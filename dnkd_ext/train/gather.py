@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnkd_ext._files import replacing
 from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import FREE, TrainConfig
 from dnkd_ext.train.engine import Interrupted, Signals, autocast
-from dnkd_ext.train.files import replacing
 from dnkd_ext.train.sources import Source
 from dnkd_ext.train.world import World
 
@@ -35,6 +35,8 @@ __all__ = [
 
 # Seconds between two looks at what would be lost.
 KEEP_EVERY = 60.0
+# Of what a pass keeps; another number where which batch has what has changed.
+FORMAT = 2
 
 
 def _part(path: Path, world: World) -> Path:
@@ -73,7 +75,7 @@ def _origin(source: Any, config: TrainConfig, metadata: dict[str, str]) -> str:
     sizes = [config.run.eval_batch_size, config.detection.detect_batch_size]
     # Which proposals are sampled depends on the seed.
     run = [*sizes, config.run.precision, config.run.seed]
-    return json.dumps([source.fingerprint(), run, kept, metadata], sort_keys=True)
+    return json.dumps([FORMAT, source.fingerprint(), run, kept, metadata], sort_keys=True)
 
 
 def gathering_notes(config: TrainConfig) -> dict[str, str]:

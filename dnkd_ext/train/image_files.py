@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dnkd_ext._files import replacing
 from dnkd_ext.train.data import (
     Images,
     ImageSet,
@@ -21,7 +22,6 @@ from dnkd_ext.train.data import (
     load_image_folder,
     other_images,
 )
-from dnkd_ext.train.files import replacing
 
 __all__ = ["left_out", "load_images"]
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 import dnkd_ext
+from dnkd_ext._files import TEMPORARY
 from dnkd_ext.train import tasks
 from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
@@ -34,7 +35,7 @@ from dnkd_ext.train.files import (
     DETECTIONS,
     FEATURES,
     RESULT,
-    TEMPORARY,
+    OwnFolders,
     remove_temporaries,
     write_csv,
     write_json,
@@ -153,6 +154,7 @@ def run_jobs(
 
     Raises:
         FileExistsError: a folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        BlockingIOError: another process writes to a folder.
         ValueError, FileNotFoundError: a wrong option or input; what can be told beforehand is told
             before the first job begins, and nothing is written then.
         FloatingPointError: runs failed, see :func:`dnkd_ext.train.engine.train`; preset, seed and
@@ -168,17 +170,22 @@ def run_jobs(
             )
         ready = [_checked(job, world) for job in jobs]
     states: list[_State] = []
-    with world.first_alone():
-        if world.is_first:
-            if overwrite:
-                _check_overwritten(ready)
-            states = [_look(job, resume, overwrite) for job in ready]
-    states = world.from_first(states)
-    at_once = min(at_once, sum(state.result is None for state in states))
-    if at_once > 1:
-        with _decoded_once(ready, out) as borrowing:
-            return _run_ready(borrowing, states, out, world, resume, overwrite, at_once)
-    return _run_ready(ready, states, out, world, resume, overwrite, at_once)
+    with OwnFolders() as own:
+        with world.first_alone():
+            if world.is_first:
+                for job in ready:
+                    if job.out.is_dir():
+                        own.take(job.out)
+                if overwrite:
+                    _check_overwritten(ready)
+                states = [_look(job, resume, overwrite) for job in ready]
+        states = world.from_first(states)
+        at_once = min(at_once, sum(state.result is None for state in states))
+        options = (out, world, own, resume, overwrite, at_once)
+        if at_once > 1:
+            with _decoded_once(ready, out) as borrowing:
+                return _run_ready(borrowing, states, *options)
+        return _run_ready(ready, states, *options)
 
 
 @contextlib.contextmanager
@@ -211,6 +218,7 @@ def _run_ready(
     states: list[_State],
     out: Path,
     world: World,
+    own: OwnFolders,
     resume: bool,
     overwrite: bool,
     at_once: int,
@@ -238,14 +246,14 @@ def _run_ready(
     todo = [job for job in ready if job.out not in done]
     failed: list[str] = []
     if at_once > 1:
-        failed = _run_at_once(todo, shared, at_once)
+        failed = _run_at_once(todo, shared, own, at_once)
     for job in todo:
         if at_once > 1:
             if (job.out / RESULT).exists():
                 done[job.out] = json.loads((job.out / RESULT).read_text(encoding="utf-8"))
             continue
         try:
-            done[job.out] = _run(job, shared, world, resume)
+            done[job.out] = _run(job, shared, world, own, resume)
         except FloatingPointError as error:  # the same on all processes
             name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
             failed.append(f"{name}: {error}")
@@ -399,11 +407,12 @@ def prepare_device(config: TrainConfig, world: World) -> None:
     torch.backends.cudnn.benchmark = not (run.deterministic or tasks.is_detection(config))
 
 
-def _run(job: Job, shared: Shared, world: World, resume: bool) -> dict[str, Any]:
+def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) -> dict[str, Any]:
     config, out = job.config, job.out
     with world.first_alone():
         if world.is_first:
             out.mkdir(parents=True, exist_ok=True)
+            own.take(out)
             remove_temporaries(out)
             remove_unnamed(out)
     prepare_device(config, world)
@@ -473,7 +482,7 @@ def _run(job: Job, shared: Shared, world: World, resume: bool) -> dict[str, Any]
     return result
 
 
-def _run_at_once(jobs: list[Job], shared: Shared, number: int) -> list[str]:
+def _run_at_once(jobs: list[Job], shared: Shared, own: OwnFolders, number: int) -> list[str]:
     """Train jobs in processes of their own, for which class means are gathered here.
 
     Returns:
@@ -487,6 +496,7 @@ def _run_at_once(jobs: list[Job], shared: Shared, number: int) -> list[str]:
         prepare_device(job.config, shared.world)
         shared.teacher_with_means(job.config, job.out)
     shared.forget()
+    own.release()  # each process takes its own
     return train_at_once(jobs, number)
 
 

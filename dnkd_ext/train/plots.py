@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["plot_accuracy", "plot_curves", "plot_features"]
+from dnkd_ext._files import replacing
+
+__all__ = ["new_figure", "plot_accuracy", "plot_curves", "plot_features", "save_figure"]
 
 # Okabe and Ito's colours, which are told apart without red or green; a dash and a marker besides.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
@@ -17,7 +19,7 @@ DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
     """A figure and its axes, apart from pyplot, whose backend and open figures stay as they are."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,11 +29,17 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
     return figure, figure.subplots(rows, columns)
 
 
+def save_figure(figure: Any, path: Path | str, dpi: int = 130) -> None:
+    """Write a PNG file, which replaces an older one only when it is whole."""
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+
+
 def plot_accuracy(
     accuracies: dict[str, list[float]], teacher: float, title: str, path: Path
 ) -> None:
     """Test accuracy of every seed of every method, mean and deviation, and the teacher's."""
-    figure, axes = _figure(6.4, 4.2)
+    figure, axes = new_figure(6.4, 4.2)
     for position, values in enumerate(accuracies.values()):
         percent = 100 * np.asarray(values)
         spread = percent.std(ddof=1) if len(percent) > 1 else 0.0
@@ -57,12 +65,12 @@ def plot_accuracy(
     axes.set_title(title)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, title="dots: seeds; bar: mean ± std")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, path: Path) -> None:
     """Distributions of the feature norm and of the cosine to the class mean, per model."""
-    figure, (left, right) = _figure(10.5, 4.2, columns=2)
+    figure, (left, right) = new_figure(10.5, 4.2, columns=2)
     for axes, values, label in (
         (left, norms, "feature norm"),
         (right, cosines, "cosine to the mean teacher feature of the class"),
@@ -87,7 +95,7 @@ def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, pa
         axes.grid(alpha=0.3)
         axes.legend(loc="best")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 # -- curves over the epochs -----------------------------------------------------------------------
@@ -152,7 +160,7 @@ def plot_curves(
         raise ValueError(f"no run has a finite value in any of the columns {known}")
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = _figure(1.2 + 4.4 * columns, 0.8 + 3.4 * rows, rows, columns)
+    figure, axes = new_figure(1.2 + 4.4 * columns, 0.8 + 3.4 * rows, rows, columns)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     cells = np.atleast_1d(axes).ravel()
     for unused in cells[len(panels) :]:
@@ -165,7 +173,7 @@ def plot_curves(
         figure.suptitle(title)
     else:
         figure.suptitle(title or next(iter(curves)))
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 
 def _style(position: int) -> dict[str, Any]:

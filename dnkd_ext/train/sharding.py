@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dnkd_ext.train.files import sync
+from dnkd_ext._files import sync
 from dnkd_ext.train.world import World
 
 __all__ = [

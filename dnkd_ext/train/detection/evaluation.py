@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dnkd_ext._files import replacing
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.detection.data import BoxSplit, TestBatches
-from dnkd_ext.train.files import replacing
 from dnkd_ext.train.world import World
 
 __all__ = ["FIGURES", "coco_figures", "detect", "ground_truth", "write_detections"]

@@ -14,7 +14,7 @@ from torch import nn
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection.data import BoxSplit, Sample, _Images, read_split, read_test_split
 from dnkd_ext.train.detection.task import check_settings, load_teacher
-from dnkd_ext.train.plots import COLOURS, _figure
+from dnkd_ext.train.plots import COLOURS, new_figure, save_figure
 from dnkd_ext.train.world import World
 
 __all__ = ["draw_boxes", "draw_run"]
@@ -41,7 +41,7 @@ def draw_boxes(
     """
     from matplotlib.patches import Rectangle
 
-    figure, axes = _figure(4 * len(columns), 3.4 * len(pixels), len(pixels), len(columns))
+    figure, axes = new_figure(4 * len(columns), 3.4 * len(pixels), len(pixels), len(columns))
     cells = np.asarray(axes, object).reshape(len(pixels), len(columns))
     for row, image in enumerate(pixels):
         for cell, (name, of_images) in zip(cells[row], columns.items(), strict=True):
@@ -65,7 +65,7 @@ def draw_boxes(
                     color="black",
                     bbox={"facecolor": colour, "alpha": 0.7, "pad": 1, "edgecolor": "none"},
                 )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 @torch.no_grad()

@@ -109,9 +109,10 @@ def check_settings(weights: str, config: TrainConfig) -> None:
     given = _settings(config)
     for name, value in _settings(run).items():
         if value != given[name]:
+            option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{weights} is a run with --{name.replace('_', '-')} {_words(value)}, got "
-                f"{_words(given[name])}"
+                f"{weights} is a run with {option} {_words(value)}, got {_words(given[name])}; "
+                f"pass {option} {_words(value)}, or weights that were trained with the other"
             )
 
 
