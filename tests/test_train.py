@@ -35,11 +35,13 @@ from dnkd_ext.train.class_names import class_notes, other_classes
 from dnkd_ext.train.classification import Classification, load_teacher
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import load_image_folder
-from dnkd_ext.train.engine import _Meter, _Training, check_identity, learning_rate, ramp
+from dnkd_ext.train.engine import _Training, check_identity
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.plots import plot_curves
+from dnkd_ext.train.schedule import learning_rate, ramp
 from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.stepper import Meter
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
 from tests.runs import LOSS, WEIGHTS, by_two, by_two_in_float64, environment, log, same, weights
@@ -1452,7 +1454,7 @@ def test_a_loss_that_is_not_finite_is_named(images, teacher, tmp_path, capsys, m
 
 
 def test_the_meter_names_the_first_step():
-    meter = _Meter(2, torch.device("cpu"))
+    meter = Meter(2, torch.device("cpu"))
     for values in ((1.0, 2.0), (3.0, math.inf), (5.0, math.nan)):
         meter.add(torch.tensor(values))
     means, bad = meter.read(ALONE)

@@ -15,11 +15,12 @@ from benchmarks.__main__ import main
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import batches, classification
 from dnkd_ext.train.classification import Classification
-from dnkd_ext.train.engine import _Recorded, _Training
+from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
 from dnkd_ext.train.sources import MemorySource
+from dnkd_ext.train.stepper import Recorded
 from dnkd_ext.train.world import World
 
 PAIR = "cifar100/resnet56-resnet20/"
@@ -142,7 +143,7 @@ def test_a_recorded_step(monkeypatch):
         seen.append(batch[0])
         warnings.warn("This instance was constructed with capturable=True or some", stacklevel=1)
 
-    recorded = _Recorded(body)
+    recorded = Recorded(body)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for number in range(3):

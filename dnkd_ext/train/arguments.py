@@ -27,9 +27,9 @@ from dnkd_ext.train.config import (
     TrainConfig,
     replace,
 )
-from dnkd_ext.train.engine import Interrupted
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
+from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.world import SPEAKS, World, join_world, told_once
 
 __all__ = ["COMMANDS"]

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dnkd_ext.train.engine import Interrupted, Signals
+from dnkd_ext.train.signals import Interrupted, Signals
 
 __all__ = ["train_at_once"]
 

@@ -28,13 +28,13 @@ from dnkd_ext.projector import FeatureProjector
 from dnkd_ext.review import stage_channels, stage_maps
 from dnkd_ext.train.class_names import check_classes, class_notes, classes_of_weights
 from dnkd_ext.train.config import MethodOptions, TrainConfig
-from dnkd_ext.train.engine import Task, autocast
 from dnkd_ext.train.models import create_model, load_weights, model_names
 from dnkd_ext.train.models.weights import read_notes, read_weights
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.readers import DataError
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.sources import Clean, Source
+from dnkd_ext.train.task import Task, autocast
 from dnkd_ext.train.world import OtherProcessFailed, World
 
 __all__ = [

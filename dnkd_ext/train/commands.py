@@ -13,12 +13,13 @@ from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train import tasks
 from dnkd_ext.train.classification import PRETRAINED, evaluate, try_out, weights_file
 from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.engine import LOG, autocast
+from dnkd_ext.train.engine import LOG
 from dnkd_ext.train.files import CONFIG, CURVES
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 
 __all__ = ["read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]

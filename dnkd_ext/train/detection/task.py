@@ -39,9 +39,10 @@ from dnkd_ext.train.detection.evaluation import (
     write_detections,
 )
 from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
-from dnkd_ext.train.engine import BEST, LAST, Task, autocast
+from dnkd_ext.train.engine import BEST, LAST
 from dnkd_ext.train.files import CONFIG, DETECTIONS
 from dnkd_ext.train.gather import gather_means
+from dnkd_ext.train.task import Task, autocast
 from dnkd_ext.train.world import World
 
 __all__ = [
