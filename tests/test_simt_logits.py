@@ -39,11 +39,13 @@ def run_logit_loss(
     scales=None, upstream=None, ignored=(), ignore_index=-100, bad=(), stride=None, shift=0,
     shared=64 << 10, multiprocessors=2, reverse=False, change=None, seed=0, weights=(0.7, 1.5),
     stand_in=None, clusters=True, cluster=0, teacher_stride=None, teacher_shift=None,
-    probabilities_stride=None, probabilities_shift=None,
+    probabilities_stride=None, probabilities_shift=None, most_cluster=8, ptx=90, late=0,
 ):  # fmt: skip
     """Both sides: (losses, gradient) of the kernels, and of the reference in float64.
 
     clusters: whether the device has them; cluster: the blocks of one that are expected, 0 any.
+    most_cluster: of how many blocks one finds room; ptx: what the kernels were compiled for. late:
+    when what blocks of a cluster send each other arrives, see the shim.
     stand_in: what the reference sees instead of -inf. Strides and shifts of their own: where not
     given, those of the student.
     """
@@ -84,7 +86,8 @@ def run_logit_loss(
         "shift": shift, "scale_tensors": scales is not None,
         "saves": {"nothing": 0, "gradient": 1, "coefficients": 2}[saves],
         "multiprocessors": multiprocessors, "reverse_blocks": reverse, "shared": shared,
-        "clusters": clusters, "cluster": cluster,
+        "clusters": clusters, "cluster": cluster, "most_cluster": most_cluster, "ptx": ptx,
+        "late": late,
         "phantom_classes": 0,
     }  # fmt: skip
     arrays = [strided(student, stride), strided(teacher, teacher_stride)]
@@ -327,13 +330,40 @@ def test_settings_in_clusters(harness, kind, options):
 
 @pytest.mark.parametrize("columns", [7000, 10_001, 31_000])
 @pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
-def test_devices_without_clusters(harness, columns, kind):
+@pytest.mark.parametrize(
+    "without", [{"clusters": False}, {"ptx": 80}, {"most_cluster": 1}], ids=ids
+)
+def test_devices_without_clusters(harness, columns, kind, without):
     """Large blocks, and huge ones that keep a row and that do not."""
     result = run_logit_loss(
         harness, dtype=torch.float32, columns=columns, kind=kind, shared=FOR_CLUSTERS, rows=3,
-        clusters=False, cluster=1,
+        cluster=1, **without,
     )  # fmt: skip
     assert_close(*result, torch.float32)
+
+
+@pytest.mark.parametrize(("most", "cluster"), [(4, 4), (2, 2)])
+def test_clusters_that_find_room(harness, most, cluster):
+    """Where those that would keep a row find none."""
+    result = run_logit_loss(
+        harness, dtype=torch.float32, columns=20_003, shared=FOR_CLUSTERS, rows=3,
+        most_cluster=most, cluster=cluster,
+    )  # fmt: skip
+    assert_close(*result, torch.float32)
+
+
+@pytest.mark.parametrize("late", [1, 2])
+@pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
+@pytest.mark.parametrize(("columns", "cluster"), [(10_001, 4), (20_003, 8), (31_000, 8)])
+def test_what_a_cluster_sends_may_come_late(harness, late, kind, columns, cluster):
+    """In any order, and the last row's, too, before a block ends."""
+    options = {"dtype": torch.float32, "columns": columns, "kind": kind, "rows": 7}
+    options |= {"shared": FOR_CLUSTERS, "cluster": cluster, "multiprocessors": 4}
+    (losses, gradient), _ = run_logit_loss(harness, **options)
+    (other_losses, other_gradient), _ = run_logit_loss(harness, **options, late=late)
+    for one, two in zip(losses, other_losses, strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(gradient, other_gradient)
 
 
 def test_clusters_do_not_depend_on_their_order(harness):

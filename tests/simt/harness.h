@@ -96,6 +96,9 @@ int run(const std::map<std::string, void (*)()>& launchers) {
   simt::reverse_blocks = integer("reverse_blocks") != 0;
   simt::shared_per_multiprocessor = static_cast<int>(integer("shared"));
   simt::has_clusters = integer("clusters") != 0;
+  simt::most_cluster_blocks = static_cast<int>(integer("most_cluster"));
+  simt::ptx_version = static_cast<int>(integer("ptx"));
+  simt::late = static_cast<int>(integer("late"));
   const auto found = launchers.find(name);
   if (found == launchers.end()) {
     std::fprintf(stderr, "harness: no launcher %s\n", name.c_str());

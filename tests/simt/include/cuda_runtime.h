@@ -83,6 +83,11 @@ inline int multiprocessors = 2;      // small, so that blocks take several rows
 inline bool reverse_blocks = false;  // the last block first
 inline bool has_clusters = true;
 inline unsigned largest_cluster = 0;  // blocks of one, of all launches
+inline int most_cluster_blocks = 8;   // for which there is room
+inline int ptx_version = 90;          // for which kernels were compiled
+// What a block sends arrives at once (0), when whom it is for waits for that alone, the last first
+// (1), or each the one or the other way (2).
+inline int late = 0;
 inline int shared_per_multiprocessor = 64 << 10;
 constexpr int kReservedShared = 1 << 10;          // of each block
 constexpr int kSharedWithoutAsking = 48 << 10;    // dynamic shared memory of a block
@@ -186,8 +191,17 @@ struct Arrivals {
 };
 static_assert(sizeof(Arrivals) == sizeof(uint64_t));
 
+struct Message {
+  int rank;  // whom it is for
+  char* to;
+  char* arrivals;
+  std::vector<char> values;
+};
+
 struct Cluster {
   std::mutex mutex;
+  std::vector<Message> messages;  // under way
+  unsigned random = 1;
   std::condition_variable changed;
   int64_t changes = 0;
   std::vector<char*> anchors;  // of its blocks
@@ -197,6 +211,28 @@ struct Cluster {
   void change() {
     ++changes;
     changed.notify_all();
+  }
+  bool is_late() {
+    random = random * 1664525u + 1013904223u;
+    return late == 1 || (late == 2 && random >> 31 != 0);
+  }
+  void deliver(const Message& message) {
+    std::memcpy(message.to, message.values.data(), message.values.size());
+    auto& there = *reinterpret_cast<Arrivals*>(message.arrivals);
+    there.due -= static_cast<int32_t>(message.values.size());
+    settle(there);
+  }
+  // The last that was sent to a block and is under way; false if nothing is.
+  bool deliver_to(int rank) {
+    for (size_t i = messages.size(); i-- > 0;) {
+      if (messages[i].rank == rank) {
+        const Message message = std::move(messages[i]);
+        messages.erase(messages.begin() + static_cast<std::ptrdiff_t>(i));
+        deliver(message);
+        return true;
+      }
+    }
+    return false;
   }
   // Ends a turn of which everything has come.
   void settle(Arrivals& arrivals) {
@@ -270,6 +306,9 @@ inline void run_block(int threads) {
     }
     if (!progressed) {
       std::unique_lock lock(cluster->mutex);
+      if (cluster->deliver_to(rank)) {
+        continue;
+      }
       if (!cluster->changed.wait_for(lock, std::chrono::seconds(60),
                                      [&] { return cluster->changes != changes; })) {
         fail("another block of the cluster does not come");
@@ -383,10 +422,17 @@ void send(float* to, uint64_t* arrivals, int rank, const float (&values)[kCount]
     simt::fail("a vector sent to an address that is not aligned");
   }
   const std::lock_guard lock(simt::cluster->mutex);
-  std::memcpy(simt::in_block(to, rank), values, sizeof(values));
-  auto& there = simt::arrivals_at(simt::in_block(arrivals, rank));
-  there.due -= sizeof(values);
-  simt::cluster->settle(there);
+  char* const there = simt::in_block(arrivals, rank);
+  simt::arrivals_at(there);
+  simt::Message message{rank, simt::in_block(to, rank), there, {}};
+  message.values.resize(sizeof(values));
+  std::memcpy(message.values.data(), values, sizeof(values));
+  if (simt::cluster->is_late()) {
+    simt::cluster->messages.push_back(std::move(message));
+    simt::cluster->change();  // whom it is for may be waiting
+  } else {
+    simt::cluster->deliver(message);
+  }
 }
 
 template <typename T>
@@ -441,6 +487,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         }
         run(first + rank);
         const std::lock_guard lock(cluster.mutex);
+        if (cluster.deliver_to(static_cast<int>(rank))) {
+          simt::fail("a block ends before what was sent to it has come");
+        }
         cluster.anchors[rank] = nullptr;
       });
     }
@@ -479,7 +528,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  *attributes = {90};
+  *attributes = {simt::ptx_version};
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -489,6 +538,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel kernel,
   int blocks = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 0, config->dynamicSmemBytes);
   const int together = static_cast<int>(config->attrs->val.clusterDim.x);
-  *clusters = std::max(1, simt::multiprocessors * blocks / together);
+  *clusters = together > simt::most_cluster_blocks
+                  ? 0
+                  : std::max(1, simt::multiprocessors * blocks / together);
   return cudaSuccess;
 }
