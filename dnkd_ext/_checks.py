@@ -6,6 +6,7 @@ The compiled operators make the same checks with the same words, without enterin
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -77,17 +78,27 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Operations in the dtypes that are written down; some devices (meta) know no autocast."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def check_target(target: Tensor, is_bad: Tensor, classes: int, what: str) -> None:
     """IndexError naming the first bad target, where its value can be read.
 
     On a GPU only if DNKD_CHECK_TARGET or anomaly detection asks for it: it synchronises. While a
-    graph is traced or transformed there is no value; such rows are then NaN.
+    graph is traced or transformed, and on the meta device, there is no value; such rows are then
+    NaN.
     """
     asked = os.environ.get("DNKD_CHECK_TARGET", "0") not in {"", "0"}
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or (target.device.type != "cpu" and not (asked or torch.is_anomaly_enabled()))
+        or target.is_meta
         or isinstance(is_bad, torch._subclasses.FakeTensor)
         or not bool(is_bad.any())
     ):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnkd_ext import _extension
-from dnkd_ext._checks import accumulate_dtype
+from dnkd_ext._checks import accumulate_dtype, no_autocast
 from dnkd_ext.losses.nd_loss import check_nd_arguments, reference_rows
 
 __all__ = ["FeatureDiagnostics", "feature_diagnostics", "feature_diagnostics_reference"]
@@ -124,7 +124,7 @@ def feature_diagnostics_reference(
     counted, named, direction, norms = reference_rows(
         student_features, target, class_means, teacher_features, teacher_norms, ignore_index
     )
-    with torch.autocast(student_features.device.type, enabled=False):
+    with no_autocast(student_features):
         student = torch.where(counted[..., None], student_features.detach().to(dtype), 0)
         square, direction_square = (student * student).sum(-1), (direction * direction).sum(-1)
         student_norms = square.sqrt()

@@ -520,11 +520,23 @@ def test_logit_standardization(generator):
         assert call(criterion, inputs).kd.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["kd", "dkd", "hard"])  # DIST correlates one matrix's columns
-def test_more_dimensions(name, generator):
+def test_meta_device(kind, generator):
+    """A criterion on meta, as a model before its weights are loaded: shapes and dtypes alone."""
+    inputs = bring(draw(generator), torch.bfloat16, "meta")
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+    terms = call(criterion, inputs)
+    assert [(term.device.type, term.dtype, term.shape) for term in terms] == [
+        ("meta", torch.float32, ())
+    ] * 4
+    terms.loss.backward()
+    assert inputs["student_logits"].grad.shape == (12, CLASSES)
+    assert inputs["student_features"].grad.shape == (12, WIDTH)
+
+
+def test_more_dimensions(kind, generator):
     """(..., C) logits are rows."""
     inputs = bring(draw(generator, rows=12), torch.float64)
-    criterion = CRITERIA[name](inputs["means"], **WEIGHTS, **OPTIONS[name])
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
     cube = {
         key: value if key == "means" else value.unflatten(0, (3, 4))
         for key, value in inputs.items()
@@ -545,11 +557,10 @@ def test_ignoring_every_row(kind, generator):
 
 
 @pytest.mark.parametrize("target", ["indices", "mixup"])
-@pytest.mark.parametrize("name", ["kd", "dkd", "hard"])
-def test_an_empty_batch(name, target, generator):
+def test_an_empty_batch(kind, target, generator):
     inputs = bring(draw(generator, target), torch.float64)
     inputs = {key: value if key == "means" else value[:0] for key, value in inputs.items()}
-    terms = call(CRITERIA[name](inputs["means"]), inputs)
+    terms = call(CRITERIA[kind](inputs["means"]), inputs)
     assert tuple(terms) == (0, 0, 0, 0)
     gradients = torch.autograd.grad(
         terms.loss, [inputs["student_logits"], inputs["student_features"]]

@@ -211,6 +211,14 @@ def test_faults_are_not_hidden(loss_of, width, dtype, which, fault, device, gene
         assert gradient.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_meta_device(loss_of, dtype, generator):
+    """Shapes and dtypes without numbers, as of every device without a kernel."""
+    loss, gradient = evaluate(loss_of, *logits(generator, 4, 9, dtype=dtype, device="meta"))
+    assert loss.device.type == gradient.device.type == "meta"
+    assert gradient.shape == (4, 9)
+
+
 def test_empty_batch(loss_of, device):
     for shape in ((0, 4), (2, 0, 4)):
         student = torch.empty(shape, device=device, requires_grad=True)

@@ -161,6 +161,15 @@ def test_without_a_counted_row(function, rows, device, generator):
         assert result.isnan()
 
 
+def test_meta_device(function, generator):
+    """Shapes without numbers, as of every device without a kernel."""
+    args, kwargs = convert(
+        ND_LOSS.variants["teacher_features"](generator, 12, 33, 5), torch.float16, "meta"
+    )
+    for value in function(*args, **kwargs):
+        assert (value.device.type, value.dtype, value.shape) == ("meta", torch.float32, ())
+
+
 @pytest.mark.parametrize("fault", ["student", "infinite student", "mean", "teacher", "norms"])
 def test_nothing_hides_a_fault(function, fault, device, generator):
     """What makes the ND loss NaN makes all three NaN, unless the row is ignored."""

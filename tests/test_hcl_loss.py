@@ -190,6 +190,15 @@ def test_memory_formats(device, generator):
     torch.testing.assert_close(dnkd_ext.hcl_loss(last, strided), expected.detach())
 
 
+def test_meta_device(generator, deterministic):
+    """Shapes without numbers, as of a model before its weights are loaded."""
+    student, teacher = maps(generator, [(2, 3, 8, 8), (2, 3, 1, 1)], torch.bfloat16, "meta")
+    loss = dnkd_ext.hcl_loss(student, teacher)
+    loss.backward()
+    assert (loss.device.type, loss.dtype, loss.shape) == ("meta", torch.float32, ())
+    assert [one.grad.shape for one in student] == [one.shape for one in student]
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 0)], ids=str)
 def test_nothing_to_compare(shape, device, generator):
     """No samples or no pixels: 0 and a gradient of the same emptiness, beside other stages."""

@@ -203,6 +203,26 @@ def test_no_rows_of_odd_strides(case, implementation, device, generator):
     assert args[0].grad.shape == (0, 4)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_meta_device(case, reduction, generator, monkeypatch):
+    """Shapes and dtypes without numbers, as of every device without a kernel."""
+    for name, build in case.variants.items():
+        arguments = build(generator, 6, 8, 5)
+        args, kwargs = convert(arguments, torch.float16, "cpu")
+        wanted = case.fused(*args, **kwargs, reduction=reduction)
+        args, kwargs = convert(arguments, torch.float16, "meta")
+        for asked in ("0", "1"):  # there is no target that could be looked at
+            monkeypatch.setenv("DNKD_CHECK_TARGET", asked)
+            loss = case.fused(*args, **kwargs, reduction=reduction)
+            assert (loss.device.type, loss.dtype, loss.shape) == (
+                "meta",
+                wanted.dtype,
+                wanted.shape,
+            ), name
+        (gradient,) = torch.autograd.grad(loss.sum(), args[0])
+        assert (gradient.dtype, gradient.shape) == (torch.float16, args[0].shape)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize("one", [case for case in CASES if case.target is not None], ids=repr)

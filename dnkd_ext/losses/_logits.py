@@ -17,6 +17,7 @@ from dnkd_ext import _extension
 from dnkd_ext._checks import (
     accumulate_dtype,
     check_target,
+    no_autocast,
     require_floating,
     require_number,
     require_reduction,
@@ -278,7 +279,7 @@ def logit_loss_reference(
         require_weight(weight, name, student_logits, "student_logits")
     dtype, classes = accumulate_dtype(student_logits.dtype), student_logits.shape[-1]
     rows = student_logits.shape[:-1]
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with no_autocast(student_logits):
         student, teacher = student_logits.to(dtype), teacher_logits.detach().to(dtype)
         counted = torch.ones(rows, dtype=torch.bool, device=student.device)
         labels = None

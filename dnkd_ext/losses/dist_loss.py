@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from dnkd_ext import _extension
 from dnkd_ext._checks import (
     accumulate_dtype,
+    no_autocast,
     require_floating,
     require_number,
     require_same_device,
@@ -160,7 +161,7 @@ def _local_moments(
     student_logits: Tensor, teacher_logits: Tensor, tau: float
 ) -> tuple[Tensor, Tensor]:
     """What `_dist_loss_moments` returns for logits of any layout and dtype."""
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with no_autocast(student_logits):
         student, teacher = student_logits.detach(), teacher_logits.detach()
         wide = accumulate_dtype(student.dtype)
         if teacher.dtype not in (student.dtype, wide):
@@ -267,7 +268,7 @@ def dist_loss_reference(
     _check(student_logits, teacher_logits, beta, gamma, tau)
     processes = 1 if process_group is None else _size(process_group)
     dtype = accumulate_dtype(student_logits.dtype)
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with no_autocast(student_logits):
         student, teacher = (
             (logits.reshape(-1, logits.shape[-1]).to(dtype) / tau).softmax(-1)
             for logits in (student_logits, teacher_logits.detach())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnkd_ext._checks import accumulate_dtype, require_floating, require_same_device
+from dnkd_ext._checks import accumulate_dtype, no_autocast, require_floating, require_same_device
 
 __all__ = ["hcl_loss"]
 
@@ -74,7 +74,7 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
 
 def _stage(student: Tensor, teacher: Tensor) -> Tensor:
     dtype = accumulate_dtype(student.dtype)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student):
         difference = student.to(dtype) - teacher.detach().to(dtype)
         count = max(difference.numel(), 1)
         loss, weight, weights = difference.square().sum() / count, 1.0, 1.0

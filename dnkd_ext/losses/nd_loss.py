@@ -17,6 +17,7 @@ from dnkd_ext import _extension
 from dnkd_ext._checks import (
     accumulate_dtype,
     check_target,
+    no_autocast,
     require_floating,
     require_reduction,
     require_same_device,
@@ -282,7 +283,7 @@ def reference_rows(
         norm (0 without a teacher); the last two 0 in rows that do not count.
     """
     dtype = accumulate_dtype(student_features.dtype)
-    with torch.autocast(student_features.device.type, enabled=False):
+    with no_autocast(student_features):
         means = class_means.detach().to(dtype)
         rows = student_features.shape[:-1]
         counted = torch.ones(rows, dtype=torch.bool, device=student_features.device)
@@ -339,12 +340,12 @@ def nd_loss_reference(
     counted, named, direction, teacher_norms = reference_rows(
         student_features, target, class_means, teacher_features, teacher_norms, ignore_index
     )
-    with torch.autocast(student_features.device.type, enabled=False), torch.no_grad():
+    with no_autocast(student_features), torch.no_grad():
         direction_square = (direction * direction).sum(-1)
         unit = direction / torch.where(
             direction_square == 0, 1, direction_square.sqrt().clamp_min(eps)
         ).unsqueeze(-1)
-    with torch.autocast(student_features.device.type, enabled=False):
+    with no_autocast(student_features):
         student = torch.where(counted[..., None], student_features.to(dtype), 0)
         square = (student * student).sum(-1)
         # The square root has no derivative at 0, and there none is wanted.
