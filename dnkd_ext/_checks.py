@@ -73,6 +73,21 @@ def require_weight(weight: object, name: str, other: Tensor, other_name: str) ->
         raise ValueError(f"{name} must not require a gradient; multiply the loss by it instead")
 
 
+def product(*weights: float | Tensor) -> tuple[Tensor | None, float]:
+    """The product of weights as a 0-dim tensor (None without any) and a float.
+
+    Half-precision tensors are multiplied in float32, in which two of them are exact.
+    """
+    tensor, scale = None, 1.0
+    for weight in weights:
+        if isinstance(weight, Tensor):
+            wide = weight.to(accumulate_dtype(weight.dtype))
+            tensor = wide if tensor is None else tensor * wide
+        else:
+            scale = scale * weight
+    return tensor, scale
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

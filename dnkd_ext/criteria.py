@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dnkd_ext._checks import (
     accumulate_dtype,
+    product,
     require_floating,
     require_number,
     require_same_device,
@@ -127,7 +128,7 @@ class _PlusPlus(nn.Module):
             require_weight(ramp, name, student_logits, "student_logits")
             if not isinstance(ramp, Tensor) and not torch.compiler.is_compiling():
                 _require_finite(ramp, name)  # a traced float has no value to look at
-        return self.kd_weight * kd_ramp, self.nd_weight * nd_ramp
+        return _ramped(self.kd_weight, kd_ramp), _ramped(self.nd_weight, nd_ramp)
 
     def _cross_entropy(self, student_logits: Tensor, target: Tensor) -> LogitTerms:
         """The cross entropy with the target alone."""
@@ -875,6 +876,11 @@ def _cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
+
+
+def _ramped(weight: float | Tensor, ramp: float | Tensor) -> float | Tensor:
+    tensor, scale = product(weight, ramp)
+    return scale if tensor is None else tensor * scale
 
 
 def _require_finite(value: float, name: str) -> None:

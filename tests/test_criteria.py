@@ -248,6 +248,22 @@ def test_weights_as_tensors(kind, dtype, device, generator):
     check(terms, inputs, expected(kind, truth, weights=other))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ramp", [0.15, torch.tensor(0.15), torch.tensor(0.15).half()], ids=repr)
+def test_a_half_precision_criterion(kind, dtype, ramp, generator):
+    """What its tensors hold is rounded; their products with the ramps are not once more."""
+    inputs = bring(draw(generator), torch.float32)
+    tensors = {name: torch.tensor(weight / 3) for name, weight in WEIGHTS.items()}
+    criterion = CRITERIA[kind](inputs["means"], **tensors, **OPTIONS[kind]).to(dtype)
+    terms = call(criterion, inputs, kd_ramp=ramp, nd_ramp=ramp)
+    terms.loss.backward()
+    inputs["means"] = criterion.class_means
+    weights = {name: getattr(criterion, name).double() for name in WEIGHTS}
+    ramp = float(ramp)
+    check(terms, inputs, expected(kind, inputs, weights=weights, kd_ramp=ramp, nd_ramp=ramp),
+          torch.float32)  # fmt: skip
+
+
 def test_a_weight_tensor_of_zero(kind, generator):
     """No gradient from the ND loss, and no NaN from dividing by the weight."""
     inputs = bring(draw(generator), torch.float64)

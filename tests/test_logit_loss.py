@@ -294,6 +294,26 @@ def test_faults_at_the_label(implementation, whose, value, device, generator):
         assert gradient.isnan().any(1).tolist() == [False, False, True, False], name
 
 
+@IMPLEMENTATIONS
+@JOINED
+def test_products_of_half_precision_weights(joined, implementation, device, generator):
+    """300 * 300 is beyond float16, and a tenth of a weight is not rounded to it."""
+    student, teacher, target = (x.to(device) for x in draw(generator, 5, 20))
+    student = student.detach().requires_grad_()
+    function = terms_of(joined, implementation)
+    half = lambda x: torch.tensor(x, dtype=torch.float16, device=device)  # noqa: E731
+    results = []
+    for weight, others, scale in (
+        (half(300.0), {"ce_weight": half(300.0), "kd_weight": 0.1}, 1.0),
+        (1.0, {"ce_weight": 300.0, "kd_weight": 0.1}, 300.0),
+    ):
+        loss = scale * function(student, teacher, target, **others, loss_weight=weight).loss
+        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), student)
+        results.append((loss, gradient, second))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=0.01)
+
+
 def test_small_cross_entropy_of_probabilities_is_exact(device):
     """A label of large odds leaves exp(-odds), which must not drown in the sums around it."""
     student = torch.zeros(1, 10)

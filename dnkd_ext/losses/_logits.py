@@ -18,6 +18,7 @@ from dnkd_ext._checks import (
     accumulate_dtype,
     check_target,
     no_autocast,
+    product,
     require_floating,
     require_number,
     require_reduction,
@@ -47,17 +48,6 @@ class LogitTerms(NamedTuple):
     loss: Tensor
     ce: Tensor
     kd: Tensor
-
-
-def _product(*weights: float | Tensor) -> tuple[Tensor | None, float]:
-    """The product of weights as a 0-dim tensor (None without any) and a float."""
-    tensor, scale = None, 1.0
-    for weight in weights:
-        if isinstance(weight, Tensor):
-            tensor = weight if tensor is None else tensor * weight
-        else:
-            scale = scale * weight
-    return tensor, scale
 
 
 def logit_loss(
@@ -104,8 +94,8 @@ def logit_loss(
         if type(weight) is not float:
             require_weight(weight, name, student_logits, "student_logits")
     _require_numbers(temperature, alpha, beta, label_smoothing)
-    ce_scale, ce_factor = _product(ce_weight, loss_weight)
-    kd_scale, kd_factor = _product(kd_weight, loss_weight)
+    ce_scale, ce_factor = product(ce_weight, loss_weight)
+    kd_scale, kd_factor = product(kd_weight, loss_weight)
     return LogitTerms(
         *_operator(
             student_logits,
