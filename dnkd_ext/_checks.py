@@ -53,6 +53,18 @@ def require_number(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a float, got {type(value).__name__}{hint}")
 
 
+def require_integer(value: object, name: str) -> None:
+    """TypeError unless the value is an integer; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def require_flag(value: object, name: str) -> None:
+    """TypeError unless the value is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def require_weight(weight: object, name: str, other: Tensor, other_name: str) -> None:
     """An error unless the value is a float or a 0-dim tensor beside `other` without gradient."""
     if not isinstance(weight, Tensor):

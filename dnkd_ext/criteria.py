@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from dnkd_ext._checks import (
     accumulate_dtype,
     product,
+    require_flag,
     require_floating,
+    require_integer,
     require_number,
     require_same_device,
     require_tensor,
@@ -99,14 +101,13 @@ class _PlusPlus(nn.Module):
         self.register_buffer("class_means", class_means)
         require_number(label_smoothing, "label_smoothing")
         require_number(eps, "eps")
-        if not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+        require_integer(ignore_index, "ignore_index")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {eps}")
         self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.eps = eps
 
     def _has_nd(self) -> bool:
@@ -344,7 +345,8 @@ class KDPlusPlus(_LogitPlusPlus):
         )
         _require_positive(temperature, "temperature")
         self.temperature = temperature
-        self.logit_standardization = logit_standardization
+        require_flag(logit_standardization, "logit_standardization")
+        self.logit_standardization = bool(logit_standardization)
 
     def _logit_terms(
         self,
@@ -439,7 +441,8 @@ class DKDPlusPlus(_LogitPlusPlus):
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
-        self.logit_standardization = logit_standardization
+        require_flag(logit_standardization, "logit_standardization")
+        self.logit_standardization = bool(logit_standardization)
 
     def _logit_terms(
         self,

@@ -6,6 +6,8 @@ import math
 
 from torch import Tensor, nn
 
+from dnkd_ext._checks import require_integer, require_number
+
 __all__ = ["FeatureProjector"]
 
 
@@ -26,7 +28,8 @@ class FeatureProjector(nn.Module):
         are over all leading dimensions; in training mode there must be more than one row.
 
     Raises:
-        TypeError: widths that are no integers; features that are no tensor.
+        TypeError: widths that are no integers, a dropout that is no number; features that are no
+            tensor.
         ValueError: a width below 1, a dropout outside ``[0, 1]``, features of another width.
 
     Example:
@@ -38,14 +41,14 @@ class FeatureProjector(nn.Module):
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.5) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+            require_integer(value, name)
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        require_number(dropout, "dropout")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
-        self.in_features = in_features
-        self.out_features = out_features
+        self.in_features = int(in_features)
+        self.out_features = int(out_features)
         self.norm = nn.BatchNorm1d(in_features)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(in_features, out_features)

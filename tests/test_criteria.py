@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -873,6 +874,8 @@ def test_does_not_synchronise(kind, generator):
             "kd_weight must not require a gradient",
         ),
         ({"kd_weight": torch.tensor(1)}, TypeError, "kd_weight must be float16"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an int, got bool"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1, got 1.5"),
         ({"eps": -1.0}, ValueError, "eps must be finite and not negative, got -1"),
     ],
@@ -882,6 +885,21 @@ def test_bad_construction(kind, options, error, match):
     options = {"class_means": torch.ones(CLASSES, WIDTH), **options}
     with pytest.raises(error, match=match):
         CRITERIA[kind](options.pop("class_means"), **options)
+
+
+@pytest.mark.parametrize("kind", ["kd", "dkd"])
+def test_bad_standardization(kind):
+    with pytest.raises(TypeError, match="logit_standardization must be a bool, got str"):
+        CRITERIA[kind](torch.ones(CLASSES, WIDTH), logit_standardization="no")
+
+
+def test_an_ignore_index_of_numpy(kind, generator):
+    """A label as NumPy gives it; the criterion keeps an int."""
+    inputs = bring(draw(generator, "ignored"), torch.float32)
+    given = CRITERIA[kind](inputs["means"], ignore_index=np.int64(255))
+    assert type(given.ignore_index) is int
+    terms = call(given, inputs)
+    assert tuple(terms) == tuple(call(CRITERIA[kind](inputs["means"], ignore_index=255), inputs))
 
 
 @pytest.mark.parametrize("kind", ["kd", "dkd", "dist"])
@@ -1139,7 +1157,7 @@ class TestFeatureProjector:
             nn.Dropout,
             nn.Linear,
         ]
-        assert dnkd_ext.FeatureProjector(6, 4).dropout.p == 0.5
+        assert dnkd_ext.FeatureProjector(np.int64(6), np.int64(4)).dropout.p == 0.5
         assert "in_features=6, out_features=4" in repr(projector)
 
     def test_rows_are_no_view(self):
@@ -1182,7 +1200,10 @@ class TestFeatureProjector:
             ((0, 4), ValueError, "in_features must be at least 1, got 0"),
             ((4, -1), ValueError, "out_features must be at least 1, got -1"),
             ((4.0, 4), TypeError, "in_features must be an int, got float"),
+            ((True, 4), TypeError, "in_features must be an int, got bool"),
             ((4, 4, 1.5), ValueError, "dropout must be between 0 and 1, got 1.5"),
+            ((4, 4, None), TypeError, "dropout must be a float, got NoneType"),
+            ((4, 4, torch.tensor(0.5)), TypeError, "dropout must be a float, got Tensor"),
         ],
     )
     def test_bad_construction(self, arguments, error, match):

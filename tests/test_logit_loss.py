@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -356,6 +357,12 @@ def test_the_teacher_is_let_go_with_the_graph(name, generator):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
+        ("ignore_index", None),
+        ("ignore_index", 1.0),
+        ("ignore_index", True),
+        ("ignore_index", torch.tensor(1)),
+        ("logit_standardization", "no"),
+        ("logit_standardization", None),
         ("temperature", torch.tensor(4.0)),
         ("temperature", "4"),
         ("temperature", None),
@@ -371,9 +378,45 @@ def test_the_teacher_is_let_go_with_the_graph(name, generator):
 def test_options_of_other_types(implementation, option, value, generator):
     """A tensor would be read by the host, and a temperature to be learnt get no gradient."""
     args = draw(generator, 4, 10)
-    with pytest.raises(TypeError, match=f"{option} must be a float.*got {type(value).__name__}"):
+    wanted = {"ignore_index": "an int", "logit_standardization": "a bool"}.get(option, "a float")
+    with pytest.raises(TypeError, match=f"{option} must be {wanted}.*got {type(value).__name__}"):
         implementation.ce_dkd_loss(*args, **{option: value})
     if option in ("temperature", "beta"):
         other = {"temperature": "tau", "beta": "gamma"}[option]
         with pytest.raises(TypeError, match=f"{other} must be a float, got {type(value).__name__}"):
             implementation.dist_loss(*args[:2], **{other: value})
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+def test_options_of_numpy(implementation, generator):
+    """Its scalars are numbers as any other."""
+    args = draw(generator, 4, 10)
+    label = int(args[2][0])
+    plain = {"temperature": 2.0, "ignore_index": label, "ce_weight": 0.5}
+    given = {
+        "temperature": np.float32(2.0),
+        "ignore_index": np.int64(label),
+        "ce_weight": np.float64(0.5),
+        "logit_standardization": np.bool_(False),
+    }
+    assert tuple(implementation.ce_dkd_loss(*args, **given)) == tuple(
+        implementation.ce_dkd_loss(*args, **plain)
+    )
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+def test_a_reduction_that_is_no_string(implementation, generator):
+    args = draw(generator, 4, 10)
+    with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got None"):
+        implementation.ce_kd_loss(*args, reduction=None)
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+def test_the_most_probable_class_of_finer_probabilities(implementation, device, generator):
+    """Of float64 probabilities that float32 does not tell apart, the larger is the target."""
+    student, teacher, _ = (x.detach().to(device) for x in draw(generator, 1, 6))
+    target = torch.full((1, 6), 0.1, dtype=torch.float64, device=device)
+    target[0, 2], target[0, 4] = 0.3, 0.3 + 1e-12
+    assert target.float()[0, 2] == target.float()[0, 4]
+    wanted = implementation.dkd_loss(student, teacher, torch.tensor([4], device=device))
+    assert torch.equal(implementation.dkd_loss(student, teacher, target), wanted)

@@ -19,7 +19,9 @@ from dnkd_ext._checks import (
     check_target,
     no_autocast,
     product,
+    require_flag,
     require_floating,
+    require_integer,
     require_number,
     require_reduction,
     require_same_device,
@@ -93,7 +95,15 @@ def logit_loss(
     ):
         if type(weight) is not float:
             require_weight(weight, name, student_logits, "student_logits")
-    _require_numbers(temperature, alpha, beta, label_smoothing)
+    _require_options(
+        temperature,
+        alpha,
+        beta,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        logit_standardization,
+    )
     ce_scale, ce_factor = product(ce_weight, loss_weight)
     kd_scale, kd_factor = product(kd_weight, loss_weight)
     return LogitTerms(
@@ -117,9 +127,16 @@ def logit_loss(
     )
 
 
-def _require_numbers(
-    temperature: object, alpha: object, beta: object, label_smoothing: object
+def _require_options(
+    temperature: object,
+    alpha: object,
+    beta: object,
+    label_smoothing: object,
+    ignore_index: object,
+    reduction: object,
+    logit_standardization: object,
 ) -> None:
+    """Errors for options of other types, in the same words with and without the operator."""
     for value, name in (
         (temperature, "temperature"),
         (alpha, "alpha"),
@@ -128,6 +145,12 @@ def _require_numbers(
     ):
         if type(value) is not float:
             require_number(value, name)
+    if type(ignore_index) is not int:
+        require_integer(ignore_index, "ignore_index")
+    if type(reduction) is not str:
+        require_reduction(reduction)
+    if type(logit_standardization) is not bool:
+        require_flag(logit_standardization, "logit_standardization")
 
 
 def _check(
@@ -181,7 +204,6 @@ def _check(
                     "target of class indices must have the leading shape of student_logits "
                     f"{shape}, got shape {list(target.shape)}"
                 )
-    _require_numbers(temperature, alpha, beta, label_smoothing)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and greater than 0, got {temperature}")
     for value, name in ((alpha, "alpha"), (beta, "beta")):
@@ -260,6 +282,9 @@ def logit_loss_reference(
     logit_standardization: bool = False,
 ) -> LogitTerms:
     """The same in differentiable PyTorch operations, for every device."""
+    _require_options(
+        temperature, alpha, beta, label_smoothing, ignore_index, reduction, logit_standardization
+    )
     _check(
         kind, student_logits, teacher_logits, target, temperature, alpha, beta, label_smoothing,
         reduction,
@@ -275,8 +300,8 @@ def logit_loss_reference(
         labels = None
         if target is not None and kind != "kd":
             if target.dtype.is_floating_point:
-                target = target.detach().to(dtype)
                 labels = target.argmax(-1)
+                target = target.detach().to(dtype)
             else:
                 counted = target != ignore_index
                 is_named = (target >= 0) & (target < classes)
