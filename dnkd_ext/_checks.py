@@ -22,6 +22,14 @@ def require_tensor(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def require_sequence(values: object, name: str) -> None:
+    """TypeError unless the value holds tensors by number; a tensor itself does not count."""
+    if isinstance(values, Tensor) or not hasattr(values, "__len__"):
+        raise TypeError(
+            f"{name} must be a sequence of tensors, one per stage, got {type(values).__name__}"
+        )
+
+
 def require_floating(tensor: Tensor, name: str) -> None:
     """TypeError unless the value is a tensor of one of the four floating dtypes."""
     require_tensor(tensor, name)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnkd_ext._checks import require_floating, require_same_device
+from dnkd_ext._checks import require_floating, require_same_device, require_sequence
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
 
@@ -142,11 +142,7 @@ class ReviewFusion(nn.Module):
             ("student_maps", student_maps, self.student_channels),
             ("teacher_maps", teacher_maps, self.teacher_channels),
         ):
-            if isinstance(maps, Tensor) or not isinstance(maps, Sequence):
-                raise TypeError(
-                    f"{name} must be a sequence of tensors, one per stage, "
-                    f"got {type(maps).__name__}"
-                )
+            require_sequence(maps, name)
             if len(maps) != len(channels):
                 raise ValueError(
                     f"{name} must have {len(channels)} stages, the last of them the embedding, "

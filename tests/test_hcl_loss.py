@@ -132,6 +132,29 @@ def test_dtypes_of_teacher_and_student_may_differ(device, generator):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"),
+    [
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.float32, torch.float64), torch.float64),
+        ((torch.float64, torch.float16), torch.float64),
+    ],
+    ids=str,
+)
+def test_dtypes_of_stages_may_differ(dtypes, wanted, device, generator):
+    """The loss is of the widest; every map gets a gradient of its own dtype."""
+    student, teacher = maps(generator, [(2, 3, 4, 4), (2, 3, 1, 1)], torch.float64, device)
+    student = [x.detach().to(t).requires_grad_() for x, t in zip(student, dtypes, strict=True)]
+    expected = sum(
+        stage_truth(s, t)[0] for s, t in zip(float64(student), float64(teacher), strict=True)
+    )
+    loss = dnkd_ext.hcl_loss(student, teacher)
+    loss.backward()
+    assert loss.dtype == wanted
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert tuple(x.grad.dtype for x in student) == dtypes
+
+
 def test_half_precision_does_not_overflow(device):
     """Squares of 300 are beyond float16, their mean in float32 is not."""
     student = torch.full((2, 3, 8, 8), 300.0, dtype=torch.float16, device=device)
@@ -227,8 +250,15 @@ ONE = (2, 3, 4, 4)
 @pytest.mark.parametrize(
     ("student", "teacher", "error", "match"),
     [
-        (torch.zeros(ONE), _maps(ONE), TypeError, "must be sequences of tensors, got a tensor"),
-        (_maps(ONE), torch.zeros(ONE), TypeError, "must be sequences of tensors, got a tensor"),
+        (
+            torch.zeros(ONE),
+            _maps(ONE),
+            TypeError,
+            "student_maps must be a sequence of tensors, one per stage, got Tensor",
+        ),
+        (_maps(ONE), torch.zeros(ONE), TypeError, "teacher_maps must be a sequence.*got Tensor"),
+        (None, _maps(ONE), TypeError, "student_maps must be a sequence.*got NoneType"),
+        (_maps(ONE), iter(_maps(ONE)), TypeError, "teacher_maps must be a sequence.*got list_iter"),
         ([], [], ValueError, "student_maps must have at least one stage"),
         (
             _maps(ONE, ONE),

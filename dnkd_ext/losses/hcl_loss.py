@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnkd_ext._checks import accumulate_dtype, no_autocast, require_floating, require_same_device
+from dnkd_ext._checks import (
+    accumulate_dtype,
+    no_autocast,
+    require_floating,
+    require_same_device,
+    require_sequence,
+)
 
 __all__ = ["hcl_loss"]
 
@@ -32,11 +38,10 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
         teacher_maps: as many of the same shapes; they get no gradient.
 
     Returns:
-        The loss, 0-dim: float32 for half-precision maps, else of the first student map's dtype.
-        0 without samples.
+        The loss, 0-dim: float64 where a student map is, else float32. 0 without samples.
 
     Raises:
-        TypeError: a map that is no tensor or of a wrong dtype.
+        TypeError: maps that are no sequence, a map that is no tensor or of a wrong dtype.
         ValueError: no stage, other numbers of stages, or shapes.
         RuntimeError: maps of a stage on different devices.
 
@@ -44,8 +49,8 @@ def hcl_loss(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> 
         >>> maps = [torch.randn(2, 8, size, size, requires_grad=True) for size in (8, 4, 1)]
         >>> hcl_loss(maps, [torch.randn(m.shape) for m in maps]).backward()
     """
-    if isinstance(student_maps, Tensor) or isinstance(teacher_maps, Tensor):
-        raise TypeError("student_maps and teacher_maps must be sequences of tensors, got a tensor")
+    require_sequence(student_maps, "student_maps")
+    require_sequence(teacher_maps, "teacher_maps")
     if len(student_maps) != len(teacher_maps):
         raise ValueError(
             f"teacher_maps must have one map per stage of student_maps, {len(student_maps)}, "
