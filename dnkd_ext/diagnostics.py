@@ -80,6 +80,7 @@ def feature_diagnostics(
         >>> now = feature_diagnostics(torch.randn(8, 64), torch.arange(8), torch.randn(10, 64),
         ...                           torch.randn(8, 64))
         >>> print(f"norms {now.norm_ratio.item():.2f}, cosine {now.cosine.item():.2f}")
+        norms ..., cosine ...
     """
     if not isinstance(student_features, Tensor) or not _extension.has_kernel_for(student_features):
         return feature_diagnostics_reference(

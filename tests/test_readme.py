@@ -1,11 +1,16 @@
-"""The code blocks of README.md run, one after another, as a reader would paste them."""
+"""The code that is shown runs: README.md's blocks, one after another, and docstrings' examples."""
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+import dnkd_ext
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -24,6 +29,31 @@ def test_code_blocks(tmp_path, monkeypatch):
     torch.testing.assert_close(result["loss"], expected)
     assert result["output"].shape == (128, 10)
     assert namespace["moving"].missing == []
+
+
+PUBLIC = {name: getattr(dnkd_ext, name) for name in dnkd_ext.__all__}
+WITH_EXAMPLES = [name for name, value in PUBLIC.items() if ">>>" in (inspect.getdoc(value) or "")]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_examples_of_docstrings(name, tmp_path, monkeypatch):
+    """They use torch, nn and the names of the package, and give what they show ("..." for any)."""
+    monkeypatch.chdir(tmp_path)
+    names = {**PUBLIC, "torch": torch, "nn": torch.nn}
+    found = doctest.DocTestFinder(recurse=False).find(PUBLIC[name], name, globs=names)
+    report: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for examples in found:
+        runner.run(examples, out=report.append)
+    assert runner.tries >= 1
+    assert runner.failures == 0, "".join(report)
+
+
+def test_losses_and_criteria_have_examples():
+    """As everything public that is called in a training loop."""
+    called = {name for name in PUBLIC if name.endswith(("_loss", "PlusPlus", "Loss", "Projector"))}
+    assert len(called) >= 12
+    assert called <= set(WITH_EXAMPLES)
 
 
 def test_commands_exist():
