@@ -26,6 +26,7 @@ from dnkd_ext._checks import (
     require_weight,
 )
 from dnkd_ext.losses._logits import LogitTerms
+from dnkd_ext.losses.dist_loss import dist_loss
 from dnkd_ext.losses.dkd_loss import ce_dkd_loss
 from dnkd_ext.losses.hcl_loss import hcl_loss
 from dnkd_ext.losses.kd_loss import ce_kd_loss
@@ -559,8 +560,6 @@ class DISTPlusPlus(_LogitPlusPlus):
         target: Tensor,
         kd_weight: float | Tensor,
     ) -> LogitTerms:
-        from dnkd_ext.losses.dist_loss import dist_loss
-
         kd = dist_loss(
             student_logits,
             teacher_logits,
