@@ -127,7 +127,8 @@ def ce_kd_loss(
         kd_weight: as ``ce_weight``.
         label_smoothing: of the cross entropy, between 0 and 1.
         ignore_index: rows with this class index count nowhere in the cross entropy, whose mean is
-            over the others; KD counts every row. Does not apply to probabilities.
+            over the others (0 where there are none, PyTorch's is NaN); KD counts every row. Does
+            not apply to probabilities.
         reduction: ``"mean"`` (of each term over the rows it counts), ``"sum"``, or ``"none"`` for
             terms per row, of shape ``(...)``.
         loss_weight: as ``ce_weight``; multiplies the sum.
