@@ -130,7 +130,10 @@ class _PlusPlus(nn.Module):
             require_weight(ramp, name, student_logits, "student_logits")
             if not isinstance(ramp, Tensor) and not torch.compiler.is_compiling():
                 _require_finite(ramp, name)  # a traced float has no value to look at
-        return _ramped(self.kd_weight, kd_ramp), _ramped(self.nd_weight, nd_ramp)
+        return (
+            _ramped(self.kd_weight, kd_ramp, student_logits),
+            _ramped(self.nd_weight, nd_ramp, student_logits),
+        )
 
     def _cross_entropy(self, student_logits: Tensor, target: Tensor) -> LogitTerms:
         """The cross entropy with the target alone."""
@@ -296,8 +299,9 @@ class KDPlusPlus(_LogitPlusPlus):
         - teacher_features ``(..., D')``, or teacher_norms ``(...)``; without them the ND loss is
           direction-only.
         - kd_ramp: multiplies ``kd_weight``; the paper's is ``min(1, epoch / warm_up)`` with epochs
-          counted from 0. A float, or a 0-dim tensor on the logits' device, which neither recompiles
-          nor has to be captured again when it changes.
+          counted from 0. A float, of which ``torch.compile`` compiles the first, 1 and all others
+          once each (no scalar of NumPy, which it takes for an array), or a 0-dim tensor on the
+          logits' device, which neither recompiles nor has to be captured again when it changes.
         - nd_ramp: multiplies ``nd_weight``, as ``kd_ramp`` does ``kd_weight``; the paper's ImageNet
           experiments with DKD++ ramp both. At 0 the ND loss has a gradient of zeros.
 
@@ -880,7 +884,11 @@ def _cross_entropy(
     )
 
 
-def _ramped(weight: float | Tensor, ramp: float | Tensor) -> float | Tensor:
+def _ramped(weight: float | Tensor, ramp: float | Tensor, logits: Tensor) -> float | Tensor:
+    if torch.compiler.is_compiling() and not isinstance(ramp, Tensor) and ramp != 1:
+        # A float of an operator is a constant of the graph: each value of a ramp would be compiled,
+        # and past torch's limit nothing any more. A product is not, whatever the number.
+        ramp = ramp * logits.new_ones((), dtype=accumulate_dtype(logits.dtype))
     tensor, scale = product(weight, ramp)
     return scale if tensor is None else tensor * scale
 

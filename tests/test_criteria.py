@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -747,14 +748,22 @@ def test_weights_and_ramp_do_not_recompile(kind, device, generator):
 
 
 def test_a_float_ramp_compiles(kind, generator):
-    """It may recompile, but neither breaks the graph nor goes stale."""
+    """More values than torch compiles: few are, the graph is whole, and none goes stale."""
     torch._dynamo.reset()
     inputs = bring(draw(generator), torch.float32)
     criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
     ramped = lambda ramp: call(criterion, inputs, kd_ramp=ramp, nd_ramp=1 - ramp)  # noqa: E731
-    compiled = torch.compile(ramped, fullgraph=True)
-    for ramp in (0.0, 0.25, 0.5, 1.0):
-        torch.testing.assert_close(tuple(compiled(ramp)), tuple(ramped(ramp)))
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(ramped, fullgraph=True, backend=counter)
+    leaves = [inputs["student_logits"], inputs["student_features"]]
+    for epoch in range(torch._dynamo.config.recompile_limit + 6):
+        ramp = min(1.0, epoch / 10)
+        fast, slow = compiled(ramp), ramped(ramp)
+        torch.testing.assert_close(tuple(fast), tuple(slow))
+        torch.testing.assert_close(
+            torch.autograd.grad(fast.loss, leaves), torch.autograd.grad(slow.loss, leaves)
+        )
+    assert counter.frame_count <= 4
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
