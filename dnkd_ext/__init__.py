@@ -14,14 +14,16 @@ from dnkd_ext.adapters import (
 )
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.criteria import (
+    CriterionTerms,
     DISTPlusPlus,
     DKDPlusPlus,
     HardKDPlusPlus,
     KDPlusPlus,
     ReviewKDPlusPlus,
 )
-from dnkd_ext.diagnostics import feature_diagnostics
+from dnkd_ext.diagnostics import FeatureDiagnostics, feature_diagnostics
 from dnkd_ext.losses import (
+    LogitTerms,
     NDLoss,
     ce_dkd_loss,
     ce_kd_loss,
@@ -36,12 +38,15 @@ from dnkd_ext.review import StageMaps, stage_maps
 
 __all__ = [
     "ClassMeans",
+    "CriterionTerms",
     "DISTPlusPlus",
     "DKDPlusPlus",
     "DistilledFeatures",
+    "FeatureDiagnostics",
     "FeatureProjector",
     "HardKDPlusPlus",
     "KDPlusPlus",
+    "LogitTerms",
     "NDLoss",
     "ReviewKDPlusPlus",
     "StageMaps",

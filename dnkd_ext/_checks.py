@@ -5,6 +5,7 @@ The compiled operators make the same checks with the same words, without enterin
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -71,6 +72,20 @@ def require_flag(value: object, name: str) -> None:
     """TypeError unless the value is True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def require_finite(value: float, name: str) -> None:
+    """An error unless the value is a number other than infinity and NaN."""
+    require_number(value, name)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def require_positive(value: float, name: str) -> None:
+    """An error unless the value is a finite number greater than 0."""
+    require_number(value, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
 
 
 def require_weight(weight: object, name: str, other: Tensor, other_name: str) -> None:
