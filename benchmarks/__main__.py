@@ -186,7 +186,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text}")
     return value
@@ -323,23 +326,27 @@ def _regression(arguments: argparse.Namespace) -> int:
 def _targets(arguments: argparse.Namespace) -> int:
     from benchmarks import results, steps, targets
 
-    machines = results.latest(results.measurements(results.read(arguments.csv)))
-    rows = steps.read_steps(arguments.steps) if arguments.steps else []
+    ladders = results.latest(results.measurements(results.read(arguments.csv)))
+    walked: dict[results.Machine, list[results.Row]] = {}
+    for row in steps.read_steps(arguments.steps) if arguments.steps else []:
+        machine = str(row["hardware"]), str(row["device"]), str(row["torch"])
+        if machine[1] == "cuda":  # the targets of steps are those of a GPU
+            walked.setdefault(machine, []).append(row)
     failed = False
-    for machine, found in machines.items():
+    for machine in {**ladders, **walked}:
         hardware, device, torch = machine
-        print(f"{hardware}, torch {torch}")
-        verdicts = targets.evaluate(found, device)
+        # Of one version, as in the report: figures of an older one say nothing about it.
+        found, own = results.newest(ladders.get(machine, {})), walked.get(machine, [])
+        commit = [str(one.common["commit"]) for one in found.values()] or [str(own[-1]["commit"])]
+        print(f"{hardware}, torch {torch}, at {commit[0]}")
+        verdicts = targets.evaluate(found, device) if found else []
         if device == "cuda":
-            own = [
-                row
-                for group in steps.latest_steps(rows)
-                for row in group
-                if (row["hardware"], row["device"], row["torch"]) == machine
-            ]
-            verdicts += targets.evaluate_steps(own)
+            groups = steps.latest_steps(row for row in own if row["commit"] == commit[0])
+            verdicts += targets.evaluate_steps([row for group in groups for row in group])
         failed = failed or any(verdict.status == targets.FAIL for verdict in verdicts)
         print(*targets.lines(verdicts), sep="\n")
+    if not ladders and not walked:
+        raise results.ResultsError(f"{arguments.csv} has nothing that was measured")
     return 1 if failed else 0
 
 

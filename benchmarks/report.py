@@ -28,6 +28,7 @@ from benchmarks.results import (
     Measurement,
     Row,
     known_machines,
+    newest,
     ordered,
 )
 from benchmarks.steps import image_width, latest_steps
@@ -262,10 +263,10 @@ def _others(one: Measurement, peer: str, which: str = BOTH) -> str:
     return decimal(us) + ("" if ratio is None else f" ({ratio:.1f}x)")
 
 
-def _marks(found: Latest) -> dict[str, str]:
-    """Per commit that something was measured at: nothing for the newest, asterisks for others."""
-    newest_first = dict.fromkeys(str(one.common["commit"]) for one in reversed(found.values()))
-    return {commit: r"\*" * number for number, commit in enumerate(newest_first)}
+def _marks(found: Latest) -> dict[tuple[str, str], str]:
+    """Per commit and kernels that were measured: nothing for the newest, asterisks for others."""
+    newest_first = dict.fromkeys(one.source for one in reversed(found.values()))
+    return {source: r"\*" * number for number, source in enumerate(newest_first)}
 
 
 def _provenance(found: Latest) -> str:
@@ -278,9 +279,9 @@ def _provenance(found: Latest) -> str:
     order = list(marks)
     return "; ".join(
         f"{date}, dnkd_ext {version} at {commit}, {kernels} kernels"
-        + (f" (marked {marks[commit]})" if marks[commit] else "")
+        + (f" (marked {marks[commit, kernels]})" if marks[commit, kernels] else "")
         for date, version, commit, kernels in sorted(
-            commons, key=lambda common: (order.index(common[2]), common)
+            commons, key=lambda common: (order.index(common[2:]), common)
         )
     )
 
@@ -298,7 +299,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
     marks = _marks(found)
 
     def label(case: Case, one: Measurement) -> str:
-        return _size(case) + marks[str(one.common["commit"])]
+        return _size(case) + marks[one.source]
 
     parts = [f"\n### {hardware}, torch {torch}\n\n{_provenance(found)}. The command:\n\n"]
     if device == "cpu":
@@ -418,9 +419,9 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
                 ),
             )
         )
-    newest = {key: one for key, one in found.items() if not marks[str(one.common["commit"])]}
+    verdicts = targets.evaluate(newest(found), device)
     parts.append("\nThe targets, on the figures of the newest version:\n\n")
-    parts.append("\n".join(f"    {v}" for v in targets.lines(targets.evaluate(newest, device))))
+    parts.append("\n".join(f"    {v}" for v in targets.lines(verdicts)))
     return "".join(parts) + "\n"
 
 

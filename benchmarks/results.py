@@ -316,6 +316,11 @@ class Measurement:
         device = self.case.rsplit(" ", 1)[-1]
         return str(self.common["hardware"]), device, str(self.common["torch"])
 
+    @property
+    def source(self) -> tuple[str, str]:
+        """Commit and kernels: what figures that are judged together must have in common."""
+        return str(self.common["commit"]), str(self.common["kernels"])
+
     def value(self, column: str, peer: str = "ours", which: str = BOTH) -> float | None:
         """A number of a peer's row; None where it was not measured."""
         number = self.rows.get((which, peer), {}).get(column)
@@ -346,7 +351,7 @@ class Measurement:
 
 def measurements(rows: Iterable[Row]) -> list[Measurement]:
     """Rows that follow one another and belong to one case, together."""
-    same = ("date", "commit", "hardware", "torch", "version", "case", "allocator")
+    same = ("date", "commit", "hardware", "torch", "version", "kernels", "case", "allocator")
     found: list[Measurement] = []
     for row in rows:
         key = str(row["pass"]), str(row["peer"])
@@ -378,6 +383,12 @@ def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:
         known.pop((one.case, one.allocator), None)
         known[one.case, one.allocator] = one
     return result
+
+
+def newest(found: Latest) -> Latest:
+    """Of a machine's measurements those of the version that was measured last."""
+    last = [one.source for one in found.values()][-1:]
+    return {key: one for key, one in found.items() if one.source in last}
 
 
 def known_machines(rows: Iterable[Row]) -> dict[Machine, Latest]:

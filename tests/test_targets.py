@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks import cases, report, results, targets
+from benchmarks import cases, report, results, steps, targets
 from benchmarks.__main__ import main
 from tests.benchmark_rows import found_in, gpu_rows, rows_of
 
@@ -109,6 +109,58 @@ def test_targets_of_a_file(tmp_path, capsys):
     assert "PASS         ND at 64x64: at least 4x eager: 4.10x" in capsys.readouterr().out
     results.append(rows_of(("ours", 10), ("eager", 39)), path)
     assert main(["targets", str(path)]) == 1
+
+
+def test_targets_of_a_file_are_those_of_the_newest_version(tmp_path, capsys):
+    """As in the report: an older commit's figures, or other kernels', neither pass nor fail."""
+    path = tmp_path / "a.csv"
+    results.append(rows_of(("ours", 10), ("eager", 39)), path)
+    results.append(
+        rows_of(("ours", 10), ("eager", 80), case="nd_loss 256x512 (1000) float32 cpu"), path
+    )
+    for number, newer in enumerate(({"commit": "def"}, {"commit": "def", "kernels": "avx2"})):
+        case = ("ce_kd_loss", "ce_dkd_loss")[number] + " 128x100 float32 cpu"
+        results.append(rows_of(("ours", 10), ("eager", 50), case=case, **newer), path)
+        assert main(["targets", str(path)]) == 0
+        printed = capsys.readouterr().out
+        assert "a machine, torch 9.9.0, at def\n" in printed
+        assert "not measured ND at 64x64: at least 4x eager\n" in printed
+        assert "not measured CE+KD and CE+DKD at 128x100: at least 4x eager: 5.00x" in printed
+        assert f"[{case}; not measured: " in printed
+
+
+def test_steps_of_a_machine_without_a_ladder_are_evaluated(tmp_path, capsys):
+    ladder, walked = tmp_path / "losses.csv", tmp_path / "steps.csv"
+    results.append(gpu_rows(), ladder)
+    common = {
+        **dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda", "shape": "imagenet",
+        "torch": "9.9.0", "commit": "abc",
+    }  # fmt: skip
+    times = {"CE": (100, 50), "KD++ loop": (130, 30000), "KD++ ours": (105, 500)}
+    for hardware in ("a machine", "another"):
+        rows = [
+            {**common, "hardware": hardware, "method": method, "step_ms": ms, "loss_us": us}
+            for method, (ms, us) in times.items()
+        ]
+        steps.append_steps(rows, walked)
+    assert main(["targets", str(ladder), "--steps", str(walked)]) == 1
+    first, second = capsys.readouterr().out.split("another, torch 9.9.0, at abc\n")
+    for text in (first, second):
+        assert "FAIL         ImageNet-shape step with KD++: at most 1% more" in text
+    assert "no host synchronisation" not in second
+    # Steps of another version say nothing about this ladder.
+    ladder.unlink()
+    results.append([{**row, "commit": "def"} for row in gpu_rows()], ladder)
+    main(["targets", str(ladder), "--steps", str(walked)])
+    first, _ = capsys.readouterr().out.split("another, torch")
+    assert "not measured ImageNet-shape step with KD++: at most 1% more" in first
+
+
+def test_a_file_without_a_measurement_meets_no_target(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    results.append([], path)
+    assert main(["targets", str(path)]) == 2
+    assert "has nothing that was measured" in capsys.readouterr().err
 
 
 def test_a_roofline_line_per_kernel():
