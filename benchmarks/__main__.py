@@ -71,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument(
         "--resume", action="store_true",
-        help="leave out the cases that --out has already of this commit on this machine",
+        help="leave out the cases that --out has already of this commit on this machine, with all "
+        "peers asked for",
     )  # fmt: skip
 
     e2e = add("e2e")
@@ -210,22 +211,24 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     if arguments.out is not None and arguments.out.exists():
         results.read(arguments.out)  # before anything is measured that could not be added
-    skip = run.measured(arguments.out, arguments.device) if arguments.resume else ()
+    if arguments.resume:
+        order = run.remaining(order, arguments.out, arguments.device, only)
     outcome = run.Outcome()
     seconds = arguments.seconds or (run.QUICK_SECONDS if arguments.quick else run.SECONDS)
     try:
-        run.run(order, out=arguments.out, only=only, seconds=seconds, skip=skip, outcome=outcome)
+        run.run(order, out=arguments.out, only=only, seconds=seconds, outcome=outcome)
     finally:
         if outcome.rows:
             print(run.header(outcome.rows))
             print(results.table(outcome.rows))
-            rows = outcome.rows
-            if arguments.resume:
-                rows = results.of_now(results.read(arguments.out))
-            for found in results.latest(results.measurements(rows)).values():
+            machines = results.latest(results.measurements(outcome.rows))
+            if arguments.resume:  # with what the file had of this version on this machine
+                known = results.latest(results.measurements(results.read(arguments.out)))
+                machines = {machine: results.newest(known[machine]) for machine in machines}
+            for found in machines.values():
                 print(*targets.lines(targets.evaluate(found, arguments.device)), sep="\n")
         elif arguments.resume:
-            print("nothing left to measure" if skip else "nothing was measured")
+            print("nothing was measured" if order else "nothing left to measure")
         for text in outcome.refused:
             print(f"refused: {text}", file=sys.stderr)
     return 1 if outcome.refused else 0

@@ -87,26 +87,35 @@ class Case:
         """
         raise NotImplementedError
 
+    def _names(self, own: Iterable[str], only: Iterable[str] | None) -> list[str]:
+        has = {*own, "noise", "compile", "compile-max", "compiled"}
+        return [
+            name
+            for name in peers.PEERS
+            if name in has and (only is None or name in only)
+            if peers.unavailable(name, self.device) is None
+        ]
+
+    def peer_names(self, only: Iterable[str] | None = None) -> list[str]:
+        """The peers that this loss has and that can run here, whether they are right or not."""
+        return self._names(self.functions(), only)
+
     def peers(self, *, only: Iterable[str] | None = None) -> Peers:
         """Every peer that can run, after its loss and gradient were compared with the reference."""
         own = self.functions()
+        names = self._names(own, only)
         reference, traced = own.pop("reference"), own.pop("traced", own["ours"])
         own["noise"] = own["ours"]
-        wanted = [name for name in peers.PEERS if only is None or name in only]
         checked, refused = {}, {}
         inputs = self._inputs()
         truth = self._evaluate(reference, inputs[0])
-        for name in wanted:
-            if peers.unavailable(name, self.device) is not None:
-                continue
+        for name in names:
             if name in ("compile", "compile-max"):
                 function = compiled(self, name, own["eager"])
             elif name == "compiled":
                 function = compiled(self, name, traced)
-            elif name in own:
+            else:
                 function = own[name]
-            else:  # this loss has none, or it is the copy
-                continue
             try:
                 self._check(name, function, inputs[0], truth)
             except WrongPeer as error:

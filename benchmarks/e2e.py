@@ -297,7 +297,8 @@ def measured(path: Path, device: str) -> set[str]:
     """The shapes that a results file has of this commit on this machine."""
     if not path.exists():
         return set()
-    here = {k: results.environment(device)[k] for k in ("commit", "hardware", "torch", "version")}
+    same = ("commit", "hardware", "torch", "version", "kernels")
+    here = {name: results.environment(device)[name] for name in same}
     return {
         str(row["shape"])
         for row in steps.read_steps(path)

@@ -126,9 +126,7 @@ def measure_case(
     Two passes are timed: forward and backward of every peer and of the copy, and the forward pass
     alone of some. Everything else is counted apart from the timing.
     """
-    is_brief = case.device == "cpu" and (warm or case.bytes > CACHE)
-    if is_brief:
-        only = {*ESSENTIAL_PEERS} if only is None else {*only} & {*ESSENTIAL_PEERS}
+    only = _limited(case, warm, only)
     with warm_allocator(warm) as is_warm:
         peers = case.peers(only=only)
         calls = {"copy": copy_of(case.bytes, case.device), **peers.calls()}
@@ -140,7 +138,7 @@ def measure_case(
         copy_us = rows[0]["median_us"]
         for row in rows:
             row.update(bytes=case.bytes, copy_us=copy_us)
-        forward = {} if is_brief else peers.forward_calls(FORWARD_PEERS)
+        forward = {} if _is_brief(case, warm) else peers.forward_calls(FORWARD_PEERS)
         for name, timing in measure(forward, case.device, seconds=seconds / 4).items():
             rows.append(_row(name, FORWARD, timing))
         if not warm:
@@ -159,11 +157,33 @@ def measure_case(
     return rows, {**peers.refused, **refused}
 
 
+def _is_brief(case: Case, warm: bool) -> bool:
+    return case.device == "cpu" and (warm or case.bytes > CACHE)
+
+
+def _limited(case: Case, warm: bool, only: Collection[str] | None) -> Collection[str] | None:
+    """Of the peers asked for those that are measured where little is."""
+    if not _is_brief(case, warm):
+        return only
+    return {*ESSENTIAL_PEERS} if only is None else {*only} & {*ESSENTIAL_PEERS}
+
+
+def peers_of(case: Case, *, warm: bool, only: Collection[str] | None = None) -> set[str]:
+    """The peers of which :func:`measure_case` has rows where none is refused."""
+    only = _limited(case, warm, only)
+    names = {"copy", *case.peer_names(only)}
+    return names | ({"float32"} if _has_float32(case, only) else set())
+
+
+def _has_float32(case: Case, only: Collection[str] | None) -> bool:
+    return case.dtype.itemsize == 2 and (only is None or "float32" in only)
+
+
 def _in_float32(
     case: Case, only: Collection[str] | None
 ) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
     """The peer of that name, for a case of 16 bits, if asked for; and why it was refused."""
-    if case.dtype.itemsize != 2 or not (only is None or "float32" in only):
+    if not _has_float32(case, only):
         return {}, {}
     wide = dataclasses.replace(case, dtype=torch.float32).peers(only=("ours",))
     if "ours" in wide.refused:

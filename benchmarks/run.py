@@ -83,16 +83,37 @@ def plan(
     return order
 
 
-def measured(path: Path, device: str) -> set[tuple[str, str]]:
-    """Cases and allocators of which a results file has ours, of this commit on this machine."""
+def allocator(case: Case, warm: bool) -> str:
+    """The column of that name."""
+    return "warm" if warm or case.device != "cpu" else "default"
+
+
+def remaining(
+    order: list[tuple[Case, bool]], path: Path, device: str, only: Collection[str] | None
+) -> list[tuple[Case, bool]]:
+    """What a results file lacks of this version on this machine.
+
+    Last come cases that it has without some of the peers asked for, be it that they were refused:
+    so they are again, until they are right.
+    """
     if not path.exists():
-        return set()
-    here = {k: results.environment(device)[k] for k in ("commit", "hardware", "torch", "version")}
-    return {
-        (str(row["case"]), str(row["allocator"]))
-        for row in results.read(path)
-        if row["peer"] == "ours" and all(row[name] == value for name, value in here.items())
+        return order
+    here = results.environment(device)
+    same = ("commit", "hardware", "torch", "version", "kernels")
+    rows = [r for r in results.read(path) if all(r[name] == here[name] for name in same)]
+    known = {
+        (one.case, one.allocator): {peer for which, peer in one.rows if which == results.BOTH}
+        for one in results.measurements(rows)
     }
+    new, partly = [], []
+    for case, warm in order:
+        found = known.get((case.name, allocator(case, warm)))
+        if found is None:
+            new.append((case, warm))
+        elif not results.peers_of(case, warm=warm, only=only) <= found:
+            partly.append((case, warm))
+    # The warm allocator still comes last.
+    return sorted(new + partly, key=lambda entry: entry[1])
 
 
 def run(
@@ -101,16 +122,10 @@ def run(
     out: Path | None = None,
     only: Collection[str] | None = None,
     seconds: float = 1.0,
-    skip: Collection[tuple[str, str]] = (),
     outcome: Outcome | None = None,
 ) -> Outcome:
     """Measure cases in order; every case is in ``out`` and ``outcome`` as soon as it is done."""
     outcome = Outcome() if outcome is None else outcome
-    order = [
-        (case, warm)
-        for case, warm in order
-        if (case.name, "warm" if warm or case.device != "cpu" else "default") not in skip
-    ]
     with Progress(len(order), "benchmarks", unit="case") as progress:
         for case, warm in order:
             progress.say(case.name + (", warm allocator" if warm else ""))

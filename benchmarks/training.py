@@ -428,7 +428,8 @@ def measured(path: Path, device: str) -> set[tuple[str, ...]]:
     """The settings that a results file has of this commit on this machine."""
     if not path.exists():
         return set()
-    here = {k: results.environment(device)[k] for k in ("commit", "hardware", "torch", "version")}
+    same = ("commit", "hardware", "torch", "version", "kernels")
+    here = {name: results.environment(device)[name] for name in same}
     return {
         _key(row)
         for row in parts.read_training(path)

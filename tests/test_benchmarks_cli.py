@@ -93,6 +93,47 @@ def test_a_planted_wrong_peer_is_refused_and_the_rest_kept(small, tmp_path, monk
     assert logits.us("eager") is not None
 
 
+def test_a_refused_peer_is_refused_again_by_a_resumed_run(small, tmp_path, monkeypatch, capsys):
+    """Else the check that failed would pass when it is started again."""
+    right = peers.nd
+    monkeypatch.setattr(peers, "nd", lambda *inputs: 1.01 * right(*inputs))
+    out = tmp_path / "a.csv"
+    command = ["run", "--dtype", "float32", "--peers", "ours,eager", "--out", str(out), *QUICK]
+    assert main([*command, "--case", "16x8", "--case", "ce_kd"]) == 1
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("refused: eager computes") == 2
+    # What the file lacks altogether comes first, what is whole not at all.
+    found = [one.case for one in results.measurements(results.read(out))]
+    assert found == [LADDER[n].name for n in (0, 2, 1, 0)]
+
+
+def test_a_resumed_run_measures_cases_that_lack_peers(small, tmp_path, capsys):
+    """As those of a quick run, whose targets would never be evaluated otherwise."""
+    out = tmp_path / "a.csv"
+    command = ["run", "--case", "16x8", "--dtype", "bfloat16", "--out", str(out), *QUICK]
+    assert main([*command, "--quick"]) == 0
+    for _ in range(2):
+        assert main([*command, "--resume"]) == 0
+    assert "nothing left to measure" in capsys.readouterr().out
+    first, second = results.measurements(results.read(out))
+    assert first.us("compile") is None
+    wanted = results.peers_of(LADDER[3], warm=False)
+    assert wanted == {peer for which, peer in second.rows if which == results.BOTH}
+    assert {"float32", "compile", "copy", "noise"} <= wanted
+
+
+def test_kernels_that_were_not_measured_are_left(small, tmp_path, monkeypatch):
+    out = tmp_path / "a.csv"
+    command = ["run", "--case", "16x8", "--dtype", "float32", "--peers", "ours", "--out", str(out)]
+    assert main([*command, *QUICK]) == 0
+    here = results.environment("cpu")
+    monkeypatch.setattr(results, "environment", lambda device: {**here, "kernels": "others"})
+    assert main([*command, "--resume", *QUICK]) == 0
+    assert len(results.measurements(results.read(out))) == 2
+
+
 def test_an_interrupted_run_keeps_what_was_measured(small, tmp_path, monkeypatch, capsys):
     measure_case, seen = results.measure_case, []
 
