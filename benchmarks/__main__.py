@@ -209,8 +209,7 @@ def _run(arguments: argparse.Namespace) -> int:
     order = run.plan(
         arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=arguments.quick
     )
-    if arguments.out is not None and arguments.out.exists():
-        results.read(arguments.out)  # before anything is measured that could not be added
+    results.require_addable(arguments.out)
     if arguments.resume:
         order = run.remaining(order, arguments.out, arguments.device, only)
     outcome = run.Outcome()
@@ -241,17 +240,21 @@ def _report(arguments: argparse.Namespace) -> int:
     losses = results.RESULTS / "losses.csv"
     if arguments.add is not None:
         sources = [
-            (arguments.add / "losses.csv", losses, results.FIELDS),
-            (arguments.add / "steps.csv", steps.STEPS, steps.STEP_FIELDS),
-            (arguments.add / "training.csv", parts.TRAINING, parts.TRAINING_FIELDS),
+            (losses, results.FIELDS, results.NUMBERS),
+            (steps.STEPS, steps.STEP_FIELDS, steps.STEP_NUMBERS),
+            (parts.TRAINING, parts.TRAINING_FIELDS, parts.TRAINING_NUMBERS),
         ]
-        present = [entry for entry in sources if entry[0].exists()]
+        present = [
+            (arguments.add / path.name, path, *columns)
+            for path, *columns in sources
+            if (arguments.add / path.name).exists()
+        ]
         if not present:
             raise results.ResultsError(
                 f"{arguments.add} has neither losses.csv nor steps.csv nor training.csv"
             )
-        for source, path, fields in present:
-            print(f"added {results.add_file(source, path, fields)} rows of {source}")
+        for source, path, fields, numbers in present:
+            print(f"added {results.add_file(source, path, fields, numbers)} rows of {source}")
     rows = results.read(losses)
     walked = steps.read_steps(steps.STEPS) if steps.STEPS.exists() else []
     trained = parts.read_training(parts.TRAINING) if parts.TRAINING.exists() else []

@@ -322,8 +322,7 @@ def run(
     left_out = 0
     if rounds is not None and rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
-    if out is not None and out.exists():
-        steps.read_steps(out)  # before anything is measured that could not be added
+    results.require_addable(out, steps.STEP_FIELDS, steps.STEP_NUMBERS)
     done = measured(out, device) if resume and out is not None else set()
     for name in names:
         if name in done:

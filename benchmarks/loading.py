@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import results, tables
-from benchmarks.disk import append_loading, read_loading
+from benchmarks.disk import LOADING_FIELDS, LOADING_NUMBERS, append_loading
 from benchmarks.results import Row
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import TrainConfig, replace
@@ -167,8 +167,7 @@ def run(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if data is None and images < batch:
         raise ValueError(f"--images must be at least a batch, {batch}, got {images}")
-    if out is not None and out.exists():
-        read_loading(out)  # before anything is measured that could not be added
+    results.require_addable(out, LOADING_FIELDS, LOADING_NUMBERS)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if data is not None:

@@ -241,10 +241,6 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
         writer.writeheader()
     else:
         _require_fields(path, fields)
-        with path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                raise ResultsError(f"{path} does not end with a whole line; nothing was added")
     writer.writerows(rows)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -258,11 +254,40 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
         os.close(descriptor)
 
 
-def add_file(source: Path, path: Path, fields: Sequence[str] = FIELDS) -> int:
-    """Append the rows of another file that ``path`` does not have yet; how many."""
+def require_addable(
+    path: Path | None, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS
+) -> None:
+    """See before anything is measured that its rows can be added to a file, which may be new.
+
+    Raises:
+        ResultsError: the file is another one, or damaged.
+        OSError: it cannot be written.
+    """
+    if path is None:
+        return
+    is_new = not path.exists()
+    if not is_new:
+        read(path, fields, numbers)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
+
+
+def add_file(
+    source: Path,
+    path: Path,
+    fields: Sequence[str] = FIELDS,
+    numbers: Collection[str] = NUMBERS,
+) -> int:
+    """Append the rows of another file that ``path`` does not have yet; how many.
+
+    Raises:
+        ResultsError: one of the files is another one, or damaged.
+    """
 
     def lines(file: Path) -> list[dict[str, str]]:
-        _require_fields(file, fields)
+        read(file, fields, numbers)  # what is damaged must not be added
         with file.open(newline="", encoding="utf-8") as opened:
             return list(csv.DictReader(opened))
 
@@ -286,14 +311,22 @@ def _require_fields(path: Path, fields: Sequence[str]) -> None:
             f"{path} has other columns: missing {missing}, unknown {others}"
             + ("" if missing or others else ", in another order")
         )
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":  # what stops within a cell would be another number
+            raise ResultsError(f"{path} does not end with a whole line")
 
 
 def read(path: Path, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS):
     """The rows of a results file; numbers are floats, and None where a cell is empty.
 
+    An empty file, as mktemp makes it, has none.
+
     Raises:
         ResultsError: the file cannot be read, or a line is not what it should be.
     """
+    if path.is_file() and path.stat().st_size == 0:
+        return []
     _require_fields(path, fields)
     rows: list[Row] = []
     with path.open(newline="", encoding="utf-8") as file:

@@ -481,8 +481,7 @@ def run(
     names = dict.fromkeys(name for pattern in patterns for name in expand(pattern))
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     configs = [configure(name, world, settings, data or "") for name in names]
-    if out is not None and out.exists():
-        parts.read_training(out)  # before anything is measured that could not be added
+    results.require_addable(out, parts.TRAINING_FIELDS, parts.TRAINING_NUMBERS)
     size = extent(device, rounds, eval_images)
     if data is None:
         count = limit or IMAGES

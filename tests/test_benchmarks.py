@@ -389,6 +389,37 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
         results.read(path)
 
 
+def test_a_file_that_stops_within_its_last_cell_is_not_read(tmp_path):
+    """Which would be another number."""
+    path, whole = tmp_path / "losses.csv", dict.fromkeys(results.FIELDS, "123")
+    results.append([whole], path)
+    path.write_text(path.read_text()[:-2])
+    with pytest.raises(results.ResultsError, match="does not end with a whole line"):
+        results.read(path)
+
+
+def test_damaged_rows_are_not_added_to_the_recorded_ones(tmp_path):
+    source, path = tmp_path / "losses.csv", tmp_path / "recorded.csv"
+    for number, damaged in enumerate(("1,2\n", "1" + ",1" * len(results.FIELDS) + "\n", "1,")):
+        results.append([dict.fromkeys(results.FIELDS, str(number))], source)
+        whole = source.read_text()
+        source.write_text(whole + damaged)
+        with pytest.raises(results.ResultsError):
+            results.add_file(source, path)
+        source.write_text(whole)
+    assert not path.exists()
+    assert results.add_file(source, path) == 3
+
+
+def test_an_empty_file_may_be_added_to(tmp_path):
+    path = tmp_path / "losses.csv"
+    path.touch()
+    results.require_addable(path)
+    assert results.read(path) == []
+    results.append([dict.fromkeys(results.FIELDS, "1")], path)
+    assert len(results.read(path)) == 1
+
+
 def test_the_recorded_results_can_be_read():
     rows = results.read(results.RESULTS / "losses.csv")
     assert rows

@@ -16,6 +16,8 @@ from benchmarks import (
     cases,
     compare,
     disk,
+    e2e,
+    loading,
     parts,
     peers,
     plots,
@@ -24,6 +26,7 @@ from benchmarks import (
     run,
     steps,
     targets,
+    training,
 )
 from benchmarks.__main__ import main
 from benchmarks.cases import LogitCase, NdCase
@@ -214,6 +217,35 @@ def test_an_unreadable_file_is_found_before_anything_is_measured(small, tmp_path
     assert out.read_text() == "something else\n"
     assert main(["targets", str(tmp_path / "none.csv")]) == 2
     assert "none.csv cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run"], ["e2e"], ["training", "--limit", "128"], ["loading", "--images", "64"]],
+    ids=lambda words: words[0],
+)
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(
+    small, command, tmp_path, monkeypatch, capsys
+):
+    def measuring(*_, **__):
+        raise AssertionError("it was measured")
+
+    for module, name in (
+        (results, "measure_case"), (e2e, "measure_shape"), (training, "measure_preset"),
+        (loading, "write_pieces"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, measuring)
+    (tmp_path / "file").touch()
+    (tmp_path / "cut.csv").write_text("date,")
+    for out in (tmp_path / "file" / "a.csv", tmp_path, tmp_path / "cut.csv"):
+        assert main([*command, "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"benchmarks {command[0]}: error: "), error
+        assert error.count("\n") == 1
+    out = tmp_path / "folder" / "a.csv"
+    with pytest.raises(AssertionError, match="it was measured"):
+        main([*command, "--out", str(out)])
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
