@@ -22,6 +22,9 @@ HELP = {
     "targets": "evaluate the performance targets on a results file",
 }
 
+# Those that append what they measure to --out.
+KEEPING = ("run", "e2e", "training", "loading")
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -32,9 +35,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=(
             "Benchmarks of the losses: a ladder of peers over a registry of cases, training steps, "
-            "reports and comparisons. Exit status: 0 done, 1 a peer was refused (run), something "
-            "got slower (regression) or a target failed (targets), 2 wrong usage, 130 interrupted "
-            "(what was measured is kept). run prints the targets, but does not fail for them."
+            "reports and comparisons. Exit status: 0 done, 1 a peer was refused (run, regression), "
+            "something got slower (regression) or a target failed (targets), 2 wrong usage, 130 "
+            "interrupted (what was measured is kept in --out). run prints the targets, but does "
+            "not fail for them."
         ),
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -278,8 +282,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
     compared = False
     for machine, found in after.items():
-        for other, earlier in before.items():
-            changes = compare.compare(earlier, found) if other[1] == machine[1] else []
+        pairs = {
+            other: compare.compare(earlier, found)
+            for other, earlier in before.items()
+            if other[1] == machine[1]
+        }
+        if pairs.get(machine):  # then others tell nothing more
+            pairs = {machine: pairs[machine]}
+        for other, changes in pairs.items():
             if changes:
                 compared = True
                 print(f"{other[0]}, torch {other[2]} -> {machine[0]}, torch {machine[2]}")
@@ -313,7 +323,7 @@ def _regression(arguments: argparse.Namespace) -> int:
         return 0
     order = [(case, warm) for case, warm in order if any(case.name == k[0] for k in before)]
     outcome = run.run(order, only=run.QUICK_PEERS, seconds=arguments.seconds or run.QUICK_SECONDS)
-    (after,) = results.latest(results.measurements(outcome.rows)).values()
+    after = results.latest(results.measurements(outcome.rows)).get(machine, {})
     changes = compare.regressions(before, after)
     slower = [change for change in changes if change.verdict == "slower"]
     commits = sorted({str(one.common["commit"]) for one in before.values()})
@@ -321,11 +331,8 @@ def _regression(arguments: argparse.Namespace) -> int:
     print(compare.table(changes, "of eager"))
     for text in outcome.refused:
         print(f"refused: {text}", file=sys.stderr)
-    print(
-        f"{len(slower)} of {len(changes)} got slower by more than the noise"
-        if slower
-        else f"none of {len(changes)} got slower by more than the noise"
-    )
+    if changes or not outcome.refused:
+        print(f"{len(slower) or 'none'} of {len(changes)} got slower by more than the noise")
     return 1 if slower or outcome.refused else 0
 
 
@@ -422,10 +429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks {arguments.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"benchmarks {arguments.command}: interrupted; what was measured is kept",
-            file=sys.stderr,
-        )
+        keeps = arguments.command in KEEPING and arguments.out is not None
+        kept = "; what was measured is kept" if keeps else ""
+        print(f"benchmarks {arguments.command}: interrupted{kept}", file=sys.stderr)
         return 130
 
 

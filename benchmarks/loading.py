@@ -9,6 +9,7 @@ operating system's cache: it is decoding and augmenting that is measured, not th
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import statistics
 import tarfile
@@ -146,6 +147,42 @@ def measure(config: TrainConfig, source: Source, rounds: int) -> Row:
     }
 
 
+def _rows(
+    presets: Sequence[str],
+    storage: Sequence[str],
+    data: str | None,
+    images: int,
+    batch: int,
+    workers: Sequence[int],
+    rounds: int,
+) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        if data is not None:
+            places = {"wds" if list(Path(data).glob("*_info.json")) else "given": Path(data)}
+        else:
+            most = max(1, *workers)
+            # A worker makes whole batches: each gets several.
+            made = write_pieces(Path(folder), images, 4 * batch * most, shards=2 * most)
+            places = {name: made[name] for name in storage}
+        with Progress(len(presets) * len(places) * len(workers), "loading", unit="setting") as bar:
+            for preset, (kind, place), count in itertools.product(presets, places.items(), workers):
+                bar.say(f"{preset}, {kind}, {count} workers")
+                config = configure(preset, place, kind, batch, count)
+                source = open_source(config, World(0, 1, torch.device("cpu")), progress=False)
+                yield {
+                    **results.environment("cpu"),
+                    "preset": preset,
+                    "data": PIECES if data is None else source.name,
+                    "storage": kind,
+                    "images": source.train_images,
+                    "batch": batch,
+                    "image": source.image_size,
+                    "workers": count,
+                    **measure(config, source, rounds),
+                }
+                bar.advance()
+
+
 def run(
     *,
     presets: Sequence[str] = PRESETS,
@@ -169,37 +206,12 @@ def run(
         raise ValueError(f"--images must be at least a batch, {batch}, got {images}")
     results.require_addable(out, LOADING_FIELDS, LOADING_NUMBERS)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        if data is not None:
-            places = {"wds" if list(Path(data).glob("*_info.json")) else "given": Path(data)}
-        else:
-            most = max(1, *workers)
-            # A worker makes whole batches: each gets several.
-            made = write_pieces(Path(folder), images, 4 * batch * most, shards=2 * most)
-            places = {name: made[name] for name in storage}
-        with Progress(len(presets) * len(places) * len(workers), "loading", unit="setting") as bar:
-            for preset in presets:
-                for kind, place in places.items():
-                    for count in workers:
-                        bar.say(f"{preset}, {kind}, {count} workers")
-                        config = configure(preset, place, kind, batch, count)
-                        source = open_source(
-                            config, World(0, 1, torch.device("cpu")), progress=False
-                        )
-                        row = {
-                            **results.environment("cpu"),
-                            "preset": preset,
-                            "data": PIECES if data is None else source.name,
-                            "storage": kind,
-                            "images": source.train_images,
-                            "batch": batch,
-                            "image": source.image_size,
-                            "workers": count,
-                            **measure(config, source, rounds),
-                        }
-                        if out is not None:
-                            append_loading([row], out)
-                        rows.append(row)
-                        bar.advance()
-    print(tables.loading_table(rows))
+    try:
+        for row in _rows(presets, storage, data, images, batch, workers, rounds):
+            if out is not None:
+                append_loading([row], out)
+            rows.append(row)
+    finally:
+        if rows:
+            print(tables.loading_table(rows))
     return 0

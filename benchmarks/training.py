@@ -35,7 +35,7 @@ from dnkd_ext.train.classification import (
 )
 from dnkd_ext.train.config import DataOptions, TrainConfig, replace
 from dnkd_ext.train.data import Images, ImageSet
-from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.engine import Interrupted, _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.image_files import load_images
 from dnkd_ext.train.jobs import resolve
@@ -497,16 +497,20 @@ def run(
     images = images.to(world.device)
     done = measured(out, device) if resume and out is not None else set()
     rows = []
-    with Progress(size.rounds * len(configs), "training", unit="round") as progress:
-        for config in configs:
-            if _key(described(config, images)) in done:
-                print(f"{config.preset}: measured before at this commit on this machine")
-                progress.advance(size.rounds)
-                continue
-            row = measure_preset(config, images, world, size, progress)
-            if out is not None:
-                parts.append_training([row], out)
-            rows.append(row)
-    if rows:
-        print(tables.training_table(rows))
+    try:
+        with Progress(size.rounds * len(configs), "training", unit="round") as progress:
+            for config in configs:
+                if _key(described(config, images)) in done:
+                    print(f"{config.preset}: measured before at this commit on this machine")
+                    progress.advance(size.rounds)
+                    continue
+                row = measure_preset(config, images, world, size, progress)
+                if out is not None:
+                    parts.append_training([row], out)
+                rows.append(row)
+    except Interrupted as error:  # what gathers class means tells so of a signal
+        raise KeyboardInterrupt from error
+    finally:
+        if rows:
+            print(tables.training_table(rows))
     return 0

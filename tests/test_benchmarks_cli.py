@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import dnkd_ext
 from benchmarks import (
     cases,
     compare,
     disk,
     e2e,
-    loading,
     parts,
     peers,
     plots,
@@ -26,7 +26,6 @@ from benchmarks import (
     run,
     steps,
     targets,
-    training,
 )
 from benchmarks.__main__ import main
 from benchmarks.cases import LogitCase, NdCase
@@ -230,11 +229,12 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_measured(
     def measuring(*_, **__):
         raise AssertionError("it was measured")
 
-    for module, name in (
-        (results, "measure_case"), (e2e, "measure_shape"), (training, "measure_preset"),
-        (loading, "write_pieces"),
-    ):  # fmt: skip
+    if command[0] in ("training", "loading"):
+        module = pytest.importorskip(f"benchmarks.{command[0]}", reason="training is not installed")
+        name = {"training": "measure_preset", "loading": "write_pieces"}[command[0]]
         monkeypatch.setattr(module, name, measuring)
+    monkeypatch.setattr(results, "measure_case", measuring)
+    monkeypatch.setattr(e2e, "measure_shape", measuring)
     (tmp_path / "file").touch()
     (tmp_path / "cut.csv").write_text("date,")
     for out in (tmp_path / "file" / "a.csv", tmp_path, tmp_path / "cut.csv"):
@@ -320,6 +320,21 @@ def test_compare_needs_something_in_common(tmp_path, capsys):
     assert "no case of the same device in common" in capsys.readouterr().err
 
 
+def test_compare_takes_the_same_machine_where_both_have_it(tmp_path, capsys):
+    before, after = tmp_path / "a.csv", tmp_path / "b.csv"
+    for path in (before, after):
+        for hardware in ("one", "two"):
+            results.append(rows_of(("ours", 100), hardware=hardware), path)
+    results.append(rows_of(("ours", 100), hardware="three"), after)
+    assert main(["compare", str(before), str(after)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if " -> " in line] == [
+        "one, torch 9.9.0 -> one, torch 9.9.0", "two, torch 9.9.0 -> two, torch 9.9.0",
+        "one, torch 9.9.0 -> three, torch 9.9.0", "two, torch 9.9.0 -> three, torch 9.9.0",
+    ]  # fmt: skip
+    assert sum("another machine" in line for line in lines) == 2
+
+
 def recorded(path, factor):
     """What was measured now, as if it had been faster or slower then, on both sides of noise."""
     rows = results.read(path)
@@ -347,6 +362,35 @@ def test_regression_finds_what_got_slower_than_recorded(small, tmp_path, capsys)
     assert main(again) == 0
     assert "none of" in capsys.readouterr().out
     assert path.read_text() == before  # a regression check records nothing
+
+
+def test_regression_tells_when_ours_is_refused(small, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "losses.csv"
+    choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
+    assert main(["run", *choice, "--quick", "--out", str(path), *QUICK]) == 0
+    right = dnkd_ext.nd_loss
+    monkeypatch.setattr(dnkd_ext, "nd_loss", lambda *a, **k: 1.01 * right(*a, **k))
+    capsys.readouterr()
+    assert main(["regression", *choice, "--against", str(path), *QUICK]) == 1
+    captured = capsys.readouterr()
+    assert "refused: ours computes" in captured.err
+    assert "error:" not in captured.err
+    assert "got slower" not in captured.out
+
+
+def test_only_what_is_kept_is_said_to_be(small, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "losses.csv"
+    choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
+    assert main(["run", *choice, "--quick", "--out", str(path), *QUICK]) == 0
+    monkeypatch.setattr(results, "measure_case", interrupted)
+    for command in (["regression", "--against", str(path)], ["run"], ["run", "--out", str(path)]):
+        assert main([*command, *choice, *QUICK]) == 130
+        kept = "; what was measured is kept" if "--out" in command else ""
+        told = f"benchmarks {command[0]}: interrupted{kept}\n"
+        assert capsys.readouterr().err.endswith(told)
 
 
 def test_regression_without_a_record_says_so(small, tmp_path, capsys):

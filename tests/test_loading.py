@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,6 +116,24 @@ def test_wrong_options_are_told(words, told, capsys):
     few = ["--workers", "0", "--storage", "folders"]
     assert main(["loading", *few, *(["--images", "64"] if "--images" not in words else []), *words])
     assert told in capsys.readouterr().err
+
+
+def test_an_interrupted_run_prints_what_it_measured(tmp_path, monkeypatch, capsys):
+    left = [{"rounds": 1, "train_ips": 123.0, "low_ips": 1.0, "high_ips": 2.0, "eval_ips": 3.0}]
+
+    def measure(*_):
+        if not left:
+            raise KeyboardInterrupt
+        return left.pop()
+
+    source = SimpleNamespace(train_images=64, image_size=224, name="pieces")
+    monkeypatch.setattr(loading, "open_source", lambda *_, **__: source)
+    monkeypatch.setattr(loading, "write_pieces", lambda *_, **__: {"tar": tmp_path})
+    monkeypatch.setattr(loading, "measure", measure)
+    assert main(["loading", "--images", "64", "--storage", "tar"]) == 130
+    captured = capsys.readouterr()
+    assert f"| {RESNET} | tar | none | 123 (1-2) | 3 |" in captured.out
+    assert captured.err.endswith("benchmarks loading: interrupted\n")
 
 
 def test_other_columns_are_not_added_to(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
 import warnings
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
+from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.sources import MemorySource
 from dnkd_ext.train.stepper import Recorded
 from dnkd_ext.train.world import World
@@ -356,6 +358,25 @@ def test_resumption_leaves_out_what_is_there(measured, tmp_path, capsys):
     ((machine, kept),) = parts.latest_training([*rows, *rows]).items()
     assert machine[1] == "cpu"
     assert kept == rows
+
+
+def test_an_interrupted_run_prints_what_it_measured(measured, monkeypatch, capsys):
+    """As the signal comes, and as the gathering of class means tells of it."""
+    row = parts.read_training(measured)[0]
+    for stop in (KeyboardInterrupt(), Interrupted("stopped by SIGINT", signal.SIGINT)):
+        left = [row]
+
+        def measure(*_, left=left, stop=stop):
+            if not left:
+                raise stop
+            return left.pop()
+
+        monkeypatch.setattr(training, "measure_preset", measure)
+        command = ["training", "--preset", "cifar100/resnet56-resnet20/{ce,kd}", "--limit", "128"]
+        assert main(command) == 130
+        captured = capsys.readouterr()
+        assert row["preset"] in captured.out
+        assert captured.err.endswith("benchmarks training: interrupted\n")
 
 
 def test_without_torchmetrics_only_the_evaluation_is_missing(monkeypatch, capsys):
