@@ -18,7 +18,9 @@ from benchmarks import peers
 # Inputs of more bytes than this are no longer in any cache when the next call reads them.
 CACHE = 64 << 20
 TEMPERATURE = peers.TEMPERATURE
+# Of the ladder, and those that can be asked for.
 DTYPES = (torch.float32, torch.bfloat16)
+ALL_DTYPES = (*DTYPES, torch.float16, torch.float64)
 
 Function = Callable[..., Tensor]
 
@@ -457,7 +459,7 @@ def cases(device: str, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Case]:
 @functools.cache
 def all_cases() -> dict[str, Case]:
     """Every case of every device by name."""
-    return {case.name: case for device in ND_SIZES for case in cases(device)}
+    return {case.name: case for device in ND_SIZES for case in cases(device, ALL_DTYPES)}
 
 
 def select(available: list[Case], patterns: Iterable[str]) -> list[Case]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import results, targets
-from benchmarks.cases import DTYPES, Case, cases, select
+from benchmarks.cases import ALL_DTYPES, DTYPES, Case, cases, select
 from benchmarks.peers import PEERS, unavailable
 from dnkd_ext.progress import Progress
 
@@ -18,9 +18,7 @@ QUICK_PEERS = ("ours", "noise", "eager")
 QUICK_SECONDS = 0.25
 SECONDS = 0.4
 
-DTYPE_NAMES = {
-    str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-}
+DTYPE_NAMES = {str(dtype)[6:]: dtype for dtype in ALL_DTYPES}
 
 
 class NoDevice(RuntimeError):

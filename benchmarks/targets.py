@@ -79,7 +79,10 @@ class Target:
         holds = worst[0] >= self.bound if self.least else worst[0] <= self.bound
         status = FAIL if not holds else NOT_MEASURED if missing else PASS
         where = worst[1] + (f"; not measured: {', '.join(missing)}" if missing and holds else "")
-        return Verdict(self.text, status, self._number(worst[0]), bound, where)
+        figure = self._number(worst[0])
+        if not holds and figure == self._number(self.bound):  # rounded, it would read as if it held
+            figure = f"{worst[0]:g}{self.unit}"
+        return Verdict(self.text, status, figure, bound, where)
 
     @property
     def asked(self) -> tuple[tuple[str, str], ...]:
@@ -91,7 +94,7 @@ class Target:
         return self.device == "cpu"
 
     def _number(self, value: float) -> str:
-        return f"{value:.0f}{self.unit}" if self.unit != "x" else f"{value:.2f}x"
+        return f"{value:.2f}x" if self.unit == "x" else f"{value:g}{self.unit}"
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -328,7 +331,10 @@ def _step(text, above: Row | None, below: Row | None, column, bound, *, least) -
         return Verdict(text, NOT_MEASURED, bound=words)
     value = float(str(first)) / float(str(second))
     holds = value >= bound if least else value <= bound
-    return Verdict(text, PASS if holds else FAIL, f"{value:.3f}x", words)
+    figure = f"{value:.3f}x"
+    if not holds and float(figure[:-1]) == bound:
+        figure = f"{value:g}x"
+    return Verdict(text, PASS if holds else FAIL, figure, words)
 
 
 def lines(verdicts: Iterable[Verdict]) -> list[str]:

@@ -462,6 +462,16 @@ def test_figures_of_an_older_version_are_marked_and_meet_no_target():
     assert r"dnkd_ext 0.0 at abc, none kernels." in text
 
 
+def test_the_report_shows_every_dtype_that_can_be_measured():
+    rows = []
+    for dtype in run.DTYPE_NAMES:
+        rows += rows_of(("ours", 10), ("eager", 41), case=f"nd_loss 64x64 (100) {dtype} cpu")
+    text = report.render(rows, [])
+    for dtype in run.DTYPE_NAMES:
+        assert f"| nd_loss 64x64 (100), {dtype} | 10.0" in text
+    assert "PASS         ND at 64x64: at least 4x eager: 4.10x" in text
+
+
 def test_the_report_of_a_gpu_and_of_steps():
     step = {
         **dict.fromkeys(steps.STEP_FIELDS, ""), "device": "cuda", "shape": "imagenet",

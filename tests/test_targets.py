@@ -22,6 +22,21 @@ def test_a_target_passes_fails_or_was_not_measured():
     assert verdict(found_in(rows_of(("ours", 10))), text).status == "not measured"
 
 
+def test_a_figure_that_fails_does_not_read_as_if_it_held():
+    one = verdict(found_in(rows_of(("ours", 10), ("eager", 39.98))), "ND at 64x64: at least 4x")
+    assert (one.status, one.figure, one.bound) == ("FAIL", "3.998x", "at least 4.00x")
+    rows = gpu_rows()
+    for row in rows:
+        if row["case"].startswith("KD++") and row["pass"] == "forward":
+            row["launches"] += 1
+    one = verdict(found_in(rows), "256x512 to 512x2048: at most two launches forward", "cuda")
+    assert (one.status, one.figure) == ("FAIL", "2.5 launches")
+    pair = [{"shape": "imagenet", "method": "CE", "step_ms": 100.0, "loss_us": 1.0}]
+    pair += [{"shape": "imagenet", "method": "KD++ ours", "step_ms": 101.02, "loss_us": 1.0}]
+    one = targets.evaluate_steps(pair)[0]
+    assert (one.status, one.figure, one.bound) == ("FAIL", "1.0102x", "at most 1.01x")
+
+
 def test_the_worst_case_counts_and_a_missing_one_is_named():
     text = "ND at 256x512 and 256x2048"
     rows = rows_of(("ours", 10), ("eager", 80), case="nd_loss 256x512 (1000) float32 cpu")
