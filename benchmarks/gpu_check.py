@@ -207,11 +207,13 @@ def run_stage(
     limit: float,
     jobs: int = 1,
     cancelled: threading.Event | None = None,
+    is_whole: bool = True,
 ) -> str:
     """Run the items that have not passed, the new ones first, until the limit.
 
     With ``jobs`` more than 1 as many run at a time, and each enters the log when it has ended.
-    ``cancelled`` ends what runs, from another thread.
+    ``cancelled`` ends what runs, from another thread. An item that has the limit for itself and
+    needs more has failed, unless the limit is what is left of the time (not ``is_whole``).
     """
     cancelled = cancelled or threading.Event()
     record = state.of(stage)
@@ -235,7 +237,7 @@ def run_stage(
             record["seconds"] += time.monotonic() - begin
             if code is not None:
                 record["items"][item.name] = PASSED if code in item.good else FAILED
-            elif had_it_all and not item.resumes and not cancelled.is_set():
+            elif had_it_all and is_whole and not item.resumes and not cancelled.is_set():
                 # It had all the time there is: it would never finish.
                 record["items"][item.name] = FAILED
                 log.write(f"{item.name} alone needs more than the limit of {limit:.0f} s\n")
@@ -431,12 +433,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     most = max(2, min(16, os.cpu_count() or 1))
 
     def work(stage: str, limit: float) -> str:
+        is_whole = limit >= arguments.limit
         planned = items(stage, out, force=arguments.force)
         # What is measured has the machine to itself; tests have two thirds of it beside sanitizers.
         share = {"tests": 2 * most // 3, "sanitize": most // 3} if len(now) > 1 else {}
         several = stage.endswith("tests") or stage in TOGETHER
         jobs = max(1, share.get(stage, most)) if several else 1
-        word = run_stage(stage, planned, out, state, limit, jobs, cancelled)
+        word = run_stage(stage, planned, out, state, limit, jobs, cancelled, is_whole)
         state.save()
         return word
 

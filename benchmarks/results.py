@@ -76,7 +76,9 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        revision = git("rev-parse", "--short=10", "HEAD")
+        # That of a repository around these files, as an archive is unpacked in one, is another's.
+        is_own = Path(git("rev-parse", "--show-toplevel") or "nowhere").resolve() == ROOT
+        revision = git("rev-parse", "--short=10", "HEAD") if is_own else ""
     except OSError:
         revision = ""
     if not revision:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import platform
+import re
+import shutil
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -425,6 +428,44 @@ def test_the_recorded_results_can_be_read():
     assert rows
     assert all(row["pass"] in (results.BOTH, results.FORWARD) for row in rows)
     assert all(row["median_us"] > 0 for row in rows)
+
+
+def test_the_commit_is_that_of_these_sources_alone(tmp_path, monkeypatch):
+    """With a mark where they differ, and not that of a repository around them."""
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("git is not installed")
+    named = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+
+    def run(*words, cwd):
+        subprocess.run([git, *named, *words], cwd=cwd, check=True, capture_output=True)
+
+    root = tmp_path / "around" / "package"
+    (root / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "benchmarks/run.py", "benchmarks/README.md"):
+        (root / name).write_text("1\n")
+    monkeypatch.setattr(results, "ROOT", root)
+    assert results.commit() == f"files-{results.source_hash()}"
+    (root.parent / ".gitignore").write_text("package\n")
+    run("init", cwd=root.parent)
+    run("add", ".gitignore", cwd=root.parent)
+    run("commit", "-m", "around", cwd=root.parent)
+    assert results.commit() == f"files-{results.source_hash()}"
+    run("init", cwd=root)
+    assert results.commit() == f"files-{results.source_hash()}"  # without a commit yet
+    run("add", ".", cwd=root)
+    run("commit", "-m", "own", cwd=root)
+    clean = results.commit()
+    assert re.fullmatch("[0-9a-f]{10}", clean)
+    for name in ("benchmarks/README.md", "benchmarks/results/losses.csv", "notes.txt"):
+        (root / name).write_text("2\n")
+    assert results.commit() == clean
+    marked = set()
+    for name in ("benchmarks/new.py", "setup.py"):
+        (root / name).write_text("2\n")
+        assert results.commit() == f"{clean}+{results.source_hash()}"
+        marked.add(results.commit())
+    assert len(marked) == 2
 
 
 def test_noise_counts_quantiles_and_ours_timed_twice():

@@ -173,6 +173,17 @@ def test_an_item_that_never_fits_is_a_failure(tmp_path, state):
     assert gpu_check.run_stage("bench", planned, tmp_path, state, 1) == "UNFINISHED"
 
 
+def test_what_is_left_of_the_total_time_fails_nothing(pretend, tmp_path, monkeypatch, capsys):
+    """It goes on in the next call, as if the stage had been stopped."""
+    slow = [Item("slow", touch(tmp_path / "slow", seconds=60))]
+    monkeypatch.setattr(gpu_check, "items", lambda *_, **__: slow)
+    out, stage = tmp_path / "out", ["--stage", "kernels"]
+    assert gpu_check.main(["--out", str(out), *stage, "--total", "3"]) == 1
+    assert "UNFINISHED kernels" in capsys.readouterr().out
+    assert gpu_check.main(["--out", str(out), *stage, "--total", "60", "--limit", "0.5"]) == 1
+    assert "FAIL kernels" in capsys.readouterr().out
+
+
 def test_an_item_that_never_finishes_beside_others_fails_alone(tmp_path, state):
     planned = [
         Item("slow", touch(tmp_path / "slow", seconds=60)),
