@@ -350,11 +350,12 @@ def _targets(arguments: argparse.Namespace) -> int:
         hardware, device, torch = machine
         # Of one version, as in the report: figures of an older one say nothing about it.
         found, own = results.newest(ladders.get(machine, {})), walked.get(machine, [])
-        commit = [str(one.common["commit"]) for one in found.values()] or [str(own[-1]["commit"])]
-        print(f"{hardware}, torch {torch}, at {commit[0]}")
+        commons = [one.common for one in found.values()] or own
+        commit = commons[-1]["commit"]
+        print(f"{hardware}, torch {torch}, at {commit}, {commons[-1]['kernels']} kernels")
         verdicts = targets.evaluate(found, device) if found else []
         if device == "cuda":
-            groups = steps.latest_steps(row for row in own if row["commit"] == commit[0])
+            groups = steps.latest_steps(row for row in own if row["commit"] == commit)
             verdicts += targets.evaluate_steps([row for group in groups for row in group])
         failed = failed or any(verdict.status == targets.FAIL for verdict in verdicts)
         print(*targets.lines(verdicts), sep="\n")

@@ -18,7 +18,7 @@ from benchmarks.estimate import (
     WholeRun,
 )
 from benchmarks.parts import DATA, latest_training
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, unavailable
 from benchmarks.plots import PLOTS, can_plot, plot_path
 from benchmarks.results import (
     BOTH,
@@ -331,6 +331,12 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             ),
         )
     )
+    # Liger-Kernel is for GPUs, and max-autotune; a GPU has all.
+    absent = [
+        p for p in PEERS if p not in present and not (device == "cpu" and unavailable(p, device))
+    ]
+    if absent:
+        parts.append(f"\nNot measured here: {', '.join(absent)}.\n")
     warm = ordered(found, "warm") if device == "cpu" else []
     if warm:
         parts.append(

@@ -442,6 +442,12 @@ def test_the_report_says_what_was_not_run():
         "nd_loss 64x64 (100), float32 | 10.0 (9.9-10.1) | 1.10 | 41 (4.1x) | 1.0 | 10 % |" in text
     )
     assert "2026-01-01, dnkd_ext 0.0 at abc" in text
+    # Peers, too, that could have been measured on the device.
+    assert "\nNot measured here: module, float32, compiled, loop, compile.\n" in text
+    text = report.render(gpu_rows(), [])
+    assert (
+        "\nNot measured here: noise, module, float32, compiled, loop, compile-max, liger.\n" in text
+    )
 
 
 def test_figures_of_an_older_version_are_marked_and_meet_no_target():

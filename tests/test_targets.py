@@ -138,7 +138,8 @@ def test_targets_of_a_file_are_those_of_the_newest_version(tmp_path, capsys):
         results.append(rows_of(("ours", 10), ("eager", 50), case=case, **newer), path)
         assert main(["targets", str(path)]) == 0
         printed = capsys.readouterr().out
-        assert "a machine, torch 9.9.0, at def\n" in printed
+        kernels = newer.get("kernels", "none")
+        assert f"a machine, torch 9.9.0, at def, {kernels} kernels\n" in printed
         assert "not measured ND at 64x64: at least 4x eager\n" in printed
         assert "not measured CE+KD and CE+DKD at 128x100: at least 4x eager: 5.00x" in printed
         assert f"[{case}; not measured: " in printed
@@ -159,7 +160,7 @@ def test_steps_of_a_machine_without_a_ladder_are_evaluated(tmp_path, capsys):
         ]
         steps.append_steps(rows, walked)
     assert main(["targets", str(ladder), "--steps", str(walked)]) == 1
-    first, second = capsys.readouterr().out.split("another, torch 9.9.0, at abc\n")
+    first, second = capsys.readouterr().out.split("another, torch 9.9.0, at abc, ")
     for text in (first, second):
         assert "FAIL         ImageNet-shape step with KD++: at most 1% more" in text
     assert "no host synchronisation" not in second
