@@ -35,11 +35,12 @@ from dnkd_ext.train.classification import (
 )
 from dnkd_ext.train.config import DataOptions, TrainConfig, replace
 from dnkd_ext.train.data import Images, ImageSet
-from dnkd_ext.train.engine import Interrupted, _Training
+from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.image_files import load_images
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand, load_preset
+from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.sources import MemorySource
 from dnkd_ext.train.world import World
 
