@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from dnkd_ext._checks import require_integer, require_number
@@ -22,6 +23,8 @@ class FeatureProjector(nn.Module):
         in_features: width of the student's features.
         out_features: width of the class means, which is that of the teacher's features.
         dropout: probability of dropping a feature in training mode.
+        device: of the parameters, as of any module of PyTorch.
+        dtype: likewise.
 
     Shape:
         ``(..., in_features)`` to ``(..., out_features)``. The statistics of the batch normalisation
@@ -38,7 +41,15 @@ class FeatureProjector(nn.Module):
         torch.Size([8, 128])
     """
 
-    def __init__(self, in_features: int, out_features: int, dropout: float = 0.5) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        dropout: float = 0.5,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             require_integer(value, name)
@@ -49,9 +60,9 @@ class FeatureProjector(nn.Module):
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
         self.in_features = int(in_features)
         self.out_features = int(out_features)
-        self.norm = nn.BatchNorm1d(in_features)
+        self.norm = nn.BatchNorm1d(in_features, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
-        self.linear = nn.Linear(in_features, out_features)
+        self.linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
 
     def forward(self, features: Tensor) -> Tensor:
         """The projected features, with the leading dimensions of ``features``."""

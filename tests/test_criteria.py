@@ -1165,6 +1165,8 @@ class TestFeatureProjector:
             nn.Linear,
         ]
         assert dnkd_ext.FeatureProjector(np.int64(6), np.int64(4)).dropout.p == 0.5
+        made = dnkd_ext.FeatureProjector(6, 4, device="meta", dtype=torch.float64)
+        assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
         assert "in_features=6, out_features=4" in repr(projector)
 
     def test_rows_are_no_view(self):
