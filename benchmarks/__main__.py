@@ -247,6 +247,7 @@ def _report(arguments: argparse.Namespace) -> int:
             (losses, results.FIELDS, results.NUMBERS),
             (steps.STEPS, steps.STEP_FIELDS, steps.STEP_NUMBERS),
             (parts.TRAINING, parts.TRAINING_FIELDS, parts.TRAINING_NUMBERS),
+            (disk.LOADING, disk.LOADING_FIELDS, disk.LOADING_NUMBERS),
         ]
         present = [
             (arguments.add / path.name, path, *columns)
@@ -255,8 +256,11 @@ def _report(arguments: argparse.Namespace) -> int:
         ]
         if not present:
             raise results.ResultsError(
-                f"{arguments.add} has neither losses.csv nor steps.csv nor training.csv"
+                f"{arguments.add} has none of {', '.join(path.name for path, *_ in sources)}"
             )
+        for source, path, fields, numbers in present:  # all of them, or nothing is added
+            results.read(source, fields, numbers)
+            results.require_addable(path, fields, numbers)
         for source, path, fields, numbers in present:
             print(f"added {results.add_file(source, path, fields, numbers)} rows of {source}")
     rows = results.read(losses)
@@ -349,16 +353,22 @@ def _targets(arguments: argparse.Namespace) -> int:
     for machine in {**ladders, **walked}:
         hardware, device, torch = machine
         # Of one version, as in the report: figures of an older one say nothing about it.
-        found, own = results.newest(ladders.get(machine, {})), walked.get(machine, [])
-        commons = [one.common for one in found.values()] or own
+        found, *older = results.versions(ladders.get(machine, {})) or [{}]
+        groups = steps.latest_steps(walked.get(machine, []))
+        commons = [one.common for one in found.values()] or groups[-1]
         commit = commons[-1]["commit"]
         print(f"{hardware}, torch {torch}, at {commit}, {commons[-1]['kernels']} kernels")
         verdicts = targets.evaluate(found, device) if found else []
+        missed = targets.missed_before(verdicts, older, device)
         if device == "cuda":
-            groups = steps.latest_steps(row for row in own if row["commit"] == commit)
+            others = {str(group[0]["commit"]): None for group in groups} if found else {}
+            for other in others:
+                if other != commit:
+                    print(f"steps at {other}")
             verdicts += targets.evaluate_steps([row for group in groups for row in group])
         failed = failed or any(verdict.status == targets.FAIL for verdict in verdicts)
-        print(*targets.lines(verdicts), sep="\n")
+        failed = failed or bool(missed)
+        print(*missed, *targets.lines(verdicts), sep="\n")
     if not ladders and not walked:
         raise results.ResultsError(f"{arguments.csv} has nothing that was measured")
     return 1 if failed else 0

@@ -10,6 +10,7 @@ from benchmarks.cases import Case
 from benchmarks.parts import latest_training
 from benchmarks.results import Latest, Measurement, Row, known_machines, ordered
 from benchmarks.tables import decimal, in_words, ms_of, parts_of, share_ms, value_of
+from dnkd_ext._files import replacing
 
 PLOTS = {
     "time": "time against size",
@@ -94,7 +95,8 @@ def _pyplot():
 
 def _save(plt, figure, path: Path) -> None:
     # Without the version of matplotlib, so that the same figures are the same file.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     plt.close(figure)
 
 

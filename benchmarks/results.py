@@ -239,7 +239,7 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
+    if is_new(path):
         writer.writeheader()
     else:
         _require_fields(path, fields)
@@ -256,6 +256,11 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
         os.close(descriptor)
 
 
+def is_new(path: Path) -> bool:
+    """Whether nothing is there yet: no file, or an empty one, as mktemp makes it."""
+    return not path.exists() or (path.is_file() and path.stat().st_size == 0)
+
+
 def require_addable(
     path: Path | None, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS
 ) -> None:
@@ -267,13 +272,15 @@ def require_addable(
     """
     if path is None:
         return
-    is_new = not path.exists()
-    if not is_new:
+    if not is_new(path):
         read(path, fields, numbers)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.open("ab").close()
-    if is_new:
-        path.unlink()
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    except FileExistsError:  # as a link to nothing does, too
+        path.open("ab").close()
+    else:
+        path.unlink()  # until there is something to write
 
 
 def add_file(
@@ -293,7 +300,7 @@ def add_file(
         with file.open(newline="", encoding="utf-8") as opened:
             return list(csv.DictReader(opened))
 
-    known = {tuple(row.values()) for row in lines(path)} if path.exists() else set()
+    known = set() if is_new(path) else {tuple(row.values()) for row in lines(path)}
     fresh = [row for row in lines(source) if tuple(row.values()) not in known]
     if fresh:
         append([dict(row) for row in fresh], path, fields)
@@ -314,6 +321,7 @@ def _require_fields(path: Path, fields: Sequence[str]) -> None:
             + ("" if missing or others else ", in another order")
         )
     with path.open("rb") as file:
+        # There is the header at least.
         file.seek(-1, os.SEEK_END)
         if file.read(1) != b"\n":  # what stops within a cell would be another number
             raise ResultsError(f"{path} does not end with a whole line")
@@ -322,13 +330,9 @@ def _require_fields(path: Path, fields: Sequence[str]) -> None:
 def read(path: Path, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS):
     """The rows of a results file; numbers are floats, and None where a cell is empty.
 
-    An empty file, as mktemp makes it, has none.
-
     Raises:
         ResultsError: the file cannot be read, or a line is not what it should be.
     """
-    if path.is_file() and path.stat().st_size == 0:
-        return []
     _require_fields(path, fields)
     rows: list[Row] = []
     with path.open(newline="", encoding="utf-8") as file:
@@ -440,10 +444,15 @@ def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:
     return result
 
 
+def versions(found: Latest) -> list[Latest]:
+    """A machine's measurements apart by version, that which was measured last in front."""
+    order = list(dict.fromkeys(one.source for one in reversed(found.values())))
+    return [{key: one for key, one in found.items() if one.source == source} for source in order]
+
+
 def newest(found: Latest) -> Latest:
     """Of a machine's measurements those of the version that was measured last."""
-    last = [one.source for one in found.values()][-1:]
-    return {key: one for key, one in found.items() if one.source in last}
+    return versions(found)[0] if found else {}
 
 
 def known_machines(rows: Iterable[Row]) -> dict[Machine, Latest]:

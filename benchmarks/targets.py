@@ -296,6 +296,25 @@ def evaluate(found: Latest, device: str) -> list[Verdict]:
     return [target.evaluate(found) for target in targets(device)]
 
 
+def missed_before(verdicts: Sequence[Verdict], older: Sequence[Latest], device: str) -> list[str]:
+    """Lines of what failed when it was last measured, by targets that were not measured since.
+
+    ``older``: what earlier versions measured, the last in front.
+    """
+    lines = []
+    for target, verdict in zip(targets(device), verdicts, strict=False):
+        if verdict.status != NOT_MEASURED:
+            continue
+        for found in older:
+            before = target.evaluate(found)
+            if before.status == FAIL:
+                common = next(iter(found.values())).common
+                lines.append(f"{before}, at {common['commit']}, {common['kernels']} kernels")
+            if before.figure:
+                break
+    return lines
+
+
 # Per shape the targets of a step: in words, the methods and the column of a ratio, its bound, and
 # whether that is the least it must be, else the most.
 STEPS = {

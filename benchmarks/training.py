@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import signal
 import statistics
 import sys
 import time
@@ -510,7 +511,10 @@ def run(
                     parts.append_training([row], out)
                 rows.append(row)
     except Interrupted as error:  # what gathers class means tells so of a signal
-        raise KeyboardInterrupt from error
+        if error.signal == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        print(f"benchmarks training: {error}", file=sys.stderr)
+        return 128 + error.signal
     finally:
         if rows:
             print(tables.training_table(rows))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,9 @@ def require_tensor(value: object, name: str) -> None:
 
 def require_sequence(values: object, name: str) -> None:
     """TypeError unless the value holds tensors by number; a tensor itself does not count."""
-    if isinstance(values, Tensor) or not hasattr(values, "__len__"):
+    is_mapping = isinstance(values, Mapping)
+    has_numbers = hasattr(values, "__len__") and hasattr(values, "__getitem__")
+    if isinstance(values, (Tensor, str)) or is_mapping or not has_numbers:
         raise TypeError(
             f"{name} must be a sequence of tensors, one per stage, got {type(values).__name__}"
         )
@@ -47,7 +51,7 @@ def require_same_device(tensor: Tensor, name: str, other: Tensor, other_name: st
         )
 
 
-def require_reduction(reduction: str) -> None:
+def require_reduction(reduction: object) -> None:
     """ValueError unless the reduction is one of the three."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
@@ -88,7 +92,7 @@ def require_positive(value: float, name: str) -> None:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
 
 
-def require_weight(weight: object, name: str, other: Tensor, other_name: str) -> None:
+def require_weight(weight: object, name: str, other: Any, other_name: str) -> None:
     """An error unless the value is a float or a 0-dim tensor beside `other` without gradient."""
     if not isinstance(weight, Tensor):
         if isinstance(weight, bool) or not isinstance(

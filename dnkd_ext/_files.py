@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -22,7 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: it cannot be written, where the disk is full or the like; ``path`` is named, and
             holds what it held before.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, "names no file", os.fspath(path))
+    # Names of files have a longest length, which that of `path` may have.
+    temporary = path.with_name(f".{path.name[:32]}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -31,11 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        with contextlib.suppress(OSError):  # of a folder that must not be read; it is written
+            sync(path.parent)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, os.fspath(temporary)):
-            error.filename = os.fspath(path)
-        raise
+        # Whoever called does not know the temporary name.
+        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     except Exception as error:
         # torch.save says no more than at which byte it stopped.
         is_ours = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
@@ -46,7 +52,8 @@ def replacing(path: Path) -> Iterator[Path]:
             f"free: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync(path: Path) -> None:

@@ -463,7 +463,7 @@ class ClassMeans:
         The file appears whole or not at all: an existing one is replaced only by a complete one.
 
         Raises:
-            OSError: the folder does not exist or cannot be written.
+            OSError: the folder does not exist or cannot be written, or the path is a folder's.
             ValueError: :attr:`metadata` uses a name that the file format does.
         """
         from safetensors.torch import save as to_bytes

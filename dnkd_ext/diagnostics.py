@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dnkd_ext import _extension
 from dnkd_ext._checks import accumulate_dtype, no_autocast
-from dnkd_ext.losses.nd_loss import check_nd_arguments, reference_rows
+from dnkd_ext.losses.nd_loss import check_nd_arguments, reference_rows, require_nd_options
 
 __all__ = ["FeatureDiagnostics", "feature_diagnostics", "feature_diagnostics_reference"]
 
@@ -92,6 +92,7 @@ def feature_diagnostics(
             ignore_index=ignore_index,
             eps=eps,
         )
+    require_nd_options(ignore_index, "mean", eps)
     return FeatureDiagnostics(
         *_operator(
             student_features,
@@ -117,6 +118,7 @@ def feature_diagnostics_reference(
     eps: float = 1e-12,
 ) -> FeatureDiagnostics:
     """:func:`dnkd_ext.feature_diagnostics` in PyTorch operations, for every device."""
+    require_nd_options(ignore_index, "mean", eps)
     check_nd_arguments(
         student_features, target, class_means, teacher_features, teacher_norms, "mean", 1.0, eps
     )

@@ -418,8 +418,18 @@ def test_an_empty_file_may_be_added_to(tmp_path):
     path = tmp_path / "losses.csv"
     path.touch()
     results.require_addable(path)
-    assert results.read(path) == []
+    with pytest.raises(results.ResultsError, match="has other columns: missing"):
+        results.read(path)  # nothing says that it is a results file
     results.append([dict.fromkeys(results.FIELDS, "1")], path)
+    assert len(results.read(path)) == 1
+
+
+def test_a_link_to_a_file_stays_one(tmp_path):
+    link, path = tmp_path / "link.csv", tmp_path / "losses.csv"
+    link.symlink_to(path)
+    results.require_addable(link)
+    results.append([dict.fromkeys(results.FIELDS, "1")], link)
+    assert link.is_symlink()
     assert len(results.read(path)) == 1
 
 

@@ -432,7 +432,7 @@ def test_results_of_another_machine_are_added_once(tmp_path, monkeypatch, capsys
     assert len(results.read(recorded_in / "losses.csv")) == 1 + len(gpu_rows())
     assert "make gpu-check STAGE=bench" in (tmp_path / "out/README.md").read_text()
     assert main(["report", "--add", str(tmp_path)]) == 2
-    assert "has neither losses.csv nor steps.csv nor training.csv" in capsys.readouterr().err
+    assert "has none of losses.csv, steps.csv, training.csv, loading.csv" in capsys.readouterr().err
 
 
 def test_the_report_says_what_was_not_run():

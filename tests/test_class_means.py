@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from dnkd_ext import ClassMeans, NDLoss
+from dnkd_ext import ClassMeans, NDLoss, _files
 from dnkd_ext.class_means import _reduces_on_gpu
 from tests.test_distributed import in_processes
 
@@ -550,6 +551,41 @@ class TestFiles:
         assert os.listdir(path.parent) == [path.name]
         means.save(path)  # and nothing stands in the way of the next attempt
         assert torch.equal(ClassMeans.load(path).counts, means.counts)
+
+    def test_save_where_only_the_file_can_be_synced(self, path, monkeypatch, generator):
+        """As in a folder that must not be read, which does not concern what was written."""
+        sync = _files.sync
+
+        def refuse(place):
+            if place.is_dir():
+                raise PermissionError(errno.EACCES, "Permission denied", os.fspath(place))
+            sync(place)
+
+        monkeypatch.setattr(_files, "sync", refuse)
+        means = filled(generator)[0]
+        means.save(path)
+        assert torch.equal(ClassMeans.load(path).compute(), means.compute())
+
+    @pytest.mark.parametrize("name", ["a" * 255, "\N{GREEK SMALL LETTER ALPHA}" * 127, ".hidden"])
+    def test_names_of_files(self, tmp_path, name):
+        """The longest there are among them."""
+        ClassMeans(3, 4).save(tmp_path / name)
+        assert [one.name for one in tmp_path.iterdir()] == [name]
+
+    @pytest.mark.parametrize("path", ["", ".", "/"])
+    def test_a_path_without_a_name(self, path):
+        with pytest.raises(IsADirectoryError, match="names no file"):
+            ClassMeans(3, 4).save(path)
+
+    def test_save_below_a_file(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        below = tmp_path / "file" / "means.safetensors"
+        with pytest.raises(NotADirectoryError, match=re.escape(f"Not a directory: '{below}'")):
+            ClassMeans(3, 4).save(below)
+
+    def test_save_onto_a_folder(self, tmp_path):
+        with pytest.raises(IsADirectoryError, match=re.escape(f"Is a directory: '{tmp_path}'")):
+            ClassMeans(3, 4).save(tmp_path)
 
     def test_save_into_a_missing_folder(self, tmp_path):
         with pytest.raises(OSError, match="No such file or directory"):

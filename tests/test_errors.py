@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,50 @@ def test_devices_differ_without_a_gpu(case, generator):
         for function in (case.fused, case.reference):
             with pytest.raises(RuntimeError, match=f"{message}cpu; they must be on the same"):
                 function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+@pytest.mark.parametrize(
+    ("option", "value", "error", "wanted"),
+    [
+        ("ignore_index", None, TypeError, "an int, got NoneType"),
+        ("ignore_index", 1.0, TypeError, "an int, got float"),
+        ("ignore_index", True, TypeError, "an int, got bool"),
+        ("ignore_index", torch.tensor(1), TypeError, "an int, got Tensor"),
+        ("eps", True, TypeError, "a float, got bool"),
+        ("eps", torch.tensor(1e-12), TypeError, "a float, got Tensor"),
+        ("reduction", None, ValueError, "'none', 'mean' or 'sum', got None"),
+        ("loss_weight", "1", TypeError, "a float or a 0-dim tensor, got str"),
+        ("loss_weight", True, TypeError, "a float or a 0-dim tensor, got bool"),
+    ],
+    ids=str,
+)
+def test_options_of_other_types(implementation, option, value, error, wanted, generator):
+    args, kwargs = ND_LOSS.variants["teacher_features"](generator, 6, 8, 5)
+    message = f"{option} must be {wanted}"
+    with pytest.raises(error, match=message):
+        implementation.nd_loss(*args, **kwargs, **{option: value})
+    with pytest.raises(error, match=message):
+        dnkd_ext.NDLoss(args[2], **{option: value})
+    if option in ("ignore_index", "eps"):
+        with pytest.raises(error, match=message):
+            implementation.feature_diagnostics(*args, **kwargs, **{option: value})
+
+
+@pytest.mark.parametrize("implementation", [dnkd_ext, dnkd_ext.reference], ids=["fused", "ref"])
+def test_options_of_numpy(implementation, generator):
+    """Its scalars are numbers as any other."""
+    args, kwargs = ND_LOSS.variants["teacher_features"](generator, 6, 8, 5)
+    label = int(args[1][0])
+    plain = {"ignore_index": label, "eps": 0.5}
+    given = {"ignore_index": np.int64(label), "eps": np.float64(0.5)}
+    for name in ("nd_loss", "feature_diagnostics"):
+        function = getattr(implementation, name)
+        wanted = function(*args, **kwargs, **plain)
+        torch.testing.assert_close(function(*args, **kwargs, **given), wanted, rtol=0, atol=0)
+    module = dnkd_ext.NDLoss(args[2], **given, loss_weight=np.float32(2.0))
+    wanted = dnkd_ext.nd_loss(*args, **kwargs, **plain, loss_weight=2.0)
+    torch.testing.assert_close(module(*args[:2], **kwargs), wanted, rtol=0, atol=0)
 
 
 class TestModule:

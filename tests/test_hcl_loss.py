@@ -258,6 +258,8 @@ ONE = (2, 3, 4, 4)
         ),
         (_maps(ONE), torch.zeros(ONE), TypeError, "teacher_maps must be a sequence.*got Tensor"),
         (None, _maps(ONE), TypeError, "student_maps must be a sequence.*got NoneType"),
+        (set(_maps(ONE)), _maps(ONE), TypeError, "student_maps must be a sequence.*got set"),
+        (_maps(ONE), {0: _maps(ONE)[0]}, TypeError, "teacher_maps must be a sequence.*got dict"),
         (_maps(ONE), iter(_maps(ONE)), TypeError, "teacher_maps must be a sequence.*got list_iter"),
         ([], [], ValueError, "student_maps must have at least one stage"),
         (

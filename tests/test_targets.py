@@ -127,9 +127,9 @@ def test_targets_of_a_file(tmp_path, capsys):
 
 
 def test_targets_of_a_file_are_those_of_the_newest_version(tmp_path, capsys):
-    """As in the report: an older commit's figures, or other kernels', neither pass nor fail."""
+    """As in the report: an older commit's figures, or other kernels', pass nothing."""
     path = tmp_path / "a.csv"
-    results.append(rows_of(("ours", 10), ("eager", 39)), path)
+    results.append(rows_of(("ours", 10), ("eager", 41)), path)
     results.append(
         rows_of(("ours", 10), ("eager", 80), case="nd_loss 256x512 (1000) float32 cpu"), path
     )
@@ -143,6 +143,23 @@ def test_targets_of_a_file_are_those_of_the_newest_version(tmp_path, capsys):
         assert "not measured ND at 64x64: at least 4x eager\n" in printed
         assert "not measured CE+KD and CE+DKD at 128x100: at least 4x eager: 5.00x" in printed
         assert f"[{case}; not measured: " in printed
+
+
+def test_what_failed_stays_so_until_it_is_measured_again(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    other = {"case": "ce_kd_loss 128x100 float32 cpu", "commit": "def"}
+    results.append(rows_of(("ours", 10), ("eager", 39)), path)
+    results.append(rows_of(("ours", 10), ("eager", 50), **other), path)
+    assert main(["targets", str(path)]) == 1
+    printed = capsys.readouterr().out
+    told = (
+        "FAIL         ND at 64x64: at least 4x eager: 3.90x (at least 4.00x) [nd_loss 64x64 (100)"
+    )
+    assert f"{told} float32 cpu], at abc, none kernels\n" in printed
+    assert "not measured ND at 64x64: at least 4x eager\n" in printed
+    results.append(rows_of(("ours", 10), ("eager", 41), commit="def"), path)
+    assert main(["targets", str(path)]) == 0
+    assert "FAIL" not in capsys.readouterr().out
 
 
 def test_steps_of_a_machine_without_a_ladder_are_evaluated(tmp_path, capsys):
@@ -164,12 +181,18 @@ def test_steps_of_a_machine_without_a_ladder_are_evaluated(tmp_path, capsys):
     for text in (first, second):
         assert "FAIL         ImageNet-shape step with KD++: at most 1% more" in text
     assert "no host synchronisation" not in second
-    # Steps of another version say nothing about this ladder.
-    ladder.unlink()
-    results.append([{**row, "commit": "def"} for row in gpu_rows()], ladder)
-    main(["targets", str(ladder), "--steps", str(walked)])
-    first, _ = capsys.readouterr().out.split("another, torch")
-    assert "not measured ImageNet-shape step with KD++: at most 1% more" in first
+    # Their last ones, whatever the ladder's version.
+    good = {**common, "hardware": "a machine", "commit": "def"}
+    times["KD++ ours"] = (100, 500)
+    rows = [{**good, "method": m, "step_ms": ms, "loss_us": us} for m, (ms, us) in times.items()]
+    bad = steps.read_steps(walked)[:3]
+    for word, newest in (("PASS", [*bad, *rows]), ("FAIL", [*rows, *bad])):
+        own = tmp_path / f"{word}.csv"
+        steps.append_steps(newest, own)
+        main(["targets", str(ladder), "--steps", str(own)])
+        printed = capsys.readouterr().out
+        assert f"{word}         ImageNet-shape step with KD++: at most 1% more" in printed
+        assert ("steps at def" in printed) == (word == "PASS")
 
 
 def test_a_file_without_a_measurement_meets_no_target(tmp_path, capsys):

@@ -604,6 +604,65 @@ with OwnFolders() as own:
     assert len(run(images, out, "--epochs", "1", *(more or ["--overwrite"]))) == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"], ["--overwrite"]])
+def test_what_another_process_did_meanwhile_is_not_touched(
+    images, tmp_path, monkeypatch, capsys, more
+):
+    """Of several runs, folders that were not there yet when all were looked at."""
+    seeds = ["--epochs", "1", "--seeds", "0,1,2", *more]
+    folders = [tmp_path / "run" / f"seed-{seed}" for seed in (0, 1, 2)]
+    train, before = jobs.train, {}
+
+    def busy(*arguments, **options_):
+        log = train(*arguments, **options_)
+        if not before:
+            before["none"] = None
+            run(images, folders[1], "--epochs", "2", "--seed", "1")
+            before.update({path: path.stat().st_mtime_ns for path in folders[1].iterdir()})
+        return log
+
+    monkeypatch.setattr(jobs, "train", busy)
+    told = refused(options(images, tmp_path, *seeds), capsys)
+    wrong = "holds a run of another configuration" if "--resume" in more else "already holds a run"
+    assert f"1 of 3 runs failed: run, seed 1, in {folders[1]}: {folders[1]} {wrong}" in told
+    assert {path: path.stat().st_mtime_ns for path in folders[1].iterdir()} | {
+        "none": None
+    } == before
+    for folder, epochs in zip(folders, (1, 2, 1), strict=True):
+        assert len(log(folder)) == epochs
+
+
+def test_what_another_process_finished_meanwhile_is_taken(images, tmp_path, monkeypatch, capsys):
+    folder, train = tmp_path / "run" / "seed-1", jobs.train
+
+    def busy(*arguments, **options_):
+        found = train(*arguments, **options_)
+        monkeypatch.setattr(jobs, "train", train)
+        run(images, folder, "--epochs", "1", "--seed", "1")
+        return found
+
+    monkeypatch.setattr(jobs, "train", busy)
+    more = ["--epochs", "1", "--seeds", "0,1", "--resume"]
+    assert main(options(images, tmp_path, *more)) == 0
+    assert "finished meanwhile: run, seed 1" in capsys.readouterr().out
+    with (tmp_path / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["seeds"] == "2"
+
+
+def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with files.OwnFolders() as own, files.OwnFolders() as other:
+        assert own.take(folder)
+        assert not own.take(folder)
+        folder.rmdir()
+        folder.mkdir()
+        assert own.take(folder)
+        with pytest.raises(BlockingIOError, match=f"another process writes to {folder}"):
+            other.take(folder)
+
+
 def test_a_folder_is_not_held_by_what_was_forked(tmp_path):
     """A killed run's loading processes may live on for a while."""
     with files.OwnFolders() as own:
@@ -611,13 +670,15 @@ def test_a_folder_is_not_held_by_what_was_forked(tmp_path):
         own.take(tmp_path)  # it is its own already
         (reading, writing), (told, telling) = os.pipe(), os.pipe()
         child = os.fork()
+        if child:
+            os.close(telling)
         if not child:
             os.close(writing)
             os.write(telling, b"x")
             os.read(reading, 1)  # until the other end is closed
             os._exit(0)
-        os.read(told, 1)
-        own.release()
+        assert os.read(told, 1) == b"x"
+        own.release(tmp_path)
         try:
             with files.OwnFolders() as again:
                 again.take(tmp_path)
@@ -626,7 +687,7 @@ def test_a_folder_is_not_held_by_what_was_forked(tmp_path):
         finally:
             os.close(writing)
             os.waitpid(child, 0)
-            for end in (reading, told, telling):
+            for end in (reading, told):
                 os.close(end)
 
 

@@ -63,8 +63,9 @@ class KDPlusPlus(LogitPlusPlus):
           direction-only.
         - kd_ramp: multiplies ``kd_weight``; the paper's is ``min(1, epoch / warm_up)`` with epochs
           counted from 0. A float, of which ``torch.compile`` compiles the first, 1 and all others
-          once each (no scalar of NumPy, which it takes for an array), or a 0-dim tensor on the
-          logits' device, which neither recompiles nor has to be captured again when it changes.
+          once each, with ``dynamic=False`` each value (no scalar of NumPy, which it takes for an
+          array), or a 0-dim tensor on the logits' device, which neither recompiles nor has to be
+          captured again when it changes.
         - nd_ramp: multiplies ``nd_weight``, as ``kd_ramp`` does ``kd_weight``; the paper's ImageNet
           experiments with DKD++ ramp both. At 0 the ND loss has a gradient of zeros.
 

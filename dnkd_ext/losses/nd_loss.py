@@ -19,6 +19,8 @@ from dnkd_ext._checks import (
     check_target,
     no_autocast,
     require_floating,
+    require_integer,
+    require_number,
     require_reduction,
     require_same_device,
     require_tensor,
@@ -116,6 +118,9 @@ def nd_loss(
             loss_weight=loss_weight,
             eps=eps,
         )
+    if weight is None and type(scale) is not float:
+        require_weight(scale, "loss_weight", student_features, "student_features")
+    require_nd_options(ignore_index, reduction, eps)
     return _operator(
         student_features,
         target,
@@ -188,6 +193,16 @@ def add_nd_loss(
 
 
 # -- reference ------------------------------------------------------------------------------------
+
+
+def require_nd_options(ignore_index: object, reduction: object, eps: object) -> None:
+    """Options of Python's types, which alone the operators take; the usual ones need no look."""
+    if type(ignore_index) is not int:
+        require_integer(ignore_index, "ignore_index")
+    if type(reduction) is not str:
+        require_reduction(reduction)
+    if type(eps) is not float:
+        require_number(eps, "eps")
 
 
 def check_nd_arguments(
@@ -326,6 +341,7 @@ def nd_loss_reference(
     Arguments, result and errors are those of :func:`dnkd_ext.nd_loss`. It upcasts half-precision
     features, runs a dozen kernels, and is differentiable to any order.
     """
+    require_nd_options(ignore_index, reduction, eps)
     check_nd_arguments(
         student_features,
         target,
@@ -548,14 +564,15 @@ class NDLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("class_means", class_means_table(class_means, stacklevel=3))
+        require_nd_options(ignore_index, reduction, eps)
         require_reduction(reduction)
         if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be finite and not negative, got {eps}")
-        self.ignore_index = ignore_index
+        self.ignore_index = int(ignore_index)
         self.reduction = reduction
         self.eps = eps
+        require_weight(loss_weight, "loss_weight", loss_weight, "itself")
         if isinstance(loss_weight, Tensor):
-            require_weight(loss_weight, "loss_weight", loss_weight, "itself")
             self.register_buffer("loss_weight", loss_weight.clone())
         else:
             self.loss_weight = float(loss_weight)

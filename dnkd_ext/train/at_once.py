@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from dnkd_ext.train.signals import Interrupted, Signals
 __all__ = ["train_at_once"]
 
 
-def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
+def train_at_once(
+    jobs: Sequence[Any], number: int, hand_over: Callable[[Path], None] = lambda _: None
+) -> list[str]:
     """Train jobs by so many processes at a time; what they say goes where this one's does.
 
     SIGINT and SIGTERM are handed on, once: every run writes a checkpoint and ends. So it does where
@@ -33,6 +35,7 @@ def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
     Args:
         jobs: with configurations that fit this device, in folders that hold no other runs.
         number: how many at a time.
+        hand_over: called with a job's folder before a process begins to write to it.
 
     Returns:
         The runs that failed, with their folders and exit statuses; the others go on.
@@ -51,6 +54,7 @@ def train_at_once(jobs: Sequence[Any], number: int) -> list[str]:
             while running or (waiting and not signals.received):
                 while waiting and len(running) < number and not signals.received:
                     job = waiting.pop(0)
+                    hand_over(job.out)
                     # In a session of its own: a terminal's interrupt reaches this process alone.
                     process = subprocess.Popen(
                         [sys.executable, "-m", "dnkd_ext.train.at_once", _told(job)],

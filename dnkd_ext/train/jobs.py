@@ -154,7 +154,8 @@ def run_jobs(
 
     Raises:
         FileExistsError: a folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
-        BlockingIOError: another process writes to a folder.
+        BlockingIOError: another process of this machine writes to a folder. Of one that it has
+            taken since, like FloatingPointError; as FileExistsError where it has left a run there.
         ValueError, FileNotFoundError: a wrong option or input; what can be told beforehand is told
             before the first job begins, and nothing is written then.
         FloatingPointError: runs failed, see :func:`dnkd_ext.train.engine.train`; preset, seed and
@@ -245,8 +246,9 @@ def _run_ready(
             print(f"finished before: {result_line(result, folder)}", flush=True)
     todo = [job for job in ready if job.out not in done]
     failed: list[str] = []
+    kind: type[Exception] | None = ChildProcessError if at_once > 1 else None
     if at_once > 1:
-        failed = _run_at_once(todo, shared, own, at_once)
+        failed = _run_at_once(todo, shared, own, resume, at_once)
     for job in todo:
         if at_once > 1:
             if (job.out / RESULT).exists():
@@ -254,9 +256,13 @@ def _run_ready(
             continue
         try:
             done[job.out] = _run(job, shared, world, own, resume)
-        except FloatingPointError as error:  # the same on all processes
+        except (FloatingPointError, BlockingIOError, FileExistsError) as error:
+            # The first is the same on all processes; of the others the first process alone knows.
+            if world.size > 1 and not isinstance(error, FloatingPointError):
+                raise
             name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
             failed.append(f"{name}: {error}")
+            kind = kind or type(error)
     with world.first_alone():
         if world.is_first and len(ready) > 1:
             rows = summary(all_results(out))
@@ -265,9 +271,7 @@ def _run_ready(
             print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
         if world.is_first and failed:
             many = f"{len(failed)} of {len(ready)} runs failed: " if len(ready) > 1 else ""
-            raise (ChildProcessError if at_once > 1 else FloatingPointError)(
-                many + "; ".join(failed)
-            )
+            raise (kind or FloatingPointError)(many + "; ".join(failed))
     return [done[job.out] for job in ready]
 
 
@@ -407,14 +411,36 @@ def prepare_device(config: TrainConfig, world: World) -> None:
     torch.backends.cudnn.benchmark = not (run.deterministic or tasks.is_detection(config))
 
 
+def _take(job: Job, own: OwnFolders, resume: bool) -> dict[str, Any] | None:
+    """Keep others out of a run's folder; the result, if another process has finished it meanwhile.
+
+    Where the folder was not there when all were looked at, which may be days ago, it is looked at
+    now.
+    """
+    job.out.mkdir(parents=True, exist_ok=True)
+    if not own.take(job.out):
+        return None
+    try:
+        result = _look(job, resume, overwrite=False).result
+    except ValueError as error:  # a run of other options
+        raise FileExistsError(str(error)) from error
+    if result is not None:
+        print(f"finished meanwhile: {result_line(result, job.out)}", flush=True)
+    return result
+
+
 def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) -> dict[str, Any]:
     config, out = job.config, job.out
+    result = None
     with world.first_alone():
         if world.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            own.take(out)
-            remove_temporaries(out)
-            remove_unnamed(out)
+            result = _take(job, own, resume)
+            if result is None:
+                remove_temporaries(out)
+                remove_unnamed(out)
+    result = world.from_first(result)
+    if result is not None:
+        return result
     prepare_device(config, world)
     teacher = shared.teacher_with_means(config, out)
     source = shared.source(config)
@@ -482,7 +508,9 @@ def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) 
     return result
 
 
-def _run_at_once(jobs: list[Job], shared: Shared, own: OwnFolders, number: int) -> list[str]:
+def _run_at_once(
+    jobs: list[Job], shared: Shared, own: OwnFolders, resume: bool, number: int
+) -> list[str]:
     """Train jobs in processes of their own, for which class means are gathered here.
 
     Returns:
@@ -491,13 +519,14 @@ def _run_at_once(jobs: list[Job], shared: Shared, own: OwnFolders, number: int) 
     Raises:
         Interrupted: see :func:`dnkd_ext.train.at_once.train_at_once`.
     """
+    todo = []
     for job in jobs:
-        job.out.mkdir(parents=True, exist_ok=True)
-        prepare_device(job.config, shared.world)
-        shared.teacher_with_means(job.config, job.out)
+        if _take(job, own, resume) is None:
+            todo.append(job)
+            prepare_device(job.config, shared.world)
+            shared.teacher_with_means(job.config, job.out)
     shared.forget()
-    own.release()  # each process takes its own
-    return train_at_once(jobs, number)
+    return train_at_once(todo, number, own.release)
 
 
 def _heading(job: Job, source: Any, world: World) -> str:

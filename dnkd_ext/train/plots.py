@@ -30,9 +30,11 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def save_figure(figure: Any, path: Path | str, dpi: int = 130) -> None:
-    """Write a PNG file, which replaces an older one only when it is whole."""
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=dpi, format="png")
+    """Write a file of the kind that its name says, which replaces an older one only when whole."""
+    path = Path(path)
+    path = path if path.suffix else path.with_name(f"{path.name}.png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])
 
 
 def plot_accuracy(
