@@ -36,14 +36,14 @@ def rows(seed=0, epochs=12):
 def figures(monkeypatch):
     """Every figure that is drawn."""
     made = []
-    original = plots._figure
+    original = plots.new_figure
 
     def remember(*arguments, **options):
         figure, axes = original(*arguments, **options)
         made.append(figure)
         return figure, axes
 
-    monkeypatch.setattr(plots, "_figure", remember)
+    monkeypatch.setattr(plots, "new_figure", remember)
     return made
 
 
