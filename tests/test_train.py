@@ -885,9 +885,15 @@ def test_before_runs_at_once_all_is_read_once_and_given_back(
         seen.append(weakref.ref(result if function is opened else result.model))
         return result
 
-    def begin(jobs, number):
+    def begin(jobs, number, hand_over):
         jobs_seen.extend(jobs)
         assert number == 2
+        for job in jobs:  # each is this process's until another's run begins
+            with files.OwnFolders() as other:
+                with pytest.raises(BlockingIOError, match="another process writes to"):
+                    other.take(job.out)
+                hand_over(job.out)
+                other.take(job.out)
         assert [one() for one in seen] == [None, None]
         raise KeyboardInterrupt
 
