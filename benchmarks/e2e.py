@@ -295,7 +295,7 @@ def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> 
 
 def measured(path: Path, device: str) -> set[str]:
     """The shapes that a results file has of this commit on this machine."""
-    if not path.exists():
+    if results.is_new(path):
         return set()
     same = ("commit", "hardware", "torch", "version", "kernels")
     here = {name: results.environment(device)[name] for name in same}

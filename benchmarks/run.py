@@ -94,7 +94,7 @@ def remaining(
     Last come cases that it has without some of the peers asked for, be it that they were refused:
     so they are again, until they are right.
     """
-    if not path.exists():
+    if results.is_new(path):
         return order
     here = results.environment(device)
     same = ("commit", "hardware", "torch", "version", "kernels")

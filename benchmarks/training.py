@@ -428,7 +428,7 @@ def _rate(images: int, seconds: float) -> float:
 
 def measured(path: Path, device: str) -> set[tuple[str, ...]]:
     """The settings that a results file has of this commit on this machine."""
-    if not path.exists():
+    if results.is_new(path):
         return set()
     same = ("commit", "hardware", "torch", "version", "kernels")
     here = {name: results.environment(device)[name] for name in same}

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dnkd_ext
-from benchmarks import cases, harness, peers, results, targets
+from benchmarks import cases, e2e, harness, peers, results, run, targets
 from benchmarks.cases import KdPlusPlusCase, LogitCase, NdCase
 from benchmarks.harness import measure, warm_allocator
 
@@ -422,6 +422,17 @@ def test_an_empty_file_may_be_added_to(tmp_path):
         results.read(path)  # nothing says that it is a results file
     results.append([dict.fromkeys(results.FIELDS, "1")], path)
     assert len(results.read(path)) == 1
+
+
+def test_an_empty_file_may_be_gone_on_with(tmp_path):
+    """As the first rows leave it where the disk was full."""
+    path = tmp_path / "losses.csv"
+    path.touch()
+    order = run.plan("cpu", patterns=["nd_loss 64x64"])
+    assert run.remaining(order, path, "cpu", None) == order != []
+    assert e2e.measured(path, "cpu") == set()
+    training = pytest.importorskip("benchmarks.training", reason="training is not installed")
+    assert training.measured(path, "cpu") == set()
 
 
 def test_a_link_to_a_file_stays_one(tmp_path):
