@@ -27,8 +27,8 @@ from benchmarks.disk import LOADING_FIELDS, LOADING_NUMBERS, append_loading
 from benchmarks.results import Row
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.data.sources import Source, open_source
 from dnkd_ext.train.presets import load_preset
-from dnkd_ext.train.sources import Source, open_source
 from dnkd_ext.train.world import World
 
 # A ResNet's augmentation, and DeiT's: RandAugment, erasing, Mixup and CutMix.

@@ -27,22 +27,20 @@ from torch import Tensor
 from benchmarks import parts, results, tables
 from benchmarks.harness import probe, synchronise
 from dnkd_ext.progress import Progress
-from dnkd_ext.train import batches as batches_module
-from dnkd_ext.train import classification
-from dnkd_ext.train.classification import (
-    Classification,
-    Teacher,
-    build_model,
-)
+from dnkd_ext.train import distillation
+from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import DataOptions, TrainConfig, replace
-from dnkd_ext.train.data import Images, ImageSet
+from dnkd_ext.train.data import batches as batches_module
+from dnkd_ext.train.data.image_files import load_images
+from dnkd_ext.train.data.memory import Images, ImageSet
+from dnkd_ext.train.data.sources import MemorySource
 from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
-from dnkd_ext.train.image_files import load_images
 from dnkd_ext.train.jobs import resolve
+from dnkd_ext.train.networks import build_model
 from dnkd_ext.train.presets import expand, load_preset
 from dnkd_ext.train.signals import Interrupted
-from dnkd_ext.train.sources import MemorySource
+from dnkd_ext.train.teacher import Teacher
 from dnkd_ext.train.world import World
 
 PRESETS = ("cifar100/resnet56-resnet20/{ce,kd,kd++}", "cifar100/resnet32x4-resnet8x4/kd++")
@@ -211,7 +209,7 @@ def marked(training: _Training, marks: Marks) -> Iterator[None]:
     (teacher,) = step._teacher
 
     def network(name: str) -> contextlib.AbstractContextManager[None]:
-        call = getattr(classification, name)
+        call = getattr(distillation, name)
 
         def run(model: torch.nn.Module, *arguments: Any, **named: Any) -> Any:
             marks.mark(None)
@@ -219,7 +217,7 @@ def marked(training: _Training, marks: Marks) -> Iterator[None]:
             marks.mark("teacher" if model is teacher else "student")
             return result
 
-        return _replaced(classification, name, run)
+        return _replaced(distillation, name, run)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(around(batches_module, "crop_and_flip", "index", "crop"))
@@ -232,7 +230,7 @@ def marked(training: _Training, marks: Marks) -> Iterator[None]:
                 stack.enter_context(around(training, "module", None, "forward"))
             else:
                 # From the student's output to the accuracy's: projector, criterion.
-                stack.enter_context(around(classification, "_top1", "criterion", "metering"))
+                stack.enter_context(around(distillation, "_top1", "criterion", "metering"))
                 stack.enter_context(network("features"))
                 stack.enter_context(network("stage_maps"))
                 if step.criterion is None:  # which calls the student itself

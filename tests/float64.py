@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from dnkd_ext.train import loaders, sources
+from dnkd_ext.train.data import loaders, sources
 
 
 @contextlib.contextmanager

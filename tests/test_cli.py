@@ -109,7 +109,7 @@ def test_demo_class_means_are_those_of_the_saved_teacher(tmp_path):
     """Class means recomputed by hand from the saved weights equal the saved ones."""
     from safetensors.torch import load_file
 
-    from dnkd_ext.train.data import load_digits
+    from dnkd_ext.train.data.memory import load_digits
     from dnkd_ext.train.models import SmallConvNet
 
     assert (
@@ -205,7 +205,7 @@ def test_help_names_every_option(capsys):
 class TestAugmentation:
     def test_reproducible_and_bounded(self):
         """The same seed gives the same batches; every pixel comes from the image or is black."""
-        from dnkd_ext.train.data import load_digits
+        from dnkd_ext.train.data.memory import load_digits
 
         data = load_digits()
         first, second = (
@@ -219,7 +219,7 @@ class TestAugmentation:
 
     def test_shift_and_mirror(self):
         """Each augmented image is the original shifted by at most an eighth, maybe mirrored."""
-        from dnkd_ext.train.data import _augment
+        from dnkd_ext.train.data.memory import _augment
 
         pixels = torch.randint(1, 255, (40, 3, 16, 12), dtype=torch.uint8)
         result = _augment(pixels, True, torch.Generator().manual_seed(0))

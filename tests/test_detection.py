@@ -39,8 +39,8 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
 from dnkd_ext.train import jobs
-from dnkd_ext.train.classification import Teacher
 from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.data.readers import DataError
 from dnkd_ext.train.detection import data as detection_data
 from dnkd_ext.train.detection import models
 from dnkd_ext.train.detection import task as detection_task
@@ -54,7 +54,7 @@ from dnkd_ext.train.detection.task import (
     load_teacher,
     read_means,
 )
-from dnkd_ext.train.readers import DataError
+from dnkd_ext.train.teacher import Teacher
 from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.drawn_boxes import CATEGORIES, draw
 from tests.runs import by_two, log, same, weights

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from dnkd_ext.train.config import GROUPS, TrainConfig, flatten
-from dnkd_ext.train.loaders import EvalLoader, TrainLoader
-from dnkd_ext.train.readers import ReaderOptions, UnreadableError, open_splits
-from dnkd_ext.train.samples import MIX, SAMPLE
+from dnkd_ext.train.data.loaders import EvalLoader, TrainLoader
+from dnkd_ext.train.data.readers import ReaderOptions, UnreadableError, open_splits
+from dnkd_ext.train.data.samples import MIX, SAMPLE
 from tests.pictures import CLASSES, TRAIN, VAL, add, cut_tiles, png, write, write_shards
 
 pytest.importorskip("timm", reason="images are read through timm, which is not installed")
@@ -784,8 +784,8 @@ def test_workers_end_at_once_when_an_error_is_kept(damaged):
 KILLED = """
 import multiprocessing, os, signal, sys
 import torch
-from dnkd_ext.train.loaders import TrainLoader
-from dnkd_ext.train.readers import ReaderOptions, open_splits
+from dnkd_ext.train.data.loaders import TrainLoader
+from dnkd_ext.train.data.readers import ReaderOptions, open_splits
 
 opts = ReaderOptions(image_size=32, workers=2, reader=sys.argv[2])
 split = open_splits(sys.argv[1], opts).train

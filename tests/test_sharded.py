@@ -21,8 +21,8 @@ from torch import nn
 from dnkd_ext import features
 from dnkd_ext.cli import main
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint, shard_folders
-from dnkd_ext.train.classification import STAGE_METHODS, cast_once
 from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.distillation import STAGE_METHODS
 from dnkd_ext.train.engine import merge_ranks
 from dnkd_ext.train.models import create_model, model_names
 from dnkd_ext.train.recompute import checkpoint_activations
@@ -33,6 +33,7 @@ from dnkd_ext.train.sharding import (
     shard_model,
     write_shards,
 )
+from dnkd_ext.train.teacher import cast_once
 from dnkd_ext.train.world import World
 from tests.runs import WEIGHTS, log, near, same, succeeded, together, weights
 from tests.sharded_worker import DIES

@@ -28,20 +28,22 @@ from PIL import Image
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import files, gather, jobs, sources, tasks
+from dnkd_ext.train import files, gather, jobs, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.class_names import CLASSES as NOTE
 from dnkd_ext.train.class_names import class_notes, other_classes
-from dnkd_ext.train.classification import Classification, load_teacher
+from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
-from dnkd_ext.train.data import load_image_folder
+from dnkd_ext.train.data import sources
+from dnkd_ext.train.data.memory import load_image_folder
+from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.engine import _Training, check_identity
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.schedule import learning_rate, ramp
-from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.stepper import Meter
+from dnkd_ext.train.teacher import load_teacher
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
 from tests.runs import LOSS, WEIGHTS, by_two, by_two_in_float64, environment, log, same, weights
@@ -391,7 +393,8 @@ def test_goes_on_exactly_after_kill(images, teacher, whole, tmp_path):
     script = """
 import sys, time
 from dnkd_ext.cli import main
-from dnkd_ext.train.classification import Classification, load_teacher
+from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.teacher import load_teacher
 batches = Classification.batches
 def slow(self, epoch, start):
     for batch in batches(self, epoch, start):

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dnkd_ext.train.batches import EvalBatches, Plan, TrainBatches
-from dnkd_ext.train.data import Images, crop_and_flip
-from dnkd_ext.train.image_files import left_out, load_images
+from dnkd_ext.train.data.batches import EvalBatches, Plan, TrainBatches
+from dnkd_ext.train.data.image_files import left_out, load_images
+from dnkd_ext.train.data.memory import Images, crop_and_flip
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -482,7 +482,7 @@ def test_cache(kind, tmp_path, monkeypatch):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dnkd_ext.train.image_files._read", fail)
+        patch.setattr("dnkd_ext.train.data.image_files._read", fail)
         again = load_images(source, cache=cache, progress=False)
         for other in ({"limit": 8}, {"limit": 8, "seed": 1}):
             with pytest.raises(AssertionError, match="decoded again"):
@@ -497,7 +497,7 @@ def test_cache(kind, tmp_path, monkeypatch):
             load_images(source, cache=cache, progress=False)
     load_images(source, cache=cache, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr("dnkd_ext.train.image_files._read", fail)
+        patch.setattr("dnkd_ext.train.data.image_files._read", fail)
         load_images(source, cache=cache, progress=False)
 
 

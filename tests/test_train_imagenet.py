@@ -26,25 +26,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import gather, sources
+from dnkd_ext.train import gather
 from dnkd_ext.train.checkpoint import load_checkpoint
-from dnkd_ext.train.classification import (
-    Classification,
-    Teacher,
-    build_model,
-    cast_once,
-    evaluate,
-    fit_image_size,
-    load_teacher,
-    load_weights_for,
-    normalised_otherwise,
-    try_out,
-)
+from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.data import sources
+from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.engine import _Training
+from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.gather import gather_class_means
+from dnkd_ext.train.networks import build_model, fit_image_size, load_weights_for, try_out
 from dnkd_ext.train.presets import load_preset, preset_names
-from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.teacher import Teacher, cast_once, load_teacher, normalised_otherwise
 from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.float64 import in_float64
 from tests.pictures import CLASSES, TRAIN, VAL, cut_tiles, write, write_shards
@@ -176,8 +169,8 @@ def test_folders_and_archives_are_the_same_images(whole):
 
 def test_evaluation_counts_every_image_once(data, whole, capsys):
     """With a last batch that is not full, against a plain loop over the files."""
-    from dnkd_ext.train.loaders import EvalLoader
-    from dnkd_ext.train.readers import ReaderOptions, open_splits
+    from dnkd_ext.train.data.loaders import EvalLoader
+    from dnkd_ext.train.data.readers import ReaderOptions, open_splits
 
     model = build_model("cifar_resnet20", len(CLASSES), 3)
     load_weights_for(model, whole / "folders" / "last.safetensors", SIZE)

@@ -14,14 +14,15 @@ import torch
 from benchmarks import parts, plots, report, training
 from benchmarks.__main__ import main
 from dnkd_ext.progress import Progress
-from dnkd_ext.train import batches, classification
+from dnkd_ext.train import classification, distillation
 from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.data import batches
+from dnkd_ext.train.data.sources import MemorySource
 from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
 from dnkd_ext.train.signals import Interrupted
-from dnkd_ext.train.sources import MemorySource
 from dnkd_ext.train.stepper import Recorded
 from dnkd_ext.train.world import World
 
@@ -61,7 +62,7 @@ def test_a_marked_step_is_the_engines_step(preset):
     """The same weights after it, every part of it marked once, and nothing left behind."""
     plain, seen = ready(preset), ready(preset)
     marks = training.Marks("cpu")
-    of_modules = batches.crop_and_flip, classification.features, torch.Tensor.backward
+    of_modules = batches.crop_and_flip, distillation.features, torch.Tensor.backward
     training.block(plain, training.endless(plain.task), 2, None)
     training.block(seen, training.endless(seen.task), 2, marks)
     for a, b in zip(plain.parameters, seen.parameters, strict=True):
@@ -72,7 +73,7 @@ def test_a_marked_step_is_the_engines_step(preset):
     assert {*found} == wanted
     assert min(found.values()) > 0
     assert marks.read() == {}
-    assert (batches.crop_and_flip, classification.features, torch.Tensor.backward) == of_modules
+    assert (batches.crop_and_flip, distillation.features, torch.Tensor.backward) == of_modules
     assert not seen.task.model._forward_hooks
     assert not seen.task.model._forward_pre_hooks
     assert {"step", "zero_grad"}.isdisjoint(vars(seen.optimizer))
@@ -316,7 +317,7 @@ def test_another_file_is_found_before_anything_is_measured(tmp_path, monkeypatch
 
 
 def test_a_loss_that_is_not_finite_is_no_measurement(monkeypatch):
-    monkeypatch.setattr(classification, "_top1", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr(distillation, "_top1", lambda *_: torch.tensor(float("nan")))
     config = training.configure(PAIR + "ce", WORLD, {"batch_size": 4})
     size = training.Extent(1, 1, 4, 1)
     with Progress(1, "", enabled=False) as bar, pytest.raises(FloatingPointError, match="top1"):

@@ -11,7 +11,7 @@ import torch
 from torch import distributed, nn
 
 from dnkd_ext.train.config import TrainConfig, replace
-from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.world import World, join_world
 from tests.test_distributed import in_processes
 from tests.test_train_data import write_folders
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 def open_it(rank: int, size: int, folder: str) -> list:
     """Whether the cache was there when this process opened the data set, and what it read."""
-    from dnkd_ext.train import image_files
+    from dnkd_ext.train.data import image_files
 
     cache, found, decode = Path(folder) / "cache.safetensors", [], image_files.load_image_folder
 

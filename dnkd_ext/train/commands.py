@@ -11,14 +11,15 @@ from typing import Any
 
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train import tasks
-from dnkd_ext.train.classification import PRETRAINED, evaluate, try_out, weights_file
 from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.engine import LOG
+from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.files import CONFIG, CURVES
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
+from dnkd_ext.train.networks import PRETRAINED, try_out, weights_file
 from dnkd_ext.train.plots import plot_curves
-from dnkd_ext.train.sources import open_source
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import dnkd_ext
 from dnkd_ext import ClassMeans, KDPlusPlus, extract_features
 from dnkd_ext.progress import Progress
-from dnkd_ext.train.data import ImageSet, load_digits, load_image_folder
+from dnkd_ext.train.data.memory import ImageSet, load_digits, load_image_folder
 from dnkd_ext.train.loop import Evaluation, Optimisation, evaluate, fit
 from dnkd_ext.train.models import SmallConvNet
 from dnkd_ext.train.plots import plot_accuracy, plot_features

@@ -20,8 +20,8 @@ from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import FREE, TrainConfig
+from dnkd_ext.train.data.sources import Source
 from dnkd_ext.train.signals import Interrupted, Signals
-from dnkd_ext.train.sources import Source
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 

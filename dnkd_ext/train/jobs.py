@@ -25,7 +25,7 @@ from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.class_names import class_notes
-from dnkd_ext.train.classification import PRETRAINED, Classification, identity, weights_file
+from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
 from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
 from dnkd_ext.train.files import (
@@ -41,9 +41,11 @@ from dnkd_ext.train.files import (
     write_json,
 )
 from dnkd_ext.train.gather import remove_parts
+from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.shared import Shared
 from dnkd_ext.train.summary import all_results, format_summary, result_line, summary
+from dnkd_ext.train.teacher import identity
 from dnkd_ext.train.world import World
 
 __all__ = ["Job", "plan_jobs", "prepare_device", "resolve", "run_jobs"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dnkd_ext.adapters import extract_features
-from dnkd_ext.train.data import Images, ImageSet
+from dnkd_ext.train.data.memory import Images, ImageSet
 
 __all__ = ["Evaluation", "Optimisation", "evaluate", "fit"]
 

@@ -11,8 +11,12 @@ import torch
 
 from dnkd_ext.train import tasks
 from dnkd_ext.train.class_names import CLASSES, check_classes
-from dnkd_ext.train.classification import (
-    STAGE_METHODS,
+from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.distillation import STAGE_METHODS
+from dnkd_ext.train.files import CLASS_MEANS
+from dnkd_ext.train.gather import remove_parts
+from dnkd_ext.train.sharding import shard_model
+from dnkd_ext.train.teacher import (
     Teacher,
     cast_once,
     means_digest,
@@ -20,10 +24,6 @@ from dnkd_ext.train.classification import (
     seen_otherwise,
     without_means,
 )
-from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.files import CLASS_MEANS
-from dnkd_ext.train.gather import remove_parts
-from dnkd_ext.train.sharding import shard_model
 from dnkd_ext.train.world import World
 
 __all__ = ["Shared"]

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.train import classification, gather
+from dnkd_ext.train import gather
+from dnkd_ext.train import teacher as teachers
 from dnkd_ext.train.class_names import CLASSES, class_notes, other_classes
-from dnkd_ext.train.classification import Classification, Teacher
+from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.sources import open_source
+from dnkd_ext.train.data.sources import open_source
+from dnkd_ext.train.teacher import Teacher
 from dnkd_ext.train.world import World
 
 __all__ = [
@@ -71,7 +73,7 @@ def load_teacher(
     """
     if is_detection(config):
         return detection().load_teacher(name, weights, source, config, world)
-    teacher = classification.load_teacher(
+    teacher = teachers.load_teacher(
         name,
         weights,
         source,
@@ -79,7 +81,7 @@ def load_teacher(
         channels_last=config.run.channels_last,
         any_classes=config.data.any_classes,
     )
-    told = classification.normalised_otherwise(name, weights, teacher.model, config)
+    told = teachers.normalised_otherwise(name, weights, teacher.model, config)
     if told is not None and world.is_first:
         warnings.warn(told, stacklevel=3)
     return teacher
@@ -118,7 +120,7 @@ def kept_means(
 
 def origin_notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:
     """What a file of class means says about its origin."""
-    notes = classification.means_notes(name, teacher.digest, source)
+    notes = teachers.means_notes(name, teacher.digest, source)
     if is_detection(config):
         return notes | detection().gathering_notes(config)
     return notes | gather.gathering_notes(config)

@@ -16,10 +16,10 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, resnet_fpn_backbone
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNPredictor
 
-from dnkd_ext.train.classification import PRETRAINED, weights_digest
 from dnkd_ext.train.config import NORMALISATION, DetectionOptions, TrainConfig
 from dnkd_ext.train.detection.heads import DistillingRoIHeads
 from dnkd_ext.train.models import load_weights
+from dnkd_ext.train.networks import PRETRAINED, weights_digest
 
 __all__ = ["FEATURES", "NAMES", "create_detector", "load_detector"]
 

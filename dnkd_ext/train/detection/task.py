@@ -15,13 +15,6 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train.class_names import check_classes, classes_of_weights
-from dnkd_ext.train.classification import (
-    PRETRAINED,
-    Teacher,
-    identity,
-    read_class_means,
-    weights_file,
-)
 from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection.data import (
     BoxSplit,
@@ -42,7 +35,9 @@ from dnkd_ext.train.detection.models import FEATURES, create_detector, load_dete
 from dnkd_ext.train.engine import BEST, LAST
 from dnkd_ext.train.files import CONFIG, DETECTIONS
 from dnkd_ext.train.gather import gather_means
+from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.task import Task, autocast
+from dnkd_ext.train.teacher import Teacher, identity, read_class_means
 from dnkd_ext.train.world import World
 
 __all__ = [

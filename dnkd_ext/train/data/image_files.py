@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dnkd_ext._files import replacing
-from dnkd_ext.train.data import (
+from dnkd_ext.train.data.memory import (
     Images,
     ImageSet,
     folder_files,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnkd_ext.train.data import Images, crop_and_flip
+from dnkd_ext.train.data.memory import Images, crop_and_flip
 
 __all__ = ["BatchShare", "EvalBatches", "Plan", "TrainBatches"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dnkd_ext.train.batches import BatchShare
-from dnkd_ext.train.readers import DataError, FileSplit, ReaderOptions, ShardSplit
-from dnkd_ext.train.samples import (
+from dnkd_ext.train.data.batches import BatchShare
+from dnkd_ext.train.data.readers import DataError, FileSplit, ReaderOptions, ShardSplit
+from dnkd_ext.train.data.samples import (
     MIX,
     ORDER,
     Batch,
@@ -468,7 +468,7 @@ class TrainLoader(_Loader):
 
         Raises:
             ValueError: a negative epoch, or a start outside of it. While iterating
-                :class:`~dnkd_ext.train.readers.DataError`, which names the image.
+                :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
             RuntimeError: while iterating: another epoch was begun, or :class:`WorkerDied`.
         """
         if epoch < 0:
@@ -581,7 +581,7 @@ class EvalLoader(_Loader):
 
         Raises:
             ValueError: a start that is no batch. While iterating
-                :class:`~dnkd_ext.train.readers.DataError`, which names the image.
+                :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
             RuntimeError: while iterating: another pass was begun, or :class:`WorkerDied`.
         """
         if not 0 <= start <= len(self):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from dnkd_ext.train.data import IMAGE_SUFFIXES, KINDS, OTHER_SUFFIXES, told_kinds
+from dnkd_ext.train.data.memory import IMAGE_SUFFIXES, KINDS, OTHER_SUFFIXES, told_kinds
 
 if TYPE_CHECKING:
     from PIL import Image

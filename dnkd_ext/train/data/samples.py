@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from dnkd_ext.train.readers import (
+from dnkd_ext.train.data.readers import (
     DataError,
     FileSplit,
     RawImage,

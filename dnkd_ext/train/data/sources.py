@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dnkd_ext.train.batches import EvalBatches, TrainBatches
 from dnkd_ext.train.config import TrainConfig
-from dnkd_ext.train.data import KINDS, ImageSet, told_kinds
-from dnkd_ext.train.image_files import left_out, load_images
-from dnkd_ext.train.readers import Splits, open_splits
+from dnkd_ext.train.data.batches import EvalBatches, TrainBatches
+from dnkd_ext.train.data.image_files import left_out, load_images
+from dnkd_ext.train.data.memory import KINDS, ImageSet, told_kinds
+from dnkd_ext.train.data.readers import Splits, open_splits
 from dnkd_ext.train.world import World
 
 __all__ = ["Clean", "DiskSource", "Epochs", "MemorySource", "Source", "open_source"]
@@ -176,7 +176,7 @@ class DiskSource(Source):
 
     def train(self, config: TrainConfig, world: World) -> Epochs:
         """By the options of the reader: crops, colours, Mixup and so on."""
-        from dnkd_ext.train.loaders import TrainLoader
+        from dnkd_ext.train.data.loaders import TrainLoader
 
         return TrainLoader(
             self.splits.train,
@@ -190,7 +190,7 @@ class DiskSource(Source):
         )
 
     def _clean(self, split: Any, config: TrainConfig, world: World) -> Clean:
-        from dnkd_ext.train.loaders import EvalLoader
+        from dnkd_ext.train.data.loaders import EvalLoader
 
         return EvalLoader(
             split,

@@ -1,0 +1,1 @@
+"""Images for classifiers: held in memory or read from disk, and the batches a step sees."""
