@@ -137,8 +137,9 @@ def test_gradient_accumulation_and_sharing(case, device, generator):
     gradients = []
     for function in (case.fused, case.reference):
         features = args[0] * 2
-        total = function(features, *args[1:], **kwargs) + 0.25 * function(
-            features, *args[1:], reduction="sum"
+        total = (
+            function(features, *args[1:], **kwargs)
+            + 0.25 * function(features, *args[1:], reduction=case.reductions[-1]).sum()
         )
         gradients.append(torch.autograd.grad(total, args[0])[0])
     torch.testing.assert_close(*gradients)
@@ -158,12 +159,13 @@ def test_activation_checkpointing(case, reentrant, device, generator):
     torch.testing.assert_close(args[0].grad, expected)
 
 
-def test_backward_with_upstream_one_makes_no_pass(case, needs_extension, generator):
+@pytest.mark.parametrize("one", [case for case in CASES if case.forms_gradient_forward], ids=repr)
+def test_backward_with_upstream_one_makes_no_pass(one, needs_extension, generator):
     """The gradient that the forward pass formed arrives as it is, without an operator on it."""
-    args, kwargs = arguments(case, generator)
+    args, kwargs = arguments(one, generator)
 
     def operators(upstream):
-        loss = case.fused(*args, **kwargs)
+        loss = one.fused(*args, **kwargs)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             torch.autograd.grad(loss, args[0], upstream)
         names = {event.key for event in profile.key_averages()}
@@ -195,7 +197,8 @@ def test_no_gradient_buffer_without_requires_grad(case, needs_extension, generat
         assert allocated(lambda: case.fused(*args, **kwargs)) < buffer / 10
     detached = args[0].detach()
     assert allocated(lambda: case.fused(detached, *args[1:], **kwargs)) < buffer / 10
-    assert allocated(lambda: case.fused(*args, **kwargs)) >= buffer
+    formed = allocated(lambda: case.fused(*args, **kwargs))
+    assert formed >= buffer if case.forms_gradient_forward else formed < buffer / 10
 
 
 def test_float16_gradient_survives_the_loss_scale(case, device, generator):
@@ -278,7 +281,10 @@ def test_functorch_transforms(case, device, generator):
         return case.fused(*row[0], **row[1])
 
     rows = torch.func.vmap(one_row)(*(tensor.detach() for tensor in per_row.values()))
-    torch.testing.assert_close(rows, case.fused(*args, **kwargs, reduction="none").detach())
+    losses = case.fused(*args, **kwargs, reduction=case.reductions[-1])
+    if not case.is_sum_of_rows:  # a batch of one row each
+        losses = torch.stack([one_row(*values) for values in zip(*per_row.values(), strict=True)])
+    torch.testing.assert_close(rows, losses.detach())
     gradient = torch.func.grad(lambda s: case.fused(s, *args[1:], **kwargs))(args[0].detach())
     torch.testing.assert_close(
         gradient, torch.autograd.grad(case.fused(*args, **kwargs), args[0])[0]
@@ -450,7 +456,7 @@ def test_teacher_in_a_reused_buffer(case, dtype, reduction, needs_extension, dev
     teacher = tensors_of(given)[case.teacher]
     buffer = teacher.clone()
     args, kwargs = replaced(given, {case.teacher: buffer})
-    is_formed = dtype != torch.float16 and reduction == "mean"
+    is_formed = case.forms_gradient_forward and dtype != torch.float16 and reduction == "mean"
     for create_graph in (True, False):
         buffer.copy_(teacher)
         loss = case.fused(*args, **kwargs, reduction=reduction).sum()
@@ -459,7 +465,9 @@ def test_teacher_in_a_reused_buffer(case, dtype, reduction, needs_extension, dev
         if not create_graph and (is_formed or not case.forms_gradient_from_teacher):
             assert torch.equal(torch.autograd.grad(loss, args[0])[0], expected)
             continue
-        with pytest.raises(RuntimeError, match=r"teacher's .* modified by an inplace operation"):
+        with pytest.raises(
+            RuntimeError, match=r"teacher('s|_logits) .*modified by an inplace operation"
+        ):
             torch.autograd.grad(loss, args[0], create_graph=create_graph)
 
 

@@ -13,20 +13,25 @@ from tests.cases.base import (
     tensors_of,
     truth,
 )
+from tests.cases.dist import DIST_LOSS
 from tests.cases.logits import CE_DKD_LOSS, CE_KD_LOSS, DKD_LOSS, KD_LOSS, LOGIT_CASES
 from tests.cases.nd import ND_LOSS
 
-CASES = (ND_LOSS, *LOGIT_CASES)
+CASES = (ND_LOSS, *LOGIT_CASES, DIST_LOSS)
+# Those of which each row has a loss of its own.
+ROW_CASES = tuple(case for case in CASES if case.is_sum_of_rows)
 
 __all__ = [
     "CASES",
     "CE_DKD_LOSS",
     "CE_KD_LOSS",
+    "DIST_LOSS",
     "DKD_LOSS",
     "DTYPES",
     "KD_LOSS",
     "LOGIT_CASES",
     "ND_LOSS",
+    "ROW_CASES",
     "LossCase",
     "convert",
     "finite",

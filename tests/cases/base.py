@@ -157,6 +157,17 @@ class LossCase:
     drops_ignored: bool = True
     # A gradient that is formed in the backward pass is formed from the teacher, too.
     forms_gradient_from_teacher: bool = False
+    # The forward pass forms the gradient where its dtype keeps it for any upstream gradient.
+    forms_gradient_forward: bool = True
+    # Each row has a loss of its own, and there is a reduction; else the loss is called "mean".
+    is_sum_of_rows: bool = True
+    # It takes loss_weight.
+    has_loss_weight: bool = True
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        """The reductions there are, the usual one first."""
+        return ("mean", "sum", "none") if self.is_sum_of_rows else ("mean",)
 
     def __repr__(self) -> str:
         return f"LossCase({self.name})"
