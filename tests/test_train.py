@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
@@ -1495,6 +1496,16 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
         (["--seed", "3", "--seeds", "1,2"], "--seed 3 is for one run and --seeds 1,2 for several"),
         (["--limit", "2"], "--limit must be at least one image for each of 3 classes, got 2"),
         (["--mean", "0.5"], "--mean must have a value for each of 3 channels"),
+        (["--mean", "0.5", "nan", "0.5"], "--mean must be finite numbers, got (0.5, nan, 0.5)"),
+        (["--std", "1", "1", "nan"], "--std must be finite numbers, got (1.0, 1.0, nan)"),
+        (
+            [*of(teacher, "dist"), "--logit-standardization"],
+            "--logit-standardization is for --method kd and dkd, got --method dist",
+        ),
+        (
+            [*kd, "--mid-channels", "64"],
+            "--mid-channels is for --method reviewkd, got --method kd",
+        ),
     ]
     for more, message in cases:
         assert message in refused(options(images, out, *more), capsys), more
@@ -1506,6 +1517,137 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
     told = refused(options(images, out, *more), capsys)
     assert "has 4 classes, but the data have 3" in told
     assert not out.exists()
+
+
+def test_weights_of_images_normalised_otherwise(images, tmp_path, capsys):
+    """Told wherever they are used, by the options with which they are used rightly."""
+    as_they_were = ("--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.5", "0.5")
+    network = ("--student", "cifar_resnet20", "--epochs", "1")
+    out, student = tmp_path / "teacher", tmp_path / "student"
+    rows = run(images, out, *network, *as_they_were)
+    message = "was trained on images normalised by --mean 0.1 0.2 0.3 --std 0.5 0.5 0.5, and this "
+    seen = ["--model", "cifar_resnet20", "--data", str(images), "--no-progress", "--device", "cpu"]
+    distil = ("--teacher", "cifar_resnet20", "--teacher-weights", str(out), "--method", "kd")
+    means = str(tmp_path / "means.safetensors")
+    for command in (
+        ["eval", *seen, "--weights", str(out)],
+        ["class-means", *seen, "--weights", str(out), "--out", means],
+        options(images, student, *network, *distil),
+    ):
+        assert message in refused(command, capsys)
+        if command[0] == "eval":
+            capsys.readouterr()
+            assert main([*command, *as_they_were]) == 0
+            found = json.loads(capsys.readouterr().out)["test_top1"]
+            assert found == pytest.approx(float(rows[-1]["test_top1"]))
+    assert not student.exists()
+    assert not Path(means).exists()
+    half = ("--mean", "0.1", "0.2", "0.3")
+    told = refused(options(images, student, *network, *distil, *half), capsys)
+    assert "was trained on images normalised by --std 0.5 0.5 0.5, and this is with --std 0" in told
+
+
+def test_weights_and_features_that_are_not_finite(images, teacher, tmp_path, capsys, monkeypatch):
+    """Said of the teacher, before a loss could be blamed."""
+    state = load_file(teacher / "best.safetensors")
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = math.nan
+    broken = tmp_path / "broken.safetensors"
+    save_file(state, broken)
+    message = "broken.safetensors holds values that are not finite, the first in layer1.0.conv1"
+    seen = ["--model", "cifar_resnet32", "--data", str(images), "--no-progress", "--device", "cpu"]
+    assert message in refused(["eval", *seen, "--weights", str(broken)], capsys)
+    kd = of(teacher, "kd", 1.0, "--teacher-weights", str(broken))
+    assert message in refused(options(images, tmp_path / "run", *kd), capsys)
+
+    def overflowing(model, x):
+        features, logits = given(model, x)
+        return features * math.inf, logits * math.nan
+
+    given = gather.features
+    monkeypatch.setattr(gather, "features", overflowing)
+    means = tmp_path / "means.safetensors"
+    command = ["class-means", *seen, "--weights", str(teacher), "--out", str(means)]
+    assert "the features of 3 classes are not finite, the first 'class0'" in refused(
+        command, capsys
+    )
+    assert not means.exists()
+    monkeypatch.setattr("dnkd_ext.train.evaluation.features", overflowing)
+    capsys.readouterr()
+    assert main(["eval", *seen, "--weights", str(teacher)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["test_top1"], found["test_top5"]) == (0, 0)
+
+
+def test_the_table_leaves_out_what_is_no_result(images, tmp_path, capsys):
+    """By a warning that names it; what failed is told all the same."""
+    for name, content in (("a", "[1, 2]"), ("b", '{"acc": 1'), ("c", '{"preset": null}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(content)
+    with pytest.warns(UserWarning, match="left out of the table") as caught:
+        assert main(options(images, tmp_path, "--epochs", "1", "--seeds", "0,1")) == 0
+    told = [str(w.message) for w in caught if "left out of the table" in str(w.message)]
+    assert [Path(one.split()[0]).parent.name for one in told] == ["a", "b", "c"]
+    (row,) = csv.DictReader((tmp_path / "summary.csv").open())
+    assert row["seeds"] == "2"
+    assert "± " in capsys.readouterr().out
+
+
+def test_several_runs_are_not_put_below_one(images, tmp_path, capsys):
+    """Else a seed would count twice in the table."""
+    run(images, tmp_path / "run", "--epochs", "1")
+    arguments = options(images, tmp_path / "run", "--epochs", "1", "--seeds", "0,1", "--resume")
+    told = refused(arguments, capsys)
+    assert f"--out {tmp_path / 'run'} is the folder of a run" in told
+    assert not (tmp_path / "run" / "run").exists()
+
+
+def test_an_epoch_that_a_signal_ended_is_in_tensorboard(images, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    evaluate, count = Classification.evaluate, 0
+
+    def interrupted(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *arguments)
+
+    arguments = options(images, tmp_path / "run", "--tensorboard")
+    monkeypatch.setattr(Classification, "evaluate", interrupted)
+    assert main(arguments) == 128 + signal.SIGTERM
+    assert main([*arguments, "--resume"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("test_top1")] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("test_top1")] == pytest.approx(
+        [float(row["test_top1"]) for row in log(tmp_path / "run")]
+    )
+
+
+def test_the_bar_of_runs_at_once_follows_their_logs(tmp_path):
+    from dnkd_ext.train import at_once
+
+    class Bar:
+        def __init__(self):
+            self.epochs, self.said = 0, ""
+
+        def advance(self, steps):
+            self.epochs += steps
+
+        def say(self, stage):
+            self.said = stage
+
+    jobs = [types.SimpleNamespace(out=tmp_path / name) for name in "ab"]
+    bar, seen = Bar(), {job.out: at_once._epochs(job.out)[0] for job in jobs}
+    assert set(seen.values()) == {0}
+    for job, speeds in zip(jobs, ([90, 100], [250]), strict=True):
+        job.out.mkdir()
+        rows = [{"epoch": i, "images_per_second": speed} for i, speed in enumerate(speeds)]
+        files.write_csv(job.out / "log.csv", rows)
+    at_once._show(bar, jobs, jobs, seen)
+    assert (bar.epochs, bar.said) == (3, "2 runs at once, 350 img/s")
+    at_once._show(bar, jobs, jobs[:1], seen)
+    assert (bar.epochs, bar.said) == (3, "1 runs at once, 100 img/s")
 
 
 def test_a_loss_that_is_not_finite_is_named(images, teacher, tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dnkd_ext.train.data.batches import EvalBatches, Plan, TrainBatches
 from dnkd_ext.train.data.image_files import left_out, load_images
@@ -432,6 +433,27 @@ def test_class_folders(test, tmp_path):
         path = tmp_path / "train" / CLASSES[number // 6] / f"{number % 6}.png"
         pixels = np.asarray(image.open(path)).transpose(2, 0, 1)
         assert torch.equal(data.train.pixels[number], torch.from_numpy(pixels.copy()))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits(mode, tmp_path):
+    """Their upper eight, in memory and from a shard's bytes: above 255 is not white."""
+    from dnkd_ext.train.data import memory, readers
+
+    wide = np.random.default_rng(0).integers(0, 65536, (9, 7)).astype(np.uint16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert Image.open(tmp_path / "wide.png").mode.startswith("I")
+    found = np.asarray(readers.decode("wide", (tmp_path / "wide.png").read_bytes(), mode))
+    if mode == "RGB":
+        assert (np.asarray(memory._open(tmp_path / "wide.png")) == found).all()
+        assert (found == found[:, :, :1]).all()
+        found = found[:, :, 0]
+    assert (found == wide // 256).all()
+    Image.fromarray(wide.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match=r"float\.tiff is not .* Pillow's mode F, and not of 8 or"):
+        memory._open(tmp_path / "float.tiff")
+    with pytest.raises(readers.UnreadableError, match="Pillow's mode F"):
+        readers.decode("float", (tmp_path / "float.tiff").read_bytes(), mode)
 
 
 def test_an_unreadable_image_is_named(tmp_path):

@@ -6,6 +6,7 @@ its folder, its published accuracy and whether its file of decoded images is its
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -13,15 +14,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dnkd_ext.progress import Progress
+from dnkd_ext.train.files import LOG
 from dnkd_ext.train.signals import Interrupted, Signals
 
 __all__ = ["train_at_once"]
+
+# Seconds between two looks at the logs.
+LOOK_EVERY = 1.0
 
 
 def train_at_once(
@@ -49,8 +55,17 @@ def train_at_once(
     waiting, failed = list(jobs), []
     running: dict[subprocess.Popen[bytes], Any] = {}
     told = False
+    epochs = {job.out: _epochs(job.out)[0] for job in jobs}
+    total = sum(job.config.optim.epochs for job in jobs)
+    shown = any(job.config.run.progress for job in jobs)
+    looked = time.monotonic()
     try:
-        with Signals() as signals:
+        with (
+            Signals() as signals,
+            Progress(
+                total, "train", unit="epoch", initial=sum(epochs.values()), enabled=shown
+            ) as bar,
+        ):
             while running or (waiting and not signals.received):
                 while waiting and len(running) < number and not signals.received:
                     job = waiting.pop(0)
@@ -73,7 +88,11 @@ def train_at_once(
                     _close(process)
                     if process.returncode:
                         failed.append(f"{job.out} (exit status {process.returncode})")
+                if shown and time.monotonic() - looked > LOOK_EVERY:
+                    looked = time.monotonic()
+                    _show(bar, jobs, running.values(), epochs)
                 time.sleep(0.1)
+            _show(bar, jobs, (), epochs)
     finally:
         for process in running:
             process.kill()
@@ -83,6 +102,31 @@ def train_at_once(
         name = signal.Signals(signals.received).name
         raise Interrupted(f"stopped by {name}; --resume goes on with all runs", signals.received)
     return failed
+
+
+def _epochs(out: Path) -> tuple[int, float]:
+    """How many epochs the log of a run has, and the last one's images per second."""
+    try:
+        with (out / LOG).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return len(rows), float(rows[-1]["images_per_second"])
+    except (OSError, IndexError, KeyError, TypeError, ValueError):
+        return 0, 0.0  # none yet, or half of a row
+
+
+def _show(
+    bar: Progress, jobs: Sequence[Any], running: Collection[Any], epochs: dict[Path, int]
+) -> None:
+    """Bring the bar to what the logs of the runs have."""
+    speeds = {}
+    for job in jobs:
+        done, speeds[job.out] = _epochs(job.out)
+        if done > epochs[job.out]:
+            bar.advance(done - epochs[job.out])
+            epochs[job.out] = done
+    if running:
+        speed = sum(speeds[job.out] for job in running)
+        bar.say(f"{len(running)} runs at once, {speed:.0f} img/s")
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

@@ -13,9 +13,8 @@ from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train import tasks
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import open_source
-from dnkd_ext.train.engine import LOG
 from dnkd_ext.train.evaluation import evaluate
-from dnkd_ext.train.files import CONFIG, CURVES
+from dnkd_ext.train.files import CONFIG, CURVES, LOG
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
 from dnkd_ext.train.networks import PRETRAINED, try_out, weights_file

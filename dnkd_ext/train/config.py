@@ -201,7 +201,7 @@ class RunOptions:
     channels_last: bool = True
     """Memory format of images and weights; faster on CPUs, too."""
     compile: bool = False
-    """torch.compile of teacher, student and loss."""
+    """torch.compile of teacher, student and loss; dropout draws other random numbers then."""
     cuda_graph: bool = False
     """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
     fsdp: bool = False
@@ -352,6 +352,13 @@ class TrainConfig:
         if self.run.fsdp_teacher and not self.needs_teacher:
             raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
         self._check_class_means()
+        for name, methods in OF_METHODS.items():
+            given = getattr(self.method, name)
+            if self.method.method not in methods and given != getattr(MethodOptions(), name):
+                raise ValueError(
+                    f"--{_option(name)} is for --method {' and '.join(methods)}, got --method "
+                    f"{self.method.method}"
+                )
         if self.data.task == "detection":
             self._check_detection()
         if self.needs_teacher:
@@ -420,6 +427,9 @@ class TrainConfig:
             value = flat[name]
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"--{_option(name)} must be at least {least:g}, got {value}")
+        for name, values in self.data.normalisation.items():
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"--{name} must be finite numbers, got {values}")
         if min(self.data.normalisation["std"], default=0) <= 0:
             raise ValueError(f"--std must be positive numbers, got {self.data.std}")
         task = self.data.task
@@ -453,6 +463,8 @@ OF_TASKS = {
     "flip": ("cifar", "detection"),
     "workers": ("imagenet", "detection"),
 }
+# Which methods have an option that says what is computed; weights and such of others do no harm.
+OF_METHODS = {"logit_standardization": ("kd", "dkd"), "mid_channels": ("reviewkd",)}
 OF_GROUPS: dict[type, tuple[str, ...]] = {
     ReaderOptions: ("imagenet",),
     DetectionOptions: ("detection",),
@@ -489,7 +501,8 @@ LEAST = {
 }
 
 # Options that do not change what is computed, beyond rounding: a run may go on with other ones. Of
-# shards, which workers divide among them, --workers does; it is told where it matters.
+# shards, which workers divide among them, --workers does; it is told where it matters. So is
+# --compile, whose dropout draws other random numbers.
 FREE = {
     "data",
     "cache",

@@ -12,6 +12,7 @@ import signal
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.config import OptimOptions, RunOptions
-from dnkd_ext.train.files import write_csv, write_tensors
+from dnkd_ext.train.files import LOG, write_csv, write_tensors
 from dnkd_ext.train.schedule import learning_rate, ramp
 from dnkd_ext.train.sharding import gather_whole, write_shards
 from dnkd_ext.train.signals import Interrupted, Signals
@@ -34,7 +35,6 @@ __all__ = ["check_identity", "merge_ranks", "train"]
 
 BEST = "best.safetensors"
 LAST = "last.safetensors"
-LOG = "log.csv"
 
 
 def train(
@@ -331,15 +331,18 @@ class _Training(Stepper):
             contextlib.closing(writer) if writer else contextlib.nullcontext(),
             dashboard or contextlib.nullcontext(),
         ):
-            for epoch in range(self.epoch, self.optim.epochs):
-                self._epoch(epoch, bar, signals)
+
+            def tell(row: dict[str, Any]) -> None:
                 with self.world.first_alone():
                     if writer:
-                        row = self.rows[-1]
                         for name in row.keys() - {"epoch"}:
                             writer.add_scalar(name, row[name], row["epoch"])
+                        writer.flush()
                     if dashboard:
-                        dashboard.log(self.rows[-1])
+                        dashboard.log(row)
+
+            for epoch in range(self.epoch, self.optim.epochs):
+                self._epoch(epoch, bar, signals, tell)
         self._write_weights(LAST)
         return {
             "rows": self.rows,
@@ -350,7 +353,13 @@ class _Training(Stepper):
             "judged": self._judged(),
         }
 
-    def _epoch(self, epoch: int, bar: Progress, signals: Signals) -> None:
+    def _epoch(
+        self,
+        epoch: int,
+        bar: Progress,
+        signals: Signals,
+        tell: Callable[[dict[str, Any]], None],
+    ) -> None:
         task, world = self.task, self.world
         start = self.start if epoch == self.epoch else 0
         if not start:
@@ -393,6 +402,8 @@ class _Training(Stepper):
             of_average = task.evaluate(*self.average)
             figures.update({f"ema_{name}": value for name, value in of_average.items()})
         self._finish(epoch, means, figures, speed)
+        # Before the checkpoint, behind which nothing of the epoch is told any more.
+        tell(self.rows[-1])
         stop = world.any(bool(signals.received))
         last = epoch + 1 == self.optim.epochs
         if stop or last or (epoch + 1) % (self.run.checkpoint_every or 1) == 0:

@@ -59,6 +59,7 @@ def evaluate(
             with autocast:
                 feature, logits = features(model, images)
             best = logits.topk(min(5, classes), dim=1).indices == target[:, None]
+            best &= ~logits.isnan().any(1, keepdim=True)  # the first of which would be the highest
             hits = torch.stack([best[:, 0], best.any(1), torch.ones_like(mask)], 1)
             counts += (hits & mask[:, None]).sum(0)
             if keep:

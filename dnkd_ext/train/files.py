@@ -26,6 +26,7 @@ __all__ = [
     "CURVES",
     "DETECTIONS",
     "FEATURES",
+    "LOG",
     "RESULT",
     "OwnFolders",
     "remove_temporaries",
@@ -36,6 +37,7 @@ __all__ = [
 
 CONFIG = "config.json"
 RESULT = "result.json"
+LOG = "log.csv"
 CLASS_MEANS = "class_means.safetensors"
 CURVES = "curves.png"
 FEATURES = "features.png"

@@ -173,6 +173,7 @@ def gather_means(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came.
+        ValueError: features are not finite.
     """
     metadata = metadata or {}
     origin = _origin(source, config, metadata)
@@ -231,6 +232,12 @@ def gather_means(
     keep(number)
     result = means.all_reduce()
     result.metadata = dict(metadata)
+    wrong = (~result.compute().isfinite().all(1)).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"the features of {len(wrong)} classes are not finite, the first "
+            f"{source.classes[wrong[0]]!r}: the teacher cannot be learned from"
+        )
     return result
 
 

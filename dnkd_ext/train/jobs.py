@@ -24,16 +24,16 @@ from dnkd_ext.train import tasks
 from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
-from dnkd_ext.train.class_names import class_notes
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
-from dnkd_ext.train.engine import BEST, LAST, LOG, check_identity, train
+from dnkd_ext.train.engine import BEST, LAST, check_identity, train
 from dnkd_ext.train.files import (
     CLASS_MEANS,
     CONFIG,
     CURVES,
     DETECTIONS,
     FEATURES,
+    LOG,
     RESULT,
     OwnFolders,
     remove_temporaries,
@@ -117,10 +117,18 @@ def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOption
 def plan_jobs(
     configs: list[tuple[TrainConfig, float | None]], seeds: list[int], out: Path
 ) -> list[Job]:
-    """A job for every configuration and seed; several get folders of their own below ``out``."""
+    """A job for every configuration and seed; several get folders of their own below ``out``.
+
+    Raises:
+        FileExistsError: there are several, and ``out`` is the folder of a run itself.
+    """
     if len(configs) * len(seeds) == 1:
         config, published = configs[0]
         return [Job(replace(config, {"seed": seeds[0]}), out, published)]
+    if (out / CONFIG).exists():
+        raise FileExistsError(
+            f"--out {out} is the folder of a run, which several runs have below it; choose another"
+        )
     return [
         Job(
             replace(config, {"seed": seed}),
@@ -460,11 +468,7 @@ def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) 
         world,
         kd_warm_up=config.method.kd_warm_up,
         resume=resume,
-        metadata={
-            "model": config.model.student,
-            "dataset": source.name,
-            **class_notes(source.classes),
-        },
+        metadata=tasks.weights_notes(source, config),
         settings=job.settings,
     )
     last = log["rows"][-1]

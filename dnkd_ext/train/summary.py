@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,35 @@ __all__ = ["all_results", "format_summary", "result_line", "summary"]
 
 
 def all_results(out: Path) -> list[dict[str, Any]]:
-    """Those of all runs below a folder, also of earlier calls."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(out.rglob(RESULT))]
+    """Those of all runs below a folder, also of earlier calls.
+
+    A warning names files that are no results of runs, which are left out.
+    """
+    results = []
+    for path in sorted(out.rglob(RESULT)):
+        try:
+            result = json.loads(path.read_text("utf-8"))
+            wrong = None if _is_result(result) else "it is no result of a run"
+        except (ValueError, OSError) as error:
+            wrong = str(error)
+        if wrong is None:
+            results.append(result)
+        else:
+            warnings.warn(f"{path} is left out of the table: {wrong}", stacklevel=2)
+    return results
+
+
+def _is_result(value: Any) -> bool:
+    """Whether it has what the table is made of."""
+    return (
+        isinstance(value, dict)
+        and value.keys() >= {"preset", "seed", "config", "training_seconds"}
+        and isinstance(value["config"], dict)
+        and any(
+            value.keys() >= {f"best_{name}", f"last_{name}", f"published_{name}"}
+            for name in FIGURES
+        )
+    )
 
 
 def result_line(result: dict[str, Any], out: Path) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "open_data",
     "origin_notes",
     "task_class",
+    "weights_notes",
 ]
 
 
@@ -70,9 +71,14 @@ def load_teacher(
     """A trained model of the task in evaluation mode, without gradients.
 
     A warning tells where timm's own weights want images normalised otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`dnkd_ext.train.teacher.load_teacher`; or weights
+            of a run of ours on images that were normalised otherwise.
     """
     if is_detection(config):
         return detection().load_teacher(name, weights, source, config, world)
+    teachers.check_normalisation(weights, config)
     teacher = teachers.load_teacher(
         name,
         weights,
@@ -116,6 +122,13 @@ def kept_means(
         return means
     differs = other_classes(means.metadata.get(CLASSES), source.classes)
     return means if differs is None else None
+
+
+def weights_notes(source: Any, config: TrainConfig) -> dict[str, str]:
+    """What a run's files of weights say about it."""
+    notes = {"model": config.model.student, "dataset": source.name, **class_notes(source.classes)}
+    # Those of detectors lie beside the run's configuration, which they are compared with.
+    return notes if is_detection(config) else notes | teachers.normalisation_notes(config)
 
 
 def origin_notes(name: str, teacher: Teacher, source: Any, config: TrainConfig) -> dict[str, str]:

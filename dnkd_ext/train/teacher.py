@@ -32,10 +32,12 @@ from dnkd_ext.train.presets import load_preset
 __all__ = [
     "Teacher",
     "cast_once",
+    "check_normalisation",
     "identity",
     "load_teacher",
     "means_digest",
     "means_notes",
+    "normalisation_notes",
     "normalised_otherwise",
     "read_class_means",
     "seen_otherwise",
@@ -86,6 +88,31 @@ def load_teacher(
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     return Teacher(model, digest, None)
+
+
+def normalisation_notes(config: TrainConfig) -> dict[str, str]:
+    """What a file of weights says of how the images were normalised that it was trained on."""
+    return {key: json.dumps(list(value)) for key, value in config.data.normalisation.items()}
+
+
+def check_normalisation(weights: str, config: TrainConfig) -> None:
+    """Weights of a run of ours must be for images that are normalised as the configuration says.
+
+    Raises:
+        ValueError: they are for others.
+    """
+    if weights == PRETRAINED:
+        return
+    notes, given = read_notes(weights_file(weights)), normalisation_notes(config)
+    differing = [key for key in given if notes.get(key, given[key]) != given[key]]
+    if differing:
+        there, here = (
+            " ".join(f"--{key} {_words(values[key])}" for key in differing)
+            for values in (notes, given)
+        )
+        raise ValueError(
+            f"{weights} was trained on images normalised by {there}, and this is with {here}"
+        )
 
 
 def normalised_otherwise(

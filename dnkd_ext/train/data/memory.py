@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dnkd_ext.progress import progress_bar
+from dnkd_ext.train.data.pixels import converted
 
 __all__ = ["ImageSet", "Images", "crop_and_flip", "load_digits", "load_image_folder"]
 
@@ -287,12 +288,13 @@ def _chosen_files(
 
 
 def _open(path: Path):
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return converted(image, "RGB")
+    # An image that no decoder knows is an OSError, too.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from dnkd_ext.train.data.memory import IMAGE_SUFFIXES, KINDS, OTHER_SUFFIXES, told_kinds
+from dnkd_ext.train.data.pixels import converted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -204,7 +205,7 @@ def decode(name: str, content: bytes, mode: str) -> Image.Image:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert(mode)
+            return converted(image, mode)
     except MemoryError:
         raise
     # Broken files make the decoders raise whatever their bytes happen to lead to.

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.loaders import as_it_is, leave_signals_to_the_main_process
+from dnkd_ext.train.data.pixels import converted
 from dnkd_ext.train.data.readers import DataError
 from dnkd_ext.train.world import World
 
@@ -303,7 +304,7 @@ class _Images(Dataset):
         height, width = split.sizes[sample.index].tolist()
         try:
             with Image.open(path) as opened:
-                pixels = np.array(_upright(opened, (width, height)).convert("RGB"))
+                pixels = np.array(converted(_upright(opened, (width, height)), "RGB"))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
         if pixels.shape[:2] != (height, width):

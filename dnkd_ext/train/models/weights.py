@@ -41,7 +41,7 @@ def load_weights(
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file, or the weights of another network: the first names and shapes
-            that differ are told.
+            that differ are told. Or values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,6 +72,9 @@ def load_weights(
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path} holds {other}: {'; '.join(problems[:3])}{more}")
+    broken = [name for name, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds values that are not finite, the first in {broken[0]}")
     model.load_state_dict(state)
 
 
