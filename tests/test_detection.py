@@ -259,9 +259,9 @@ def test_every_method_adds_up(shapes, source, method, nd, nd_ramp):
     criterion = make_criterion(chosen, torch.randn(CLASSES, 1024))
     step = DetectorDistillation(student, criterion, other, method, 2.0, nd_ramp).train()
     loss, *own, kd, nd_term = step(*batch(shapes), torch.tensor(0.25))
-    share = 0 if method == "ce" else 0.5 * 0.25
     nd_share = nd * (0.25 if nd_ramp else 1)
-    torch.testing.assert_close(loss, 2 * sum(own) + share * kd + nd_share * nd_term)
+    torch.testing.assert_close(loss, 2 * sum(own) + 0.5 * 0.25 * kd + nd_share * nd_term)
+    assert (kd > 0) == (method != "ce")
     assert (nd_term > 0) == (nd > 0)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in step.parameters())
@@ -1355,9 +1355,9 @@ def test_every_method_trains_on_a_gpu(shapes, teacher, tmp_path, method):
     values = {name: float(row[f"train_{name}"]) for name in TERMS}
     assert all(math.isfinite(value) for value in values.values())
     own = sum(values[name] for name in ("ce", "box", "objectness", "rpn_box"))
-    kd = 0 if method == "ce" else values["kd"]  # which is shown there, and has no weight
-    assert values["loss"] == pytest.approx(own + kd + values["nd"], rel=1e-2)
-    assert (0 < values["nd"] < 2) == (values["kd"] > 0) == (method != "plain")
+    assert values["loss"] == pytest.approx(own + values["kd"] + values["nd"], rel=1e-2)
+    assert (0 < values["nd"] < 2) == (method != "plain")
+    assert (values["kd"] > 0) == (method not in ("plain", "ce"))
 
 
 def test_two_processes(shapes, teacher, tmp_path, capsys):

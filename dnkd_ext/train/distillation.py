@@ -74,7 +74,7 @@ class Distillation(nn.Module):
 
     Shape:
         images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
-        (loss, ce, kd, nd, top1): 0-dim, top1 in percent.
+        (loss, ce, kd, nd, top1): 0-dim, top1 in percent; kd is 0 where the method is "ce".
     """
 
     def __init__(
@@ -137,6 +137,9 @@ class Distillation(nn.Module):
             kd_ramp=ramp,
             **more,
         )
+        if self.method == "ce":
+            # The criterion's own, to which the loss gives no weight, is no term of the method.
+            terms = terms._replace(kd=torch.zeros_like(terms.kd))
         return *terms, _top1(logits, target)
 
 

@@ -84,7 +84,7 @@ class DetectorDistillation(nn.Module):
         images: a list of ``(3, H, W)`` in [0, 1]; targets: as torchvision's detectors take them;
         ramp: 0-dim. To the :data:`TERMS`, 0-dim each: ``loss = hard_weight * (ce + box +
         objectness + rpn_box) + kd_weight * ramp * kd + nd_weight * nd``, with ``nd_ramp`` the ramp
-        before nd, too.
+        before nd, too; kd is 0 where the method is "ce".
     """
 
     def __init__(
@@ -135,4 +135,6 @@ class DetectorDistillation(nn.Module):
             kd_ramp=ramp,
             nd_ramp=ramp if self.nd_ramp else 1.0,
         )
-        return self.hard_weight * sum(own) + terms.loss, *own, terms.kd, terms.nd
+        # Without a distillation the criterion's own, to which the loss gives no weight, is no term.
+        kd = torch.zeros_like(terms.kd) if self.method == "ce" else terms.kd
+        return self.hard_weight * sum(own) + terms.loss, *own, kd, terms.nd
