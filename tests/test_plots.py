@@ -115,7 +115,11 @@ def test_a_log_read_from_csv(tmp_path, figures):
 
 def test_what_runs_do_not_have_is_left_out(tmp_path, figures):
     """Cross entropy alone has no terms; zeros are drawn, on an axis that has a 0."""
-    log = [{"epoch": e, "train_loss": 0.0 if e else 1.0, "lr": 0.1} for e in range(3)]
+    log = [
+        # As the log of a run has it, in which the terms that are not used are 0 throughout.
+        {"epoch": e, "train_loss": 0.0 if e else 1.0, "train_kd": 0.0, "nd": "0.0", "lr": 0.1}
+        for e in range(3)
+    ]
     plots.plot_curves({"ce": log, "empty": []}, tmp_path / "curves.png")
     drawn = panels(figures[0])
     assert list(drawn) == ["Loss", "Learning rate"]
@@ -125,6 +129,25 @@ def test_what_runs_do_not_have_is_left_out(tmp_path, figures):
     (axis,) = figures[1].axes
     assert axis.get_title() == "Loss (training; thin: test)"
     assert [line.get_marker() for line in axis.get_lines()] == [".", "."]
+
+
+def test_a_term_that_a_run_does_not_use_is_no_line(tmp_path, figures):
+    """What is 0 in every epoch; not what begins at 0, nor an accuracy of 0."""
+    logs = {"ce": rows(0), "kd": rows(1), "kd++": rows(2)}
+    for row in logs["ce"]:
+        row.update(kd=0.0, nd=0.0, test_top1=0.0)
+    for row in logs["kd"]:
+        row["nd"] = 0.0
+    logs["kd++"][0]["nd"] = 0.0
+    plots.plot_curves(logs, tmp_path / "curves.png")
+    drawn = panels(figures[0])
+    (nd,) = drawn["Feature direction and norm"].get_lines()
+    np.testing.assert_array_equal(nd.get_ydata(), [row["nd"] for row in logs["kd++"]])
+    assert len(drawn["Distillation"].get_lines()) == 2
+    of_colour = {line.get_color() for line in drawn["Accuracy"].get_lines()}
+    assert len(of_colour) == 3
+    with pytest.raises(ValueError, match="no run has a finite value"):
+        plots.plot_curves({"a": [{"epoch": 0, "kd": 0.0}]}, tmp_path / "none.png")
 
 
 def test_more_runs_than_colours(tmp_path, figures):

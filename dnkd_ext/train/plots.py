@@ -132,7 +132,8 @@ def plot_curves(
     """Losses, accuracy and learning rate over the epochs, all runs over one another.
 
     A panel per quantity: the weighted loss, its terms, the accuracy, with the best epoch's marked
-    and in the legend, and the learning rate. A panel that no run has a value for is left out.
+    and in the legend, and the learning rate. A panel that no run has a value for is left out; a
+    term of the loss that is 0 in every epoch of a run is none of that run's.
 
     Args:
         rows_by_run: per name of a run its logged rows, one per epoch and in any order. A row has
@@ -159,7 +160,10 @@ def plot_curves(
     ]
     if not panels:
         known = ", ".join(name for panel in PANELS for name in panel[3])
-        raise ValueError(f"no run has a finite value in any of the columns {known}")
+        raise ValueError(
+            f"no run has a finite value in any of the columns {known}; a term of the loss that "
+            "is 0 throughout is none"
+        )
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure, axes = new_figure(1.2 + 4.4 * columns, 0.8 + 3.4 * rows, rows, columns)
@@ -193,7 +197,10 @@ def _line(run: str, position: int):
 
 
 def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """The rows by epoch as one float64 array per column, NaN where nothing is."""
+    """The rows by epoch as one float64 array per column, NaN where nothing is.
+
+    A term of the loss that is 0 throughout is one that the run does not use, and is NaN, too.
+    """
     rows = list(rows)
     names = [name for panel in PANELS for name in panel[3]]
     table = {name: [] for name in ("epoch", *names)}
@@ -211,7 +218,11 @@ def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarra
         if not math.isfinite(table["epoch"][-1]):
             raise ValueError(f"row {number} of run {run!r} has no epoch")
     order = np.argsort(table["epoch"], kind="stable")
-    return {name: np.asarray(values, float)[order] for name, values in table.items()}
+    found = {name: np.asarray(values, float)[order] for name, values in table.items()}
+    for name in OF_TRAINING:
+        if not found[name][np.isfinite(found[name])].any():
+            found[name][:] = np.nan
+    return found
 
 
 def _plain_numbers():
