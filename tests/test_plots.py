@@ -51,6 +51,28 @@ def panels(figure):
     return {axis.get_title().split(" (")[0]: axis for axis in figure.axes}
 
 
+def told(figure):
+    """What stands in the legend below the panels."""
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def nothing_is_covered(figure):
+    """Legend, title and panels, with all that stands at them, are in the figure and apart."""
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    boxes = [legend.get_window_extent(), *(axis.get_tightbbox() for axis in figure.axes)]
+    if figure.get_suptitle():
+        boxes.append(figure._suptitle.get_window_extent())
+    assert all(axis.get_legend() is None for axis in figure.axes)
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    # The panels are as high as without a legend.
+    assert all(2 < axis.get_window_extent().height / figure.dpi < 4 for axis in figure.axes)
+
+
 def test_curves(tmp_path, figures):
     logs = {"kd": rows(1), "kd++": rows(2)[::-1]}  # in any order
     plots.plot_curves(logs, tmp_path / "curves.png", title="resnet56 to resnet20")
@@ -76,8 +98,10 @@ def test_curves(tmp_path, figures):
             np.testing.assert_array_equal(line.get_ydata(), [row[column] for row in rows(seed)])
         assert lines[0].get_color() != lines[1].get_color()
     assert figure.get_suptitle() == "resnet56 to resnet20"
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["kd", "kd++"]
+    best = [max(row["test_top1"] for row in log) for log in logs.values()]
+    assert told(figure) == [
+        f"{run}: best {value:.2f} % in epoch 9" for run, value in zip(logs, best, strict=True)
+    ]
 
 
 def test_best_accuracy_is_marked(tmp_path, figures):
@@ -89,10 +113,54 @@ def test_best_accuracy_is_marked(tmp_path, figures):
     assert best.get_xdata().tolist() == [9]
     assert best.get_ydata().tolist() == [wanted]
     assert best.get_marker() != line.get_marker()
-    assert [t.get_text() for t in axis.get_legend().get_texts()] == [
-        f"best {wanted:.2f} % in epoch 9"
-    ]
+    assert told(figures[0]) == [f"best {wanted:.2f} % in epoch 9"]
     assert figures[0].get_suptitle() == "kd++"
+
+
+@pytest.mark.parametrize("more", [1, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_what_is_written_covers_nothing(tmp_path, figures, count, more):
+    """All that is told stands in the figure, beside the panels and nothing else."""
+    columns = ("test_top1", "lr", "ce", "kd", "nd")[: more + 1]
+    logs = {
+        f"cifar100/resnet32x4-shufflenetv2/reviewkd++, seed {i} (runs/{'long/' * 8}{i})": [
+            {name: row[name] for name in ("epoch", *columns)} for row in rows(i)
+        ]
+        for i in range(count)
+    }
+    plots.plot_curves(logs, tmp_path / "curves.png")
+    assert len(told(figures[0])) == count
+    nothing_is_covered(figures[0])
+
+
+def test_the_average_is_drawn_and_decides(tmp_path, figures):
+    """Where a moving average is evaluated, its best is the run's, not that of the weights."""
+    log = [
+        {**row, "ema_test_top1": 60.0 + row["epoch"], "train_top1": 50.0, "test_ap50": ""}
+        for row in rows(epochs=12)
+    ]
+    plots.plot_curves({"with": log, "without": rows()}, tmp_path / "curves.png")
+    axis = panels(figures[0])["Accuracy"]
+    assert axis.get_title() == "Accuracy (test; thin: training; thick: average)"
+    drawn = [line.get_ydata().tolist() for line in axis.get_lines()]
+    assert [row["ema_test_top1"] for row in log] in drawn
+    assert [row["test_top1"] for row in log] in drawn
+    assert [71.0] in drawn
+    wanted = max(row["test_top1"] for row in rows())
+    assert told(figures[0]) == [
+        "with: best 71.00 % in epoch 11 (average)",
+        f"without: best {wanted:.2f} % in epoch 9",
+    ]
+    detector = [{"epoch": e, "test_ap": 9.0 - e, "ema_test_ap": 1.0 + e} for e in range(3)]
+    plots.plot_curves({"detector": detector}, tmp_path / "curves.png")
+    (axis,) = figures[1].axes
+    assert axis.get_title() == "Average precision (AP; thick: average)"
+    assert told(figures[1]) == ["best 3.00 % in epoch 2 (average)"]
+    more = {"lr": 0.1, "train_loss": 1, "ce": 1, "box": 1, "objectness": 1, "kd": 1, "nd": 1}
+    whole = [{**row, **more, "rpn_box": 2, "test_ap50": 2.0} for row in detector]
+    plots.plot_curves({"detector": whole}, tmp_path / "curves.png")
+    assert len(figures[2].axes) == 8
+    nothing_is_covered(figures[2])
 
 
 def test_a_log_read_from_csv(tmp_path, figures):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -116,11 +116,31 @@ PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     ("Objectness", "binary cross entropy (nat)", "log", {"objectness": ""}),
     ("Distillation", "distillation term, unweighted", "log", {"kd": ""}),
     ("Feature direction and norm", "ND loss, unweighted", "linear", {"nd": ""}),
-    ("Accuracy", "top-1 accuracy (%)", "linear", {"test_top1": "test", "train_top1": "training"}),
-    ("Average precision", "AP (%)", "linear", {"test_ap": "AP", "test_ap50": "AP50"}),
+    (
+        "Accuracy",
+        "top-1 accuracy (%)",
+        "linear",
+        {"test_top1": "test", "train_top1": "training", "ema_test_top1": "average"},
+    ),
+    (
+        "Average precision",
+        "AP (%)",
+        "linear",
+        {"test_ap": "AP", "test_ap50": "AP50", "ema_test_ap": "average"},
+    ),
     ("Learning rate", "learning rate", "log", {"lr": ""}),
 )
 
+
+# What decides which weights of a run are the best: the first that it has.
+DECIDING = ("ema_test_top1", "test_top1", "ema_test_ap", "test_ap")
+
+# How the columns of a panel are told apart, each with the word for it: a run's are of one colour.
+PLAIN, THIN, THICK = (
+    ("", {"linewidth": 1.6}),
+    ("thin: ", {"linewidth": 0.8, "alpha": 0.7}),
+    ("thick: ", {"linewidth": 3.2, "alpha": 0.5}),
+)
 
 # Terms of the loss, whose columns may have train_ before their names.
 OF_TRAINING = ("ce", "box", "rpn_box", "objectness", "kd", "nd")
@@ -132,17 +152,18 @@ def plot_curves(
     """Losses, accuracy and learning rate over the epochs, all runs over one another.
 
     A panel per quantity: the weighted loss, its terms, the accuracy, with the best epoch's marked
-    and in the legend, and the learning rate. A panel that no run has a value for is left out; a
-    term of the loss that is 0 in every epoch of a run is none of that run's.
+    and in the legend below, and the learning rate. Where a moving average of the weights was
+    evaluated it is drawn, too, and the best is its. A panel that no run has a value for is left
+    out; a term of the loss that is 0 in every epoch of a run is none of that run's.
 
     Args:
         rows_by_run: per name of a run its logged rows, one per epoch and in any order. A row has
             ``epoch``, a number, and any of ``lr``, ``train_loss``, ``test_loss``, ``ce``,
             ``kd``, ``nd`` (or ``train_ce``, ``train_kd``, ``train_nd``), ``train_top1`` and
             ``test_top1`` in percent, and of a detector ``box``, ``rpn_box``, ``objectness`` (or
-            ``train_box`` and so on), ``test_ap`` and ``test_ap50`` in percent; numbers, or their
-            text as a CSV file has it. What is missing, None, empty or not finite leaves a gap;
-            other columns are passed over.
+            ``train_box`` and so on), ``test_ap`` and ``test_ap50`` in percent; of the average
+            ``ema_test_top1`` or ``ema_test_ap``; numbers, or their text as a CSV file has it. What
+            is missing, None, empty or not finite leaves a gap; other columns are passed over.
         path: of the PNG file.
         title: above the panels.
 
@@ -171,15 +192,35 @@ def plot_curves(
     cells = np.atleast_1d(axes).ravel()
     for unused in cells[len(panels) :]:
         unused.remove()
+    bests = {run: _best(curve) for run, curve in curves.items()}
     for axis, panel in zip(cells, panels, strict=False):
-        _draw_panel(axis, panel, curves)
-    handles = [_line(run, i) for i, run in enumerate(curves)]
-    if len(handles) > 1:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
-        figure.suptitle(title)
-    else:
-        figure.suptitle(title or next(iter(curves)))
+        _draw_panel(axis, panel, curves, bests)
+    alone = len(curves) == 1
+    handles = [_line(run, i, bests[run], alone) for i, run in enumerate(curves)]
+    heading = figure.suptitle(title or (next(iter(curves)) if alone else ""))
+    _make_room(figure, heading, [handle for handle in handles if handle.get_label()])
     save_figure(figure, path)
+
+
+class _Best(NamedTuple):
+    """The best epoch of a run, by the column that decides."""
+
+    column: str
+    epoch: float
+    value: float
+
+    def __str__(self) -> str:
+        told = f"best {self.value:.2f} % in epoch {self.epoch:.0f}"
+        return f"{told} (average)" if self.column.startswith("ema_") else told
+
+
+def _best(curve: dict[str, np.ndarray]) -> _Best | None:
+    for column in DECIDING:
+        values = np.where(np.isfinite(curve[column]), curve[column], np.nan)
+        if not np.isnan(values).all():
+            place = int(np.nanargmax(values))
+            return _Best(column, curve["epoch"][place], values[place])
+    return None
 
 
 def _style(position: int) -> dict[str, Any]:
@@ -190,10 +231,45 @@ def _style(position: int) -> dict[str, Any]:
     }
 
 
-def _line(run: str, position: int):
+def _mark(position: int) -> dict[str, Any]:
+    """The marker of a run's best epoch, another where a colour comes again."""
+    return {
+        "marker": MARKERS[(position + position // len(COLOURS)) % len(MARKERS)],
+        "markersize": 8,
+        "markeredgecolor": "black",
+    }
+
+
+def _line(run: str, position: int, best: _Best | None, alone: bool) -> Any:
+    """A run in the legend: its name, unless that is the title, and its best epoch."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], label=run, **_style(position))
+    words = [] if alone else [run]
+    words += [str(best)] if best else []
+    mark = _mark(position) if best else {}
+    return Line2D([], [], label=": ".join(words), **_style(position), **mark)
+
+
+def _make_room(figure: Any, heading: Any, handles: list[Any]) -> None:
+    """The legend below all panels, in as many columns as fit; the figure grows by what is told."""
+    width, height = figure.get_size_inches()
+    wanted = heading.get_window_extent().width / figure.dpi
+    for columns in range(min(4, len(handles)), 0, -1):
+        legend = figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=4,  # so that dashes show beside the marker
+        )
+        box = legend.get_window_extent()
+        # Text is a little wider or narrower at another resolution, at which the file may be.
+        needed = 1.05 * box.width / figure.dpi
+        if needed <= width or columns == 1:
+            wanted = max(wanted, needed)
+            height += box.height / figure.dpi
+            break
+        legend.remove()
+    figure.set_size_inches(max(width, wanted + 0.2), height)
 
 
 def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -236,43 +312,42 @@ def _plain_numbers():
     return Plain()
 
 
-def _draw_panel(axis, panel, curves: dict[str, dict[str, np.ndarray]]) -> None:
+def _draw_panel(
+    axis: Any,
+    panel: tuple[str, str, str, dict[str, str]],
+    curves: dict[str, dict[str, np.ndarray]],
+    bests: dict[str, _Best | None],
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     name, label, scale, columns = panel
     drawn: list[np.ndarray] = []
     used = [c for c in columns if any(np.isfinite(one[c]).any() for one in curves.values())]
+    kinds = dict.fromkeys(used, THIN)
+    kinds[used[0]] = PLAIN
+    kinds |= {column: THICK for column in used[1:] if column.startswith("ema_")}
     for position, (run, curve) in enumerate(curves.items()):
         for column in used:
             values = np.where(np.isfinite(curve[column]), curve[column], np.nan)
             if np.isnan(values).all():
                 continue
             drawn.append(values)
-            # The second of two columns is drawn thin: its colour says whose it is.
-            is_first = column == used[0]
             axis.plot(
                 curve["epoch"],
                 values,
-                linewidth=1.6 if is_first else 0.8,
-                alpha=1.0 if is_first else 0.7,
                 # A single epoch would draw no line.
                 marker="." if np.isfinite(values).sum() == 1 else None,
                 **_style(position),
+                **kinds[column][1],
             )
-            if column in ("test_top1", "test_ap"):
-                best = int(np.nanargmax(values))
-                axis.plot(
-                    curve["epoch"][best],
-                    values[best],
-                    marker=MARKERS[position % len(MARKERS)],
-                    markersize=8,
-                    markeredgecolor="black",
-                    color=_style(position)["color"],
-                    linestyle="none",
-                    zorder=3,
-                    label=f"{run + ': ' if len(curves) > 1 else ''}best {values[best]:.2f} % "
-                    f"in epoch {curve['epoch'][best]:.0f}",
-                )
+        best = bests[run]
+        if best is not None and best.column in used:
+            axis.plot(
+                best.epoch,
+                best.value,
+                **_style(position) | _mark(position) | {"linestyle": "none"},
+                zorder=3,
+            )
     # What is 0 in the ramp's first epoch, or constant, has no place on a logarithmic axis.
     positive = np.concatenate(drawn)
     positive = positive[np.isfinite(positive)]
@@ -280,15 +355,11 @@ def _draw_panel(axis, panel, curves: dict[str, dict[str, np.ndarray]]) -> None:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(_plain_numbers())
         axis.yaxis.set_minor_formatter(_plain_numbers())
-    words = [columns[column] for column in used]
-    if len(used) > 1:
-        name += f" ({words[0]}; thin: {words[1]})"
-    elif words[0]:
-        name += f" ({words[0]})"
+    words = [kinds[column][0] + columns[column] for column in used if columns[column]]
+    if words:
+        name += f" ({'; '.join(words)})"
     axis.set_title(name)
     axis.set_xlabel("epoch")
     axis.set_ylabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="best", fontsize="small")
