@@ -203,6 +203,7 @@ def test_the_log_and_the_result_say_the_same(images, tmp_path, capsys):
     assert result["best_top1"] == max(accuracies)
     assert result["best_epoch"] == 1 + accuracies.index(max(accuracies))
     assert result["last_top1"] == accuracies[-1]
+    assert result["metric"] == "test_top1"
     assert result["published_top1"] is None
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     # The accuracy, independently, of both weights.
@@ -266,7 +267,7 @@ def test_learning_rate_and_ramp():
     assert ramp(0, 0) == 1
 
 
-def test_adamw_warm_up_clipping_and_average_equal_a_plain_loop(images, tmp_path, double):
+def test_adamw_warm_up_clipping_and_average_equal_a_plain_loop(images, tmp_path, double, capsys):
     more = ("--optimizer", "adamw", "--lr", "0.002", "--betas", "0.9", "0.95", "--epochs", "2")
     more += ("--weight-decay", "0.3", "--no-decay-vectors", "--clip-grad", "0.5", "--schedule")
     more += ("cosine", "--lr-warm-up", "1", "--lr-start", "0.0001", "--lr-end", "0.0005")
@@ -313,6 +314,9 @@ def test_adamw_warm_up_clipping_and_average_equal_a_plain_loop(images, tmp_path,
     assert {"test_top1", "ema_test_top1"} <= rows[0].keys()
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["best_top1"] == max(float(row["ema_test_top1"]) for row in rows)
+    assert result["metric"] == "ema_test_top1"
+    told = f"best top-1 of the average (ema_test_top1) {result['best_top1']:.2f} in epoch "
+    assert told in capsys.readouterr().out
 
 
 def test_accumulated_parts_are_one_batch(images, tmp_path):

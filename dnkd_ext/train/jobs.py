@@ -476,6 +476,8 @@ def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) 
     result = {
         "preset": config.preset,
         "seed": config.run.seed,
+        # By which the best weights are chosen, and of which best and last are.
+        "metric": log["metric"],
         f"published_{figure}": job.published,
         f"best_{figure}": log["best"],
         "best_epoch": log["best_epoch"],

@@ -53,8 +53,11 @@ def result_line(result: dict[str, Any], out: Path) -> str:
     beside = "" if published is None else f" (published, on all data: {published:.2f})"
     if "teacher_top1" in result:
         beside += f", the teacher's {result['teacher_top1']:.2f}"
+    # Results of earlier versions do not say what decides.
+    metric = result.get("metric", "")
+    of_average = f" of the average ({metric})" if metric.startswith("ema_") else ""
     return (
-        f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]} "
+        f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]}{of_average} "
         f"{result[f'best_{name}']:.2f} "
         f"in epoch {result['best_epoch']}, last {result[f'last_{name}']:.2f}{beside}; "
         f"{result['training_seconds']:.0f} s; results in {out}"
