@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import files, gather, jobs, tasks
+from dnkd_ext.train import commands, files, gather, jobs, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.class_names import CLASSES as NOTE
 from dnkd_ext.train.class_names import class_notes, other_classes
@@ -768,6 +768,43 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     for option, value in (("--teacher-weights", "x"), ("--count", "2"), ("--device", "cpu")):
         told = refused(["plot", *folders, "--out", str(out), option, value], capsys)
         assert f"{option} is for the boxes of --task detection, got {value}" in told
+
+
+def test_runs_in_a_picture_are_told_apart(tmp_path, monkeypatch):
+    """By preset, or student and method; by their folders where all that is the same."""
+    base = {"preset": "", "student": "cifar_shufflenetv2", "seed": 0, "nd_weight": 0.0}
+    preset = {**base, "preset": "cifar100/resnet56-resnet20/kd++"}
+    runs = {
+        "ce": {**base, "method": "ce"},
+        "kd": {**base, "method": "kd"},
+        "kd++": {**base, "method": "kd", "nd_weight": 1.5},
+        "first": {**base, "method": "dkd"},
+        "second": {**base, "method": "dkd", "lr": 1.0},
+        "third": {**base, "method": "dkd", "lr": 2.0},
+        "preset": {**preset, "method": "kd", "nd_weight": 1.5},
+        "other": {**preset, "method": "dkd"},
+        "old": {"student": "cifar_resnet20", "seed": 1},
+    }
+    for name, settings in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+        (tmp_path / name / "log.csv").write_text("epoch,test_top1\n1,50.0\n")
+    drawn: list[str] = []
+    monkeypatch.setattr(commands, "plot_curves", lambda rows, path: drawn.extend(rows))
+    # A folder that is named twice is one run.
+    commands.run_plot([tmp_path / name for name in (*runs, "ce", "second")], tmp_path / "out")
+    assert drawn == [
+        "cifar_shufflenetv2, ce, seed 0",
+        "cifar_shufflenetv2, kd, seed 0",
+        "cifar_shufflenetv2, kd, nd 1.5, seed 0",
+        *(
+            f"cifar_shufflenetv2, dkd, seed 0 ({tmp_path / name})"
+            for name in ("first", "second", "third")
+        ),
+        "cifar100/resnet56-resnet20/kd++, seed 0",
+        "cifar100/resnet56-resnet20/kd++, dkd, seed 0",
+        "cifar_resnet20, seed 1",
+    ]
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,28 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return config, rows
 
 
+def _run_name(config: dict[str, Any]) -> str:
+    preset, method, nd = (config.get(name) for name in ("preset", "method", "nd_weight"))
+    words = [preset or str(config.get("student"))]
+    # The last part of a preset's name is its method, where options do not say otherwise.
+    if method and not (preset and preset.endswith(f"/{method}{'++' if nd else ''}")):
+        words += [method, *([f"nd {nd:g}"] if nd else [])]
+    return ", ".join([*words, f"seed {config.get('seed')}"])
+
+
 def run_plot(folders: list[Path], out: Path) -> Path:
-    """The curves of several runs in one picture, ``out/curves.png``."""
-    runs = {}
-    for folder in folders:
-        config, rows = read_run(folder)
-        name = f"{config.get('preset') or config.get('student')}, seed {config.get('seed')}"
-        runs[name if name not in runs else f"{name} ({folder})"] = rows
+    """The curves of several runs in one picture, ``out/curves.png``.
+
+    A run's name is its preset or student, method and seed; where several have one name, their
+    folders stand behind it.
+    """
+    found = {folder: read_run(folder) for folder in folders}
+    names = {folder: _run_name(config) for folder, (config, _) in found.items()}
+    count = Counter(names.values())
+    runs = {
+        names[folder] if count[names[folder]] == 1 else f"{names[folder]} ({folder})": rows
+        for folder, (_, rows) in found.items()
+    }
     out.mkdir(parents=True, exist_ok=True)
     plot_curves(runs, out / CURVES)
     return out / CURVES
