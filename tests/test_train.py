@@ -48,6 +48,7 @@ from dnkd_ext.train.teacher import load_teacher
 from dnkd_ext.train.world import World
 from tests.float64 import in_float64
 from tests.runs import LOSS, WEIGHTS, by_two, by_two_in_float64, environment, log, same, weights
+from tests.test_distributed import in_processes
 
 MISSING = [
     name for name in ("tyro", "yaml", "tensorboard") if importlib.util.find_spec(name) is None
@@ -1138,6 +1139,37 @@ def test_classes_not_seen_yet_are_no_trouble(images, teacher, tmp_path):
     soft = torch.tensor([[0.3, 0.7, 0.0]]).expand(len(images), -1)
     assert task.step(images, soft, torch.tensor(1.0))[3].isfinite()
     assert task.step.running.counts.tolist() == [12, 12, 0, 0]
+
+
+def figures_of(rank: int, size: int, images: str, teacher: str) -> list:
+    """What is drawn of the features, and the teacher's accuracy."""
+    settings = {"data": images, "student": "cifar_resnet20", "nd_weight": 1.0, "method": "kd"}
+    settings |= {"teacher": "cifar_resnet32", "batch_size": 12, "eval_batch_size": 10}
+    config = replace(TrainConfig(), {**settings, "progress": False})
+    world = World(rank, size, torch.device("cpu"))
+    source = open_source(config, world, progress=False)
+    given = load_teacher("cifar_resnet32", teacher, source, world.device)
+    means = ClassMeans(CLASSES, 64)
+    generator = torch.Generator().manual_seed(0)
+    means.update(torch.rand(CLASSES, 64, generator=generator), torch.arange(CLASSES))
+    task = Classification(config, source, given._replace(class_means=means), world)
+    norms, cosines = task.feature_figures(*task.evaluated)
+    figures = [
+        {name: np.sort(values).tolist() for name, values in one.items()} for one in (norms, cosines)
+    ]
+    return [*figures, task.teacher_top1]
+
+
+def test_features_of_all_processes_are_drawn(images, teacher, tmp_path):
+    """The same on both of them as on one alone, whose test images they share."""
+    wanted = figures_of(0, 1, str(images), str(teacher))
+    assert {len(values) for one in wanted[:2] for values in one.values()} == {CLASSES * TEST}
+    for norms, cosines, top1 in in_processes(figures_of, tmp_path, str(images), str(teacher)):
+        for found, known in zip((norms, cosines), wanted, strict=False):
+            assert found.keys() == known.keys() == {"teacher", "student"}
+            for name, values in known.items():
+                assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-5)
+        assert top1 == wanted[2]
 
 
 def test_class_means_that_follow_are_refused_where_they_have_no_part():

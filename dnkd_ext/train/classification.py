@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -240,8 +241,8 @@ class Classification(Task):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Norms, and cosines to the class means, of the test images' features, by model.
 
-        Of the teacher, and of the student or its average. Empty without class means. Of this
-        process's images only.
+        Of the teacher, and of the student or its average. Empty without class means. Of the images
+        of all processes, the same on all of them; a collective call.
         """
         means = self.class_means
         if means is None:
@@ -257,8 +258,12 @@ class Classification(Task):
             else:
                 own = self._projected(own, projector)
             kept = result.target != -100
-            norms[name] = own[kept].norm(dim=1).cpu().numpy()
+            norms[name] = self._of_all(own[kept].norm(dim=1))
             if own.shape[1] == means.shape[1]:
                 cosine = F.cosine_similarity(own[kept], means[result.target[kept]], dim=1)
-                cosines[name] = cosine.cpu().numpy()
+                cosines[name] = self._of_all(cosine)
         return norms, cosines
+
+    def _of_all(self, values: Tensor) -> Any:
+        """One value per image, of the images of all processes; a collective call."""
+        return np.concatenate(self.world.gather(values.cpu().numpy()))
