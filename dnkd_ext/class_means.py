@@ -500,7 +500,8 @@ class ClassMeans:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no safetensors file, is damaged, or holds no class means.
+            ValueError: the file is no safetensors file, is damaged, or holds no class means, or
+                such as are not finite.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -526,6 +527,8 @@ class ClassMeans:
         table = tensors.get("class_means")
         if table is None or table.dim() != 2 or table.dtype != torch.float32 or 0 in table.shape:
             raise ValueError(f"{path}: 'class_means' is not a (C, D) float32 table")
+        if not table.isfinite().all():
+            raise ValueError(f"{path} holds class means that are not finite")
         checksum, ignored = metadata.get("sha256"), metadata.get("ignore_index", "-100")
         if checksum is not None and checksum != _digest(tensors):
             raise ValueError(f"{path} is damaged: its contents do not match their checksum")

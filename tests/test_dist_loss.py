@@ -10,7 +10,7 @@ import torch
 from torch import distributed, nn
 
 import dnkd_ext
-from tests.cases import DIST_LOSS, truth
+from tests.cases import DIST_LOSS, DTYPES, truth
 from tests.test_distributed import in_processes
 
 # Largest error of a loss and a gradient relative to the largest element.
@@ -204,6 +204,37 @@ def test_gradient_larger_than_the_caches(needs_extension, dtype, generator):
     scale = expected[1].abs().max().item()
     unit = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0
     torch.testing.assert_close(result[1], expected[1], rtol=unit, atol=(1e-5 + unit) * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [100, 1100])
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+def test_half_precision_beside_teachers_of_any(dtype, width, teacher_dtype, device, generator):
+    """Chunks of rows and tiles of columns of two dtypes, against float64 on the same inputs."""
+    student, teacher = logits(
+        generator, 19, width, dtype=dtype, device=device, teacher_dtype=teacher_dtype
+    )
+    epsilon = torch.finfo(dtype).eps
+    fused, reference = (
+        errors(evaluate(function, student, teacher, **OPTIONS), student, teacher, **OPTIONS)
+        for function in IMPLEMENTATIONS.values()
+    )
+    assert fused[0] <= 1e-5
+    assert fused[1] <= 0.5 * epsilon + 1e-5
+    assert fused[1] <= reference[1] + 0.25 * epsilon
+
+
+def test_vmap_over_batches(device, generator):
+    """The columns of each batch are correlated by themselves."""
+    batches = torch.randn(3, 7, 12, generator=generator, dtype=torch.float64).to(device)
+    teacher = torch.randn(7, 12, generator=generator, dtype=torch.float64).to(device)
+    losses = torch.func.vmap(lambda x: dnkd_ext.dist_loss(x, teacher, **OPTIONS))(batches)
+    expected = torch.stack([dnkd_ext.dist_loss(x, teacher, **OPTIONS) for x in batches])
+    torch.testing.assert_close(losses, expected)
+    inter = torch.stack(
+        [dnkd_ext.dist_loss(x, teacher, **{**OPTIONS, "gamma": 0}) for x in batches]
+    )
+    assert ((losses - inter).abs() > 0.1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

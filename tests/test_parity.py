@@ -100,11 +100,12 @@ def test_golden_half(case, dtype, golden, device):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_any_shape_stride_and_dtype(case, data):
     """Leading shapes, row strides, dtype mixtures and targets drawn by hypothesis."""
+    function = getattr(case, data.draw(st.sampled_from(["fused", "fused", "reference"])))
     shape = data.draw(st.lists(st.integers(0, 5), min_size=0, max_size=3), label="leading shape")
     width = data.draw(st.integers(min(case.widths), 70), label="width")
     classes = data.draw(st.integers(1, 6), label="classes")
@@ -141,7 +142,7 @@ def test_any_shape_stride_and_dtype(case, data):
     changes[0].requires_grad_()
     args, kwargs = replaced(arguments, changes)
     expected = truth(case, (args, kwargs), reduction)
-    result = case.fused(*args, **kwargs, reduction=reduction)
+    result = function(*args, **kwargs, reduction=reduction)
     (gradient,) = torch.autograd.grad(result.sum(), args[0])
     tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
     unit = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0
@@ -207,23 +208,26 @@ def test_no_rows_of_odd_strides(case, implementation, device, generator):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_meta_device(case, reduction, generator, monkeypatch):
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_meta_device(case, implementation, dtype, reduction, generator, monkeypatch):
     """Shapes and dtypes without numbers, as of every device without a kernel."""
+    function = getattr(case, implementation)
     for name, build in case.variants.items():
         arguments = build(generator, 6, 8, 5)
-        args, kwargs = convert(arguments, torch.float16, "cpu")
-        wanted = case.fused(*args, **kwargs, reduction=reduction)
-        args, kwargs = convert(arguments, torch.float16, "meta")
+        args, kwargs = convert(arguments, dtype, "cpu")
+        wanted = function(*args, **kwargs, reduction=reduction)
+        args, kwargs = convert(arguments, dtype, "meta")
         for asked in ("0", "1"):  # there is no target that could be looked at
             monkeypatch.setenv("DNKD_CHECK_TARGET", asked)
-            loss = case.fused(*args, **kwargs, reduction=reduction)
+            loss = function(*args, **kwargs, reduction=reduction)
             assert (loss.device.type, loss.dtype, loss.shape) == (
                 "meta",
                 wanted.dtype,
                 wanted.shape,
             ), name
         (gradient,) = torch.autograd.grad(loss.sum(), args[0])
-        assert (gradient.dtype, gradient.shape) == (torch.float16, args[0].shape)
+        assert (gradient.dtype, gradient.shape) == (dtype, args[0].shape)
 
 
 @pytest.mark.cuda

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import dnkd_ext
 from dnkd_ext import ClassMeans, features
 from dnkd_ext.cli import main
-from dnkd_ext.train import commands, files, gather, jobs, tasks
+from dnkd_ext.train import arguments, commands, files, gather, jobs, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.class_names import CLASSES as NOTE
 from dnkd_ext.train.class_names import class_notes, other_classes
@@ -782,8 +782,11 @@ def test_runs_in_a_picture_are_told_apart(tmp_path, monkeypatch):
         "first": {**base, "method": "dkd"},
         "second": {**base, "method": "dkd", "lr": 1.0},
         "third": {**base, "method": "dkd", "lr": 2.0},
-        "preset": {**preset, "method": "kd", "nd_weight": 1.5},
+        "preset": {**preset, "method": "kd", "nd_weight": 2.0},
+        "weight": {**preset, "method": "kd", "nd_weight": 1.5},
         "other": {**preset, "method": "dkd"},
+        "teacher": {**base, "preset": "cifar100/teacher/resnet56", "method": "ce"},
+        "gone": {**base, "preset": "cifar100/no-more/kd", "method": "kd"},
         "old": {"student": "cifar_resnet20", "seed": 1},
     }
     for name, settings in runs.items():
@@ -803,7 +806,10 @@ def test_runs_in_a_picture_are_told_apart(tmp_path, monkeypatch):
             for name in ("first", "second", "third")
         ),
         "cifar100/resnet56-resnet20/kd++, seed 0",
+        "cifar100/resnet56-resnet20/kd++, kd, nd 1.5, seed 0",
         "cifar100/resnet56-resnet20/kd++, dkd, seed 0",
+        "cifar100/teacher/resnet56, seed 0",
+        "cifar100/no-more/kd, kd, seed 0",
         "cifar_resnet20, seed 1",
     ]
 
@@ -1640,10 +1646,19 @@ def test_weights_and_features_that_are_not_finite(images, teacher, tmp_path, cap
     monkeypatch.setattr(gather, "features", overflowing)
     means = tmp_path / "means.safetensors"
     command = ["class-means", *seen, "--weights", str(teacher), "--out", str(means)]
-    assert "the features of 3 classes are not finite, the first 'class0'" in refused(
-        command, capsys
-    )
-    assert not means.exists()
+    message = "the teacher's features are not finite, in the classes 'class0', 'class1', 'class2'"
+    for more in ([], ["--resume"]):  # nothing of the pass is left
+        assert message in refused([*command, *more], capsys)
+        assert [*tmp_path.glob("means*")] == []
+    both = options(images, tmp_path / "both", *of(teacher, "kd", 1.0, "--seeds", "0,1"))
+    for more in ([], ["--at-once", "2"]):
+        assert f"2 of 2 runs failed: run, seed 0, in {tmp_path}" in refused([*both, *more], capsys)
+    table = ClassMeans(CLASSES, 64)
+    table.update(torch.full((CLASSES, 64), math.nan), torch.arange(CLASSES))
+    table.save(means)
+    named = of(teacher, "kd", 1.0, "--class-means", str(means))
+    told = refused(options(images, tmp_path / "run", *named), capsys)
+    assert f"{means} holds class means that are not finite" in told
     monkeypatch.setattr("dnkd_ext.train.evaluation.features", overflowing)
     capsys.readouterr()
     assert main(["eval", *seen, "--weights", str(teacher)]) == 0
@@ -1672,6 +1687,50 @@ def test_several_runs_are_not_put_below_one(images, tmp_path, capsys):
     told = refused(arguments, capsys)
     assert f"--out {tmp_path / 'run'} is the folder of a run" in told
     assert not (tmp_path / "run" / "run").exists()
+    # What was stopped before it had a log is none.
+    for path in (tmp_path / "run").iterdir():
+        if path.is_file() and path.name != "config.json":
+            path.unlink()
+    assert main(arguments) == 0
+
+
+def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(images, out, "--epochs", "1")
+    (out / "result.json").write_text("[1]")
+    told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
+    assert f"{out} holds a damaged config.json or result.json: it is no result of a run" in told
+
+
+def test_options_of_other_methods(images, teacher, tmp_path, capsys):
+    """A preset's own, and those for another preset of the call, are left out."""
+
+    def read(*more):
+        given = ["--data", str(images), "--out", str(tmp_path / "run"), *more]
+        return [config.method for config, _ in arguments._read_train(given)[1]]
+
+    (method,) = read("--preset", "coco/r101-r18/reviewkd", "--method", "kd")
+    assert (method.method, method.mid_channels) == ("kd", None)
+    (method,) = read("--preset", "coco/r101-r18/reviewkd")
+    assert method.mid_channels == 256
+    found = read("--preset", "cifar100/resnet56-resnet20/{ce,kd,kd++}", "--logit-standardization")
+    assert [method.logit_standardization for method in found] == [False, True, True]
+    with pytest.raises(ValueError, match="--mid-channels is for --method reviewkd, got --method k"):
+        read("--preset", "cifar100/resnet56-resnet20/{kd,dkd}", "--mid-channels", "64")
+    # A run of before, whose configuration has such an option, goes on.
+    out = tmp_path / "old"
+    rows = run(images, out, *of(teacher, "dist", 0.0, "--epochs", "1"))
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "logit_standardization": True}))
+    (out / "result.json").unlink()
+    assert run(images, out, *of(teacher, "dist", 0.0, "--epochs", "1", "--resume")) == rows
+
+
+def test_that_a_students_tag_has_no_part_is_told(images, tmp_path, capsys):
+    pytest.importorskip("timm")
+    run(images, tmp_path / "run", "--student", "test_resnet.r160_in1k", "--epochs", "1")
+    told = capsys.readouterr().out
+    assert "note: a student begins with fresh weights, not with test_resnet's .r160_in1k" in told
 
 
 def test_an_epoch_that_a_signal_ended_is_in_tensorboard(images, tmp_path, monkeypatch):
@@ -1718,9 +1777,13 @@ def test_the_bar_of_runs_at_once_follows_their_logs(tmp_path):
         rows = [{"epoch": i, "images_per_second": speed} for i, speed in enumerate(speeds)]
         files.write_csv(job.out / "log.csv", rows)
     at_once._show(bar, jobs, jobs, seen)
-    assert (bar.epochs, bar.said) == (3, "2 runs at once, 350 img/s")
+    assert (bar.epochs, bar.said) == (3, "runs at once: 2, 350 img/s")
+    bar.said = ""
+    at_once._show(bar, jobs, jobs, seen)
+    assert (bar.epochs, bar.said) == (3, "")  # without a bar it would be a line every time
+    files.write_csv(jobs[0].out / "log.csv", 3 * [{"epoch": 1, "images_per_second": 110}])
     at_once._show(bar, jobs, jobs[:1], seen)
-    assert (bar.epochs, bar.said) == (3, "1 runs at once, 100 img/s")
+    assert (bar.epochs, bar.said) == (4, "runs at once: 1, 110 img/s")
 
 
 def test_a_loss_that_is_not_finite_is_named(images, teacher, tmp_path, capsys, monkeypatch):

@@ -449,6 +449,9 @@ def test_sixteen_bits(mode, tmp_path):
         assert (found == found[:, :, :1]).all()
         found = found[:, :, 0]
     assert (found == wide // 256).all()
+    (tmp_path / "wide.pgm").write_bytes(b"P5 7 9 65535 " + wide.astype(">u2").tobytes())
+    grey = np.asarray(memory._open(tmp_path / "wide.pgm"))
+    assert (grey == (wide // 256)[:, :, None]).all()
     Image.fromarray(wide.astype(np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match=r"float\.tiff is not .* Pillow's mode F, and not of 8 or"):
         memory._open(tmp_path / "float.tiff")

@@ -17,6 +17,7 @@ import tyro
 
 from dnkd_ext.train.commands import run_class_means, run_eval, run_pictures, run_plot
 from dnkd_ext.train.config import (
+    OF_METHODS,
     DataOptions,
     DetectionOptions,
     MethodOptions,
@@ -26,6 +27,7 @@ from dnkd_ext.train.config import (
     RunOptions,
     TrainConfig,
     replace,
+    unused,
 )
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
@@ -241,6 +243,24 @@ def _without_teacher(config: TrainConfig, *, others_have_nd: bool) -> TrainConfi
     return replace(config, none)
 
 
+def _without_unused(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:
+    """The configuration without options of other methods: its preset's, or for other presets.
+
+    Raises:
+        ValueError: no configuration has a use for an option that was given.
+    """
+    settings = load_preset(config.preset).settings if config.preset else {}
+    for name, default in unused(config).items():
+        given = getattr(config.method, name)
+        is_given = given not in (default, settings.get(name, default))
+        if is_given and all(name in unused(other) for other in configs):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --method {' and '.join(OF_METHODS[name])}, got "
+                f"--method {config.method.method}"
+            )
+    return replace(config, unused(config))
+
+
 def _published(config: TrainConfig) -> float | None:
     """The preset's accuracy or AP, where models and method are still its own."""
     if not config.preset:
@@ -301,6 +321,7 @@ def _read_train(
             arguments.detection,
         )
         configs.append(config)
+    configs = [_without_unused(config, configs) for config in configs]
     if any(config.needs_teacher for config in configs):
         # What the options say of the teacher is for those that have one.
         any_nd = any(config.method.nd_weight for config in configs)

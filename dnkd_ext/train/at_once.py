@@ -110,7 +110,7 @@ def _epochs(out: Path) -> tuple[int, float]:
         with (out / LOG).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return len(rows), float(rows[-1]["images_per_second"])
-    except (OSError, IndexError, KeyError, TypeError, ValueError):
+    except (OSError, IndexError, KeyError, TypeError, ValueError, csv.Error):
         return 0, 0.0  # none yet, or half of a row
 
 
@@ -118,15 +118,15 @@ def _show(
     bar: Progress, jobs: Sequence[Any], running: Collection[Any], epochs: dict[Path, int]
 ) -> None:
     """Bring the bar to what the logs of the runs have."""
-    speeds = {}
+    speeds, moved = {}, False
     for job in jobs:
         done, speeds[job.out] = _epochs(job.out)
         if done > epochs[job.out]:
             bar.advance(done - epochs[job.out])
-            epochs[job.out] = done
-    if running:
+            epochs[job.out], moved = done, True
+    if running and moved:
         speed = sum(speeds[job.out] for job in running)
-        bar.say(f"{len(running)} runs at once, {speed:.0f} img/s")
+        bar.say(f"runs at once: {len(running)}, {speed:.0f} img/s")
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

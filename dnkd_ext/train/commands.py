@@ -20,6 +20,7 @@ from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
 from dnkd_ext.train.networks import PRETRAINED, try_out, weights_file
 from dnkd_ext.train.plots import plot_curves
+from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 
@@ -42,6 +43,7 @@ def run_class_means(
         FileExistsError: ``out`` exists, or a part of it, and neither ``overwrite`` nor, for parts,
             ``resume`` is given.
         ValueError, FileNotFoundError: a wrong option or input.
+        FloatingPointError: features are not finite.
     """
     with world.together():
         config.check_data()
@@ -74,9 +76,13 @@ def run_class_means(
             out.parent.mkdir(parents=True, exist_ok=True)
             if not resume:
                 remove_parts(out)
-    means = tasks.gather_class_means(
-        teacher.model, source, config, world, notes, path=out, resume=resume
-    )
+    try:
+        means = tasks.gather_class_means(
+            teacher.model, source, config, world, notes, path=out, resume=resume
+        )
+    except FloatingPointError as error:
+        with world.together():  # one tells it
+            raise error
     with world.first_alone():
         if world.is_first:
             means.save(out)
@@ -159,10 +165,18 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _run_name(config: dict[str, Any]) -> str:
     preset, method, nd = (config.get(name) for name in ("preset", "method", "nd_weight"))
     words = [preset or str(config.get("student"))]
-    # The last part of a preset's name is its method, where options do not say otherwise.
-    if method and not (preset and preset.endswith(f"/{method}{'++' if nd else ''}")):
+    if method and not (preset and _is_of_preset(preset, method, nd)):
         words += [method, *([f"nd {nd:g}"] if nd else [])]
     return ", ".join([*words, f"seed {config.get('seed')}"])
+
+
+def _is_of_preset(preset: str, method: str, nd: float) -> bool:
+    """Whether these are the preset's own, which its name tells then."""
+    try:
+        settings = load_preset(preset).settings
+    except ValueError:  # of another version
+        return False
+    return (settings.get("method"), settings.get("nd_weight")) == (method, nd)
 
 
 def run_plot(folders: list[Path], out: Path) -> Path:

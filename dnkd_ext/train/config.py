@@ -352,13 +352,6 @@ class TrainConfig:
         if self.run.fsdp_teacher and not self.needs_teacher:
             raise ValueError("--fsdp-teacher, but --method ce with --nd-weight 0 has no teacher")
         self._check_class_means()
-        for name, methods in OF_METHODS.items():
-            given = getattr(self.method, name)
-            if self.method.method not in methods and given != getattr(MethodOptions(), name):
-                raise ValueError(
-                    f"--{_option(name)} is for --method {' and '.join(methods)}, got --method "
-                    f"{self.method.method}"
-                )
         if self.data.task == "detection":
             self._check_detection()
         if self.needs_teacher:
@@ -463,8 +456,11 @@ OF_TASKS = {
     "flip": ("cifar", "detection"),
     "workers": ("imagenet", "detection"),
 }
-# Which methods have an option that says what is computed; weights and such of others do no harm.
-OF_METHODS = {"logit_standardization": ("kd", "dkd"), "mid_channels": ("reviewkd",)}
+# Which methods have an option that says how they compute; weights and such of others do no harm.
+OF_METHODS: dict[str, tuple[str, ...]] = {
+    "logit_standardization": ("kd", "dkd"),
+    "mid_channels": ("reviewkd",),
+}
 OF_GROUPS: dict[type, tuple[str, ...]] = {
     ReaderOptions: ("imagenet",),
     DetectionOptions: ("detection",),
@@ -545,6 +541,15 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
         for name, value in dataclasses.asdict(getattr(config, group)).items():
             flat[name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def unused(config: TrainConfig) -> dict[str, Any]:
+    """The options that the configuration's method has no use for, as they are without them."""
+    return {
+        name: getattr(MethodOptions(), name)
+        for name, methods in OF_METHODS.items()
+        if config.method.method not in methods
+    }
 
 
 def replace(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

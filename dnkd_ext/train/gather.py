@@ -173,7 +173,7 @@ def gather_means(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came.
-        ValueError: features are not finite.
+        FloatingPointError: features are not finite; on all processes.
     """
     metadata = metadata or {}
     origin = _origin(source, config, metadata)
@@ -234,9 +234,12 @@ def gather_means(
     result.metadata = dict(metadata)
     wrong = (~result.compute().isfinite().all(1)).nonzero().flatten().tolist()
     if wrong:
-        raise ValueError(
-            f"the features of {len(wrong)} classes are not finite, the first "
-            f"{source.classes[wrong[0]]!r}: the teacher cannot be learned from"
+        if path is not None:  # it would only be gone on with
+            _part(path, world).unlink(missing_ok=True)
+        names = ", ".join(repr(source.classes[label]) for label in wrong[:3])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise FloatingPointError(
+            f"the teacher's features are not finite, in the classes {names}{more}"
         )
     return result
 

@@ -25,7 +25,7 @@ from dnkd_ext.train.at_once import train_at_once
 from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
 from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.classification import Classification
-from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace
+from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace, unused
 from dnkd_ext.train.engine import BEST, LAST, check_identity, train
 from dnkd_ext.train.files import (
     CLASS_MEANS,
@@ -44,7 +44,13 @@ from dnkd_ext.train.gather import remove_parts
 from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.shared import Shared
-from dnkd_ext.train.summary import all_results, format_summary, result_line, summary
+from dnkd_ext.train.summary import (
+    all_results,
+    format_summary,
+    is_result,
+    result_line,
+    summary,
+)
 from dnkd_ext.train.teacher import identity
 from dnkd_ext.train.world import World
 
@@ -117,18 +123,10 @@ def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOption
 def plan_jobs(
     configs: list[tuple[TrainConfig, float | None]], seeds: list[int], out: Path
 ) -> list[Job]:
-    """A job for every configuration and seed; several get folders of their own below ``out``.
-
-    Raises:
-        FileExistsError: there are several, and ``out`` is the folder of a run itself.
-    """
+    """A job for every configuration and seed; several get folders of their own below ``out``."""
     if len(configs) * len(seeds) == 1:
         config, published = configs[0]
         return [Job(replace(config, {"seed": seeds[0]}), out, published)]
-    if (out / CONFIG).exists():
-        raise FileExistsError(
-            f"--out {out} is the folder of a run, which several runs have below it; choose another"
-        )
     return [
         Job(
             replace(config, {"seed": seed}),
@@ -189,6 +187,11 @@ def run_jobs(
                         own.take(job.out)
                 if overwrite:
                     _check_overwritten(ready)
+                if all(job.out != out for job in ready) and _present(out):
+                    raise FileExistsError(
+                        f"--out {out} is the folder of a run, and cannot be that of several, in "
+                        "whose table it would be, too; choose another"
+                    )
                 states = [_look(job, resume, overwrite) for job in ready]
         states = world.from_first(states)
         at_once = min(at_once, sum(state.result is None for state in states))
@@ -270,8 +273,7 @@ def _run_ready(
             # The first is the same on all processes; of the others the first process alone knows.
             if world.size > 1 and not isinstance(error, FloatingPointError):
                 raise
-            name = f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
-            failed.append(f"{name}: {error}")
+            failed.append(f"{_name(job)}: {error}")
             kind = kind or type(error)
     with world.first_alone():
         if world.is_first and len(ready) > 1:
@@ -358,15 +360,20 @@ def _check_overwritten(jobs: list[Job]) -> None:
                 )
 
 
+def _present(out: Path) -> list[str]:
+    """What shows that a folder holds a run: a log or a checkpoint; what failed before is none."""
+    present = [name for name in OWN_FILES if (out / name).exists()]
+    present += [path.name for path in shard_folders(out)]
+    return [] if set(present) <= {CONFIG, CLASS_MEANS} else present
+
+
 def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     """What is there already; an error where the folder must not be touched."""
     out = job.out
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out {out} is a file")
-    present = [name for name in OWN_FILES if (out / name).exists()]
-    present += [path.name for path in shard_folders(out)]
-    # A run has a log or a checkpoint; what failed or was killed before is none.
-    if overwrite or set(present) <= {CONFIG, CLASS_MEANS}:
+    present = _present(out)
+    if overwrite or not present:
         return _State()
     if not resume:
         raise FileExistsError(
@@ -382,15 +389,18 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
             result = json.loads((out / RESULT).read_text(encoding="utf-8"))
         if not isinstance(before, dict):
             raise ValueError("it holds no object")
+        if result is not None and not is_result(result):
+            raise ValueError("it is no result of a run")
     except ValueError as error:
         raise ValueError(f"{out} holds a damaged {CONFIG} or {RESULT}: {error}") from error
     # Options that are younger than the run had their defaults.
     before = {**flatten(TrainConfig()), **before}
     now = flatten(job.config)
+    free = FREE | unused(job.config).keys()
     differs = [
         f"{name} is {now.get(name)!r}, was {value!r}"
         for name, value in before.items()
-        if name not in FREE and now.get(name) != value
+        if name not in free and now.get(name) != value
     ]
     if differs:
         raise ValueError(
@@ -527,14 +537,21 @@ def _run_at_once(
     Raises:
         Interrupted: see :func:`dnkd_ext.train.at_once.train_at_once`.
     """
-    todo = []
+    todo, failed = [], []
     for job in jobs:
         if _take(job, own, resume) is None:
-            todo.append(job)
             prepare_device(job.config, shared.world)
-            shared.teacher_with_means(job.config, job.out)
+            try:
+                shared.teacher_with_means(job.config, job.out)
+                todo.append(job)
+            except FloatingPointError as error:
+                failed.append(f"{_name(job)}: {error}")
     shared.forget()
-    return train_at_once(todo, number, own.release)
+    return failed + train_at_once(todo, number, own.release)
+
+
+def _name(job: Job) -> str:
+    return f"{job.config.preset or 'run'}, seed {job.config.run.seed}, in {job.out}"
 
 
 def _heading(job: Job, source: Any, world: World) -> str:
@@ -549,6 +566,9 @@ def _heading(job: Job, source: Any, world: World) -> str:
     if config.run.fsdp:
         words.append("share the student" + " and the teacher" * config.run.fsdp_teacher)
     optim = config.optim
+    plain, _, tag = config.model.student.partition(".")
+    if tag:
+        words.append(f"\nnote: a student begins with fresh weights, not with {plain}'s .{tag}")
     late = [step for step in optim.milestones if step >= optim.epochs]
     if optim.schedule == "multistep" and late:
         words.append(f"\nnote: the run ends before --milestones {' '.join(map(str, late))}")

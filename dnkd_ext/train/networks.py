@@ -97,12 +97,6 @@ def build_student(config: TrainConfig, source: Source) -> nn.Module:
         ModuleNotFoundError: the name is timm's, and timm is not installed.
     """
     options = config.model
-    plain, _, tag = options.student.partition(".")
-    if tag:
-        raise ValueError(
-            f"--student {options.student} begins with fresh weights, not with those that .{tag} "
-            f"names; pass {plain}"
-        )
     student = build_model(
         options.student, len(source.classes), source.channels, drop_path=options.drop_path
     )

@@ -11,7 +11,7 @@ from typing import Any
 from dnkd_ext.train.config import FREE, TrainConfig, flatten
 from dnkd_ext.train.files import RESULT
 
-__all__ = ["all_results", "format_summary", "result_line", "summary"]
+__all__ = ["all_results", "format_summary", "is_result", "result_line", "summary"]
 
 
 def all_results(out: Path) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def all_results(out: Path) -> list[dict[str, Any]]:
     for path in sorted(out.rglob(RESULT)):
         try:
             result = json.loads(path.read_text("utf-8"))
-            wrong = None if _is_result(result) else "it is no result of a run"
+            wrong = None if is_result(result) else "it is no result of a run"
         except (ValueError, OSError) as error:
             wrong = str(error)
         if wrong is None:
@@ -33,7 +33,7 @@ def all_results(out: Path) -> list[dict[str, Any]]:
     return results
 
 
-def _is_result(value: Any) -> bool:
+def is_result(value: Any) -> bool:
     """Whether it has what the table is made of."""
     return (
         isinstance(value, dict)

@@ -105,7 +105,7 @@ def check_normalisation(weights: str, config: TrainConfig) -> None:
         return
     notes, given = read_notes(weights_file(weights)), normalisation_notes(config)
     differing = [key for key in given if notes.get(key, given[key]) != given[key]]
-    if differing:
+    if differing and "model" in notes:
         there, here = (
             " ".join(f"--{key} {_words(values[key])}" for key in differing)
             for values in (notes, given)

@@ -18,8 +18,6 @@ from tests.cases.logits import CE_DKD_LOSS, CE_KD_LOSS, DKD_LOSS, KD_LOSS, LOGIT
 from tests.cases.nd import ND_LOSS
 
 CASES = (ND_LOSS, *LOGIT_CASES, DIST_LOSS)
-# Those of which each row has a loss of its own.
-ROW_CASES = tuple(case for case in CASES if case.is_sum_of_rows)
 
 __all__ = [
     "CASES",
@@ -31,7 +29,6 @@ __all__ = [
     "KD_LOSS",
     "LOGIT_CASES",
     "ND_LOSS",
-    "ROW_CASES",
     "LossCase",
     "convert",
     "finite",

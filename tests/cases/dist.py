@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import dnkd_ext
-from tests.cases.base import Arguments, BadInput, Build, LossCase, Truth, option, put
+from tests.cases.base import DTYPES, Arguments, BadInput, Build, LossCase, Truth, option, put
 
 # Added to the product of two norms.
 EPS = 1e-8
@@ -204,7 +204,7 @@ def _inner_operators(
     g: torch.Generator, device: str | torch.device
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     ops = torch.ops.dnkd_ext
-    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    for dtype in DTYPES:
         student, teacher = (torch.randn(6, 16, generator=g).to(device, dtype) for _ in range(2))
         yield "_dist_loss_moments", (student, teacher, 2.0)
         rows, moments = ops._dist_loss_moments(student, teacher, 2.0)

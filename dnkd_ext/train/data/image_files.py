@@ -28,6 +28,8 @@ __all__ = ["left_out", "load_images"]
 CIFAR100_FOLDER = "cifar-100-python"
 CIFAR100_FILES = ("train", "test", "meta")
 CACHE_FORMAT = "dnkd_ext images 1"
+# Of how files become pixels; a cache of another one is written anew.
+DECODING = 2
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -201,7 +203,9 @@ def _unpickle(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(folder: Path, files: list[Path], limit: int | None, seed: int) -> str:
-    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, limit, seed if limit else None]).encode())
+    digest = hashlib.sha256(
+        json.dumps([CACHE_FORMAT, DECODING, limit, seed if limit else None]).encode()
+    )
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file.parent} has no file {file.name}")

@@ -304,7 +304,8 @@ class _Images(Dataset):
         height, width = split.sizes[sample.index].tolist()
         try:
             with Image.open(path) as opened:
-                pixels = np.array(converted(_upright(opened, (width, height)), "RGB"))
+                turned = _upright(opened, (width, height))
+                pixels = np.array(converted(turned, "RGB", opened.format))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}") from error
         if pixels.shape[:2] != (height, width):

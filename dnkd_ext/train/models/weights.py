@@ -52,6 +52,9 @@ def load_weights(
             state = adapt(state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    broken = [name for name, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds values that are not finite, the first in {broken[0]}")
     wanted = model.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [f"{name} is not in the model" for name in state if name not in wanted]
@@ -72,9 +75,6 @@ def load_weights(
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path} holds {other}: {'; '.join(problems[:3])}{more}")
-    broken = [name for name, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} holds values that are not finite, the first in {broken[0]}")
     model.load_state_dict(state)
 
 
