@@ -10,6 +10,7 @@ import torch
 
 import dnkd_ext
 from tests.cases import CASES
+from tests.stripes import double, images, teacher, whole  # noqa: F401
 
 # The folder of reference values beside the repository, unless named.
 GOLDEN = Path(

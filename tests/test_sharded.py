@@ -1,7 +1,5 @@
 """Sharded runs: against one process, killed and gone on with, by other numbers of processes."""
 
-# ruff: noqa: F811  (fixtures of another file)
-
 from __future__ import annotations
 
 import importlib.util
@@ -37,18 +35,8 @@ from dnkd_ext.train.teacher import cast_once
 from dnkd_ext.train.world import World
 from tests.runs import WEIGHTS, log, near, same, succeeded, together, weights
 from tests.sharded_worker import DIES
+from tests.stripes import ALONE, MISSING, of, options, refused, run
 from tests.test_distributed import in_processes
-from tests.test_train import (  # noqa: F401
-    ALONE,
-    MISSING,
-    double,
-    images,
-    of,
-    options,
-    refused,
-    run,
-    teacher,
-)
 
 pytestmark = [
     pytest.mark.skipif(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import dnkd_ext
-from tests.cases.base import DTYPES, Arguments, BadInput, Build, LossCase, Truth, option, put
+from tests.cases.base import DTYPES, Arguments, BadInput, Build, LossCase, Truth, option
+from tests.cases.logits import bad_logits
 
 # Added to the product of two norms.
 EPS = 1e-8
@@ -114,65 +115,7 @@ def _golden(arrays: dict[str, np.ndarray]) -> Iterator[tuple[Arguments, float, n
 
 
 BAD_INPUTS = (
-    BadInput(
-        "student is a list",
-        put(0, lambda x: [[1.0]]),
-        TypeError,
-        "student_logits must be a torch.Tensor, got list",
-        is_traceable=False,
-    ),
-    BadInput(
-        "student is integer",
-        put(0, lambda x: x.long()),
-        TypeError,
-        "student_logits must be float16, bfloat16, float32 or float64, got",
-    ),
-    BadInput(
-        "student is 0-dim",
-        put(0, lambda x: x.sum()),
-        ValueError,
-        r"student_logits must be \(\.\.\., C\), got a 0-dim tensor",
-    ),
-    BadInput(
-        "no classes",
-        put(0, lambda x: x[:, :0]),
-        ValueError,
-        "student_logits must have at least 1 class, got 0",
-    ),
-    BadInput(
-        "teacher is a list",
-        put(1, lambda x: x.tolist()),
-        (TypeError, RuntimeError),
-        "teacher_logits",
-        is_traceable=False,
-    ),
-    BadInput(
-        "teacher is integer",
-        put(1, lambda x: x.int()),
-        TypeError,
-        "teacher_logits must be float16, bfloat16, float32 or float64, got",
-    ),
-    BadInput(
-        "teacher of fewer classes",
-        put(1, lambda x: x[:, 1:]),
-        ValueError,
-        r"teacher_logits must have the shape of student_logits \[6, 8\], got shape \[6, 7\]",
-    ),
-    BadInput(
-        "teacher of one row",
-        put(1, lambda x: x[:1]),
-        ValueError,
-        r"teacher_logits must have the shape of student_logits \[6, 8\], got shape \[1, 8\]",
-    ),
-    *(
-        BadInput(
-            f"tau {value}",
-            option(tau=value),
-            ValueError,
-            f"tau must be finite and greater than 0, got {value:g}",
-        )
-        for value in (0.0, -1.5, math.nan, math.inf)
-    ),
+    *bad_logits("tau", least=1),
     *(
         BadInput(
             f"{name} {value}",

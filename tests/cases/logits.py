@@ -335,15 +335,16 @@ def _golden(has_ce: bool, decoupled: bool):
     return golden
 
 
-def _bad_inputs(has_ce: bool, decoupled: bool) -> tuple[BadInput, ...]:
-    def to_classes(count: int):
-        def apply(args: list[Any], kwargs: dict[str, Any]) -> None:
-            args[0], args[1] = args[0][:, :count], args[1][:, :count]
+def _to_classes(count: int):
+    def apply(args: list[Any], kwargs: dict[str, Any]) -> None:
+        args[0], args[1] = args[0][:, :count], args[1][:, :count]
 
-        return apply
+    return apply
 
-    either = (TypeError, RuntimeError)
-    found = [
+
+def bad_logits(temperature: str, *, least: int) -> tuple[BadInput, ...]:
+    """Wrong logits of student or teacher and wrong temperatures, by the name these have."""
+    return (
         BadInput(
             "student is a list",
             put(0, lambda x: [1.0]),
@@ -365,15 +366,15 @@ def _bad_inputs(has_ce: bool, decoupled: bool) -> tuple[BadInput, ...]:
         ),
         BadInput(
             "no classes",
-            to_classes(0),
+            _to_classes(0),
             ValueError,
             r"student_logits must have at least "
-            + ("2 classes, got 0" if decoupled else "1 class, got 0"),
+            + ("1 class, got 0" if least == 1 else f"{least} classes, got 0"),
         ),
         BadInput(
             "teacher is a list",
             put(1, lambda x: x.tolist()),
-            either,
+            (TypeError, RuntimeError),
             "teacher_logits",
             is_traceable=False,
         ),
@@ -397,13 +398,20 @@ def _bad_inputs(has_ce: bool, decoupled: bool) -> tuple[BadInput, ...]:
         ),
         *(
             BadInput(
-                f"temperature {value}",
-                option(temperature=value),
+                f"{temperature} {value}",
+                option(**{temperature: value}),
                 ValueError,
-                "temperature must be finite and greater than 0, got ",
+                f"{temperature} must be finite and greater than 0, got {value:g}",
             )
             for value in (0.0, -1.0, math.nan, math.inf)
         ),
+    )
+
+
+def _bad_inputs(has_ce: bool, decoupled: bool) -> tuple[BadInput, ...]:
+    either = (TypeError, RuntimeError)
+    found = [
+        *bad_logits("temperature", least=2 if decoupled else 1),
         BAD_REDUCTION,
         *bad_weight("loss_weight"),
     ]
@@ -411,7 +419,7 @@ def _bad_inputs(has_ce: bool, decoupled: bool) -> tuple[BadInput, ...]:
         found += [
             BadInput(
                 "one class",
-                to_classes(1),
+                _to_classes(1),
                 ValueError,
                 "student_logits must have at least 2 classes, got 1",
             ),
