@@ -7,6 +7,7 @@ serves them all, as starting one takes longer than a run.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,9 @@ def run(commands: list[dict[str, Any]]) -> None:
             if status == 0 and trouble.rank == 0 and trouble.tasks:
                 out = Path(arguments[arguments.index("--out") + 1])
                 (out / "sizes.json").write_text(json.dumps(trouble.sizes()))
+        # What still holds the group: its threads may abort the process once the group is gone.
+        del trouble
+        gc.collect()
         dist.barrier()
     dist.destroy_process_group()
 
