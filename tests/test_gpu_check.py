@@ -345,7 +345,10 @@ def test_classes_reach_every_variant_of_the_logit_kernels(size, is_wide, decoupl
     rows beyond what the last keeps; and without vectors."""
     if is_wide and size != 2:
         pytest.skip("a teacher of another type is for 16 bits")
-    source = (ROOT / "csrc/ops/cuda/logit_loss.cu").read_text()
+    source = "".join(
+        (ROOT / "csrc/ops/cuda" / name).read_text()
+        for name in ("logit_loss.cu", "logit_columns.cuh")
+    )
     warp, block, in_cluster, in_large, in_huge, large_registers, huge_registers = (
         int(re.search(rf"\b{name} = (\d+)[,;]", source)[1])
         for name in (
