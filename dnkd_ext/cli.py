@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2  # the process that failed has told why
         died = None
         if type(error).__name__ == "WorkerDied" or "DataLoader worker" in str(error):
-            from dnkd_ext.train.data.loaders import worker_death
+            from dnkd_ext.train.data.workers import worker_death
 
             died = worker_death(error)
         if died is None:

@@ -161,7 +161,7 @@ def _told(job: Any) -> str:
 def main(told: str) -> int:
     """One of the processes; what is wrong is a line on standard error, as in dnkd train."""
     from dnkd_ext.train.config import TrainConfig, replace
-    from dnkd_ext.train.data.loaders import worker_death
+    from dnkd_ext.train.data.workers import worker_death
     from dnkd_ext.train.jobs import Job, run_jobs
     from dnkd_ext.train.world import join_world
 

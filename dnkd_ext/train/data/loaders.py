@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -29,41 +26,19 @@ from dnkd_ext.train.data.samples import (
     collate,
     seeded,
 )
+from dnkd_ext.train.data.workers import (
+    WorkerDied,
+    as_it_is,
+    died_of,
+    leave_signals_to_the_main_process,
+    worker_death,
+)
 
 __all__ = [
     "EvalLoader",
     "Order",
     "TrainLoader",
-    "WorkerDied",
-    "as_it_is",
-    "leave_signals_to_the_main_process",
-    "worker_death",
 ]
-
-
-class WorkerDied(RuntimeError):
-    """A process that reads images for this one ended; what it was about to do is lost."""
-
-
-def worker_death(error: Exception, workers: int | None = None) -> WorkerDied | None:
-    """The error that tells of a worker's death, or None where ``error`` is of something else.
-
-    torch raises its own wherever the program is when a worker ends, out of a signal handler.
-    """
-    if isinstance(error, WorkerDied):
-        return error
-    text = " ".join(str(error).split())
-    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in text:
-        return None
-    return _died(text[text.index("DataLoader worker (pid") :].partition(". ")[0], workers)
-
-
-def _died(what: str, workers: int | None) -> WorkerDied:
-    fewer = "fewer --workers" if workers is None else f"fewer than --workers {workers}"
-    return WorkerDied(
-        f"a worker process that reads images died: {what.rstrip('.')}; too little memory, or "
-        f"shared memory (/dev/shm), is the usual reason: {fewer} need less"
-    )
 
 
 class Order(NamedTuple):
@@ -90,28 +65,6 @@ class _Rows:
 
     def __len__(self) -> int:
         return len(self.order.index)
-
-
-def as_it_is(batch: Any) -> Any:
-    """For a DataLoader whose data set makes whole batches."""
-    return batch
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """For the workers of a DataLoader: SIGINT and SIGTERM, sent to all processes, are not theirs.
-
-    The main process decides what they mean; workers that left would look like dead ones.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_told(main_process: int) -> None:
-    """End at a SIGTERM of the main process's own, by which multiprocessing ends what is left."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
-        pass
-    os._exit(0)
 
 
 class _Loader(BatchShare):
@@ -259,7 +212,7 @@ class _Loader(BatchShare):
                 # worker says that it was caught there.
                 if not self.options.workers or str(error).startswith("Caught "):
                     raise
-                died = _died(f"{type(error).__name__}: {error}", self.options.workers)
+                died = died_of(f"{type(error).__name__}: {error}", self.options.workers)
             # Who keeps an error keeps all that its traceback refers to. Workers must not be among
             # that: found by the garbage collector, they take seconds to end.
             if died is not None:
@@ -469,7 +422,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: a negative epoch, or a start outside of it. While iterating
                 :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
-            RuntimeError: while iterating: another epoch was begun, or :class:`WorkerDied`.
+            RuntimeError: while iterating: another epoch was begun, or :class:`~dnkd_ext.train.data.workers.WorkerDied`.
         """
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
@@ -582,7 +535,7 @@ class EvalLoader(_Loader):
         Raises:
             ValueError: a start that is no batch. While iterating
                 :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
-            RuntimeError: while iterating: another pass was begun, or :class:`WorkerDied`.
+            RuntimeError: while iterating: another pass was begun, or :class:`~dnkd_ext.train.data.workers.WorkerDied`.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start must be between 0 and {len(self)} batches, got {start}")
