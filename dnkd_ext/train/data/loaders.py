@@ -422,7 +422,7 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: a negative epoch, or a start outside of it. While iterating
                 :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
-            RuntimeError: while iterating: another epoch was begun, or :class:`~dnkd_ext.train.data.workers.WorkerDied`.
+            RuntimeError: while iterating: another epoch was begun, or :class:`WorkerDied`.
         """
         if epoch < 0:
             raise ValueError(f"epoch must not be negative, got {epoch}")
@@ -535,7 +535,7 @@ class EvalLoader(_Loader):
         Raises:
             ValueError: a start that is no batch. While iterating
                 :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
-            RuntimeError: while iterating: another pass was begun, or :class:`~dnkd_ext.train.data.workers.WorkerDied`.
+            RuntimeError: while iterating: another pass was begun, or :class:`WorkerDied`.
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"start must be between 0 and {len(self)} batches, got {start}")
