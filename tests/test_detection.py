@@ -40,7 +40,7 @@ from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
 from dnkd_ext.train import jobs
 from dnkd_ext.train.config import TrainConfig, replace
-from dnkd_ext.train.data.readers import DataError
+from dnkd_ext.train.data.decoding import DataError
 from dnkd_ext.train.detection import data as detection_data
 from dnkd_ext.train.detection import models
 from dnkd_ext.train.detection import task as detection_task

@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from dnkd_ext.train.config import GROUPS, TrainConfig, flatten
+from dnkd_ext.train.data.decoding import UnreadableError
 from dnkd_ext.train.data.loaders import EvalLoader, TrainLoader
-from dnkd_ext.train.data.readers import ReaderOptions, UnreadableError, open_splits
+from dnkd_ext.train.data.reader_options import ReaderOptions
+from dnkd_ext.train.data.readers import open_splits
 from dnkd_ext.train.data.samples import MIX, SAMPLE
 from tests.pictures import CLASSES, TRAIN, VAL, add, cut_tiles, png, write, write_shards
 
@@ -785,7 +787,8 @@ KILLED = """
 import multiprocessing, os, signal, sys
 import torch
 from dnkd_ext.train.data.loaders import TrainLoader
-from dnkd_ext.train.data.readers import ReaderOptions, open_splits
+from dnkd_ext.train.data.reader_options import ReaderOptions
+from dnkd_ext.train.data.readers import open_splits
 
 opts = ReaderOptions(image_size=32, workers=2, reader=sys.argv[2])
 split = open_splits(sys.argv[1], opts).train

@@ -438,12 +438,12 @@ def test_class_folders(test, tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_sixteen_bits(mode, tmp_path):
     """Their upper eight, in memory and from a shard's bytes: above 255 is not white."""
-    from dnkd_ext.train.data import memory, readers
+    from dnkd_ext.train.data import decoding, memory
 
     wide = np.random.default_rng(0).integers(0, 65536, (9, 7)).astype(np.uint16)
     Image.fromarray(wide).save(tmp_path / "wide.png")
     assert Image.open(tmp_path / "wide.png").mode.startswith("I")
-    found = np.asarray(readers.decode("wide", (tmp_path / "wide.png").read_bytes(), mode))
+    found = np.asarray(decoding.decode("wide", (tmp_path / "wide.png").read_bytes(), mode))
     if mode == "RGB":
         assert (np.asarray(memory._open(tmp_path / "wide.png")) == found).all()
         assert (found == found[:, :, :1]).all()
@@ -455,8 +455,8 @@ def test_sixteen_bits(mode, tmp_path):
     Image.fromarray(wide.astype(np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(ValueError, match=r"float\.tiff is not .* Pillow's mode F, and not of 8 or"):
         memory._open(tmp_path / "float.tiff")
-    with pytest.raises(readers.UnreadableError, match="Pillow's mode F"):
-        readers.decode("float", (tmp_path / "float.tiff").read_bytes(), mode)
+    with pytest.raises(decoding.UnreadableError, match="Pillow's mode F"):
+        decoding.decode("float", (tmp_path / "float.tiff").read_bytes(), mode)
 
 
 def test_an_unreadable_image_is_named(tmp_path):

@@ -170,7 +170,8 @@ def test_folders_and_archives_are_the_same_images(whole):
 def test_evaluation_counts_every_image_once(data, whole, capsys):
     """With a last batch that is not full, against a plain loop over the files."""
     from dnkd_ext.train.data.loaders import EvalLoader
-    from dnkd_ext.train.data.readers import ReaderOptions, open_splits
+    from dnkd_ext.train.data.reader_options import ReaderOptions
+    from dnkd_ext.train.data.readers import open_splits
 
     model = build_model("cifar_resnet20", len(CLASSES), 3)
     load_weights_for(model, whole / "folders" / "last.safetensors", SIZE)

@@ -13,7 +13,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
-from dnkd_ext.train.data.readers import ReaderOptions
+from dnkd_ext.train.data.reader_options import ReaderOptions
 
 __all__ = [
     "DataOptions",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dnkd_ext.adapters import features
-from dnkd_ext.train.data.readers import DataError
+from dnkd_ext.train.data.decoding import DataError
 from dnkd_ext.train.data.sources import Clean
 from dnkd_ext.train.world import OtherProcessFailed, World
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dnkd_ext.train.data.batches import BatchShare
-from dnkd_ext.train.data.readers import DataError, FileSplit, ReaderOptions, ShardSplit
+from dnkd_ext.train.data.decoding import DataError
+from dnkd_ext.train.data.folders import FileSplit
+from dnkd_ext.train.data.reader_options import ReaderOptions
 from dnkd_ext.train.data.samples import (
     MIX,
     ORDER,
@@ -26,6 +28,7 @@ from dnkd_ext.train.data.samples import (
     collate,
     seeded,
 )
+from dnkd_ext.train.data.shards import ShardSplit
 from dnkd_ext.train.data.workers import (
     WorkerDied,
     as_it_is,
@@ -421,7 +424,7 @@ class TrainLoader(_Loader):
 
         Raises:
             ValueError: a negative epoch, or a start outside of it. While iterating
-                :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
+                :class:`~dnkd_ext.train.data.decoding.DataError`, which names the image.
             RuntimeError: while iterating: another epoch was begun, or :class:`WorkerDied`.
         """
         if epoch < 0:
@@ -534,7 +537,7 @@ class EvalLoader(_Loader):
 
         Raises:
             ValueError: a start that is no batch. While iterating
-                :class:`~dnkd_ext.train.data.readers.DataError`, which names the image.
+                :class:`~dnkd_ext.train.data.decoding.DataError`, which names the image.
             RuntimeError: while iterating: another pass was begun, or :class:`WorkerDied`.
         """
         if not 0 <= start <= len(self):

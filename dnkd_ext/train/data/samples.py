@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from dnkd_ext.train.data.readers import (
-    DataError,
-    FileSplit,
-    RawImage,
-    ReaderOptions,
-    ShardSplit,
-    UnreadableError,
-    decode,
-)
+from dnkd_ext.train.data.decoding import DataError, RawImage, UnreadableError, decode
+from dnkd_ext.train.data.folders import FileSplit
+from dnkd_ext.train.data.reader_options import ReaderOptions
+from dnkd_ext.train.data.shards import ShardSplit
 
 __all__ = [
     "Batch",

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dnkd_ext.train.config import TrainConfig
+from dnkd_ext.train.data.decoding import DataError
 from dnkd_ext.train.data.pixels import converted
-from dnkd_ext.train.data.readers import DataError
 from dnkd_ext.train.data.workers import as_it_is, leave_signals_to_the_main_process
 from dnkd_ext.train.world import World
 
