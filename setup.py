@@ -11,6 +11,7 @@ Environment variables:
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -187,6 +188,16 @@ def extension(torch, cpp_extension):
     )
 
 
+def sources_hash() -> str:
+    """Of all that is compiled: whether a library is of these sources."""
+    digest = hashlib.sha256()
+    suffixes = {".cpp", ".cu", ".h", ".cuh", ".inc"}
+    paths = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
+    for path in [*sorted(paths), ROOT / "setup.py"]:
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build_arguments() -> dict:
     torch = import_torch()
     from torch.utils import cpp_extension
@@ -209,6 +220,7 @@ def build_arguments() -> dict:
         """Also writes what it built against, for the message when the library does not load."""
 
         def run(self):
+            sources = sources_hash()  # not of what is changed while it compiles
             super().run()
             with_cuda = any(
                 ("DNKD_WITH_CUDA", None) in ext.define_macros for ext in self.extensions
@@ -219,6 +231,7 @@ def build_arguments() -> dict:
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda if with_cuda else None,
                 "library_bytes": library.stat().st_size,
+                "sources": sources,
             }
             path = folder / "_build.json"
             path.write_text(json.dumps(record, indent=1) + "\n")

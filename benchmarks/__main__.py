@@ -24,6 +24,8 @@ HELP = {
 
 # Those that append what they measure to --out.
 KEEPING = ("run", "e2e", "training", "loading")
+# That measure the kernels.
+MEASURING = ("run", "regression", "e2e", "training")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -315,7 +317,8 @@ def _regression(arguments: argparse.Namespace) -> int:
     order = run.plan(arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=True)
     here = results.environment(arguments.device)
     machine = str(here["hardware"]), arguments.device, str(here["torch"])
-    recorded = results.latest(results.measurements(results.read(path)))
+    measured = results.measurements(results.read(path))
+    recorded = results.latest(measured)
     names = {(case.name, "warm" if arguments.device != "cpu" else "default") for case, _ in order}
     before = {key: one for key, one in recorded.get(machine, {}).items() if key in names}
     if not before:
@@ -325,19 +328,34 @@ def _regression(arguments: argparse.Namespace) -> int:
             f"python -m benchmarks run --out {path}. There is\n  {known}"
         )
         return 0
-    order = [(case, warm) for case, warm in order if any(case.name == k[0] for k in before)]
-    outcome = run.run(order, only=run.QUICK_PEERS, seconds=arguments.seconds or run.QUICK_SECONDS)
-    after = results.latest(results.measurements(outcome.rows)).get(machine, {})
-    changes = compare.regressions(before, after)
+    of_machine = [
+        one for one in measured if one.machine == machine and (one.case, one.allocator) in before
+    ]
+    noise = max(compare.LEAST_NOISE, compare.between_runs(of_machine))
+    refused: list[str] = []
+
+    def measure(names: set[str]) -> results.Latest:
+        outcome = run.run(
+            [(case, warm) for case, warm in order if case.name in names],
+            only=run.QUICK_PEERS,
+            seconds=arguments.seconds or run.QUICK_SECONDS,
+        )
+        refused.extend(text for text in outcome.refused if text not in refused)
+        return results.latest(results.measurements(outcome.rows)).get(machine, {})
+
+    changes = compare.confirmed_regressions(before, measure, noise)
     slower = [change for change in changes if change.verdict == "slower"]
     commits = sorted({str(one.common["commit"]) for one in before.values()})
     print(f"ours relative to eager, recorded at {', '.join(commits)}, now at {here['commit']}")
     print(compare.table(changes, "of eager"))
-    for text in outcome.refused:
+    for text in refused:
         print(f"refused: {text}", file=sys.stderr)
-    if changes or not outcome.refused:
-        print(f"{len(slower) or 'none'} of {len(changes)} got slower by more than the noise")
-    return 1 if slower or outcome.refused else 0
+    if changes or not refused:
+        print(
+            f"{len(slower) or 'none'} of {len(changes)} got slower by more than the noise, "
+            f"at least {100 * noise:.0f} % as between recorded runs of this machine"
+        )
+    return 1 if slower or refused else 0
 
 
 def _targets(arguments: argparse.Namespace) -> int:
@@ -424,6 +442,39 @@ def _loading(arguments: argparse.Namespace) -> int:
     )
 
 
+def _require_library() -> None:
+    """That ours are the kernels of these sources: no others, and not the reference in their place.
+
+    Raises:
+        ResultsError: they are not.
+    """
+    import dnkd_ext
+    from benchmarks.results import ResultsError
+    from benchmarks.sources import library_obstacle
+
+    info = dnkd_ext.build_info()
+    obstacle = library_obstacle(Path(dnkd_ext.__file__).parent) or info["load_error"]
+    if obstacle is not None:
+        raise ResultsError(obstacle)
+
+
+def _of_the_machine(error: RuntimeError) -> str | None:
+    """A line for what the machine lacks: memory, a compiler, a process; None for other errors."""
+    import torch
+
+    kind = type(error)
+    if isinstance(error, torch.OutOfMemoryError) or kind.__module__.startswith(
+        ("torch._inductor", "torch._dynamo")
+    ):
+        return f"{kind.__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    if "DataLoader worker" in str(error) or kind.__name__ == "WorkerDied":
+        from dnkd_ext.train.data.workers import worker_death
+
+        died = worker_death(error)
+        return None if died is None else str(died)
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a wrong input is one line on standard error and exit status 2."""
     arguments = parser().parse_args(argv)
@@ -435,9 +486,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": _compare, "regression": _regression, "targets": _targets,
     }  # fmt: skip
     try:
+        if arguments.command in MEASURING:
+            _require_library()
         return commands[arguments.command](arguments)
-    except (ResultsError, NoDevice, ValueError, OSError, ModuleNotFoundError) as error:
+    except (
+        ResultsError,
+        NoDevice,
+        ValueError,
+        OSError,
+        ModuleNotFoundError,
+        FloatingPointError,
+    ) as error:
         print(f"benchmarks {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        known = _of_the_machine(error)
+        if known is None:
+            raise
+        print(f"benchmarks {arguments.command}: error: {known}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         keeps = arguments.command in KEEPING and arguments.out is not None

@@ -135,8 +135,9 @@ class Case:
         g = torch.Generator(self.device).manual_seed(0)
         result = [self._prepared(self.inputs(g))]
         # Small inputs stay in the cache, as what was just computed does; large ones rotate.
-        size = sum(x.nbytes for x in result[0])
-        sets = 1 if size < CACHE // 8 else max(2, min(4, CACHE // size + 1))
+        # As many sets of 16 bits as of 32, which are compared with each other.
+        size = sum(x.numel() * max(4, x.itemsize) for x in result[0])
+        sets = 1 if size < CACHE // 8 else max(2, CACHE // size + 1)
         return result + [self._prepared(self.inputs(g)) for _ in range(sets - 1)]
 
     def _prepared(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -273,9 +274,10 @@ class NdCase(Case):
 
     @property
     def bytes(self) -> int:
-        """Read both features, write the gradient, read the class means that occur once."""
-        size = self.dtype.itemsize
-        return (3 * self.rows + min(self.rows, self.classes)) * self.width * size
+        """Read both features, write the gradient, read once the class means that occur: of classes
+        drawn at random so many as can be expected."""
+        occurring = self.classes * (1 - (1 - 1 / self.classes) ** self.rows)
+        return round(3 * self.rows + occurring) * self.width * self.dtype.itemsize
 
     @property
     def gradient_bytes(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks.peers import unavailable
+from benchmarks.sources import library_obstacle
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "tests", "sanitize", "bench", "e2e", "kernels", "host-tests")
@@ -46,9 +48,16 @@ LOGS = {
 }  # fmt: skip
 STATE, SUMMARY = "state.json", "summary.txt"
 LADDER, STEPS, TRAINING = "losses.csv", "steps.csv", "training.csv"
-SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# In one process each: it takes as long to import torch under the sanitizer as to run a loss.
-SANITIZED = (("nd_loss", "diagnostics", "scale"), ("ce_kd_loss", "ce_dkd_loss", "dist_loss"))
+# In one process each: it takes as long to import torch under the sanitizer as to run a loss. But
+# racecheck takes longest by far, and all dtypes of the logits' losses more than the limit.
+OF_ROWS, OF_LOGITS = ("nd_loss", "diagnostics", "scale"), ("ce_kd_loss", "ce_dkd_loss", "dist_loss")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+SANITIZED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    *(("memcheck", losses, ()) for losses in (OF_ROWS, OF_LOGITS)),
+    ("racecheck", OF_ROWS, ()),
+    *(("racecheck", (loss,), (dtype,)) for loss in OF_LOGITS for dtype in DTYPES),
+    *(("initcheck", losses, ()) for losses in (OF_ROWS, OF_LOGITS)),
+)
 # compile-max and ours in a compiled step take minutes to compile and answer no target:
 # `python -m benchmarks run --device cuda` has them.
 BENCHED = ("ours", "noise", "module", "loop", "eager", "compile", "liger", "copy")
@@ -125,16 +134,16 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
         )
         return [
             Item(
-                f"{check} {' '.join(losses)}",
+                " ".join((check, *losses, *dtypes)),
                 (
                     tool, "--tool", check, "--error-exitcode", "9", python, "-m",
                     "benchmarks.sanitize", *(word for loss in losses for word in ("--loss", loss)),
+                    *(word for dtype in dtypes for word in ("--dtype", dtype)),
                 ),
                 # Blocks of the caching allocator would hide accesses beyond a tensor.
                 (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
             )
-            for check in SANITIZERS
-            for losses in SANITIZED
+            for check, losses, dtypes in SANITIZED
         ]  # fmt: skip
 
     def measure(name: str, command: str, file: str, *options: str) -> Item:
@@ -162,6 +171,7 @@ class State:
         self.path, self.key = path, key
         self.lock = threading.RLock()  # of the stages, which several threads read and change
         self.stages: dict[str, dict[str, Any]] = {}
+        self.held: tuple[int, ...] = ()  # what tells others that the folder is in use
         try:
             known = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -228,7 +238,7 @@ def run_stage(
         if remaining <= 0 or cancelled.is_set():
             return
         print(f"{stage}: {item.name}", file=sys.stderr, flush=True)
-        code = _run(item, own, remaining, cancelled, jobs)
+        code = _run(item, own, remaining, cancelled, jobs, state.held)
         had_it_all = left == [item] or (item is left[0] and jobs == 1)
         with lock:
             if own is not log:
@@ -266,7 +276,12 @@ def run_stage(
 
 
 def _run(
-    item: Item, log: IO[str], remaining: float, cancelled: threading.Event, jobs: int
+    item: Item,
+    log: IO[str],
+    remaining: float,
+    cancelled: threading.Event,
+    jobs: int,
+    held: tuple[int, ...] = (),
 ) -> int | None:
     """The exit status; None where it was stopped because the time was over."""
     log.write(f"\n== {item.name}\n$ {' '.join(item.command)}\n")
@@ -282,7 +297,7 @@ def _run(
     try:
         process = subprocess.Popen(
             item.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, pass_fds=held,
         )  # fmt: skip
     except OSError as error:
         log.write(f"cannot be started: {error}\n")
@@ -382,6 +397,23 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _hold(out: Path) -> int:
+    """A descriptor that, open here or in a command that was started, keeps others out of a folder.
+
+    Raises:
+        OSError: somebody has it.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise OSError(
+            f"{out} is in use by another gpu-check, or by a command that one left behind"
+        ) from None
+    return descriptor
+
+
 def gpu() -> tuple[str, str] | None:
     """Name and compute capability of the GPU; None without one."""
     import torch
@@ -395,11 +427,9 @@ def gpu() -> tuple[str, str] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages: 0 all passed, 1 one failed or is unfinished, 2 no GPU."""
     arguments = _arguments(argv)
-    begin = time.monotonic()
-    stages = arguments.stage or STAGES
     out = arguments.out.resolve()
     if arguments.dry_run:
-        for stage in stages:
+        for stage in arguments.stage or STAGES:
             for item in items(stage, out):
                 print(f"{stage}: {' '.join(item.command)}")
         return 0
@@ -407,15 +437,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if present is None:
         print("gpu-check needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    device, capability = present
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = _hold(out)
+    except OSError as error:
+        print(f"gpu-check: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _check(arguments, out, *present, held)
+    finally:
+        os.close(held)
+
+
+def _check(
+    arguments: argparse.Namespace, out: Path, device: str, capability: str, held: int
+) -> int:
+    """The exit status of the stages that were asked for."""
+    begin = time.monotonic()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", capability)
-    out.mkdir(parents=True, exist_ok=True)
+    stages = tuple(arguments.stage or STAGES)
+    if "build" not in stages and library_obstacle(ROOT / "dnkd_ext") is not None:
+        stages = ("build", *stages)  # else they would be of another library than their key says
     import torch
 
-    from benchmarks.results import commit, source_hash
+    from benchmarks.sources import commit, source_hash
 
     key = {"device": device, "sources": source_hash(), "torch": str(torch.__version__)}
     state = State(out / STATE, key)
+    state.held = (held,)
     heading = (
         f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, built for "
         f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
@@ -466,6 +515,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _print_tail(out / LOGS[stage])
         lines, _ = summarise(out, state, device, heading)
         (out / SUMMARY).write_text("\n".join(lines) + "\n")
+        if "build" in now and words != [PASSED]:
+            print("nothing else is run on a library that could not be built", file=sys.stderr)
+            break
     lines, good = summarise(out, state, device, heading)
     (out / SUMMARY).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

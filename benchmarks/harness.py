@@ -7,6 +7,7 @@ import ctypes
 import gc
 import math
 import platform
+import random
 import statistics
 import time
 import warnings
@@ -59,6 +60,11 @@ class Probe:
         return sum(self.kernels.values()) if self.kernels else None
 
 
+def can_keep_memory() -> bool:
+    """Whether the CPU's allocator is one that can be told to keep what is freed: glibc's."""
+    return platform.libc_ver()[0] == "glibc"
+
+
 @contextlib.contextmanager
 def warm_allocator(enabled: bool = True) -> Iterator[bool]:
     """Keep freed CPU memory mapped, as a caching allocator does; yields whether that worked.
@@ -66,7 +72,7 @@ def warm_allocator(enabled: bool = True) -> Iterator[bool]:
     glibc otherwise returns large buffers to the system, and every fresh gradient pays for page
     faults again.
     """
-    if not enabled or platform.libc_ver()[0] != "glibc":
+    if not enabled or not can_keep_memory():
         yield False
         return
     libc = ctypes.CDLL(None)
@@ -107,7 +113,7 @@ def measure(
     seconds: float = 1.0,
     calls: int = 20,
 ) -> dict[str, Timing]:
-    """Time every peer in blocks of calls, the peers in turn, so that all see the same machine.
+    """Time every peer in blocks of calls, in rounds of all peers, so that all see one machine.
 
     Args:
         peers: what to time, by name.
@@ -133,15 +139,15 @@ def measure(
         single = min(block(run, 1)[0] for _ in range(2))
         count = max(1, min(calls, int(seconds / 5 / single)))
         plan[name] = count, max(LEAST_BLOCKS, math.ceil(seconds / (count * single)))
-    # A call to get going before a block; of a case whose peers take long, no peer gets one.
-    is_short = all(count > 1 for count, _ in plan.values())
     rounds = min(200, max((times for _, times in plan.values()), default=0))
+    order, draw = list(peers.items()), random.Random(0)
     for turn in range(rounds):
-        for name, run in peers.items():
+        draw.shuffle(order)  # who follows whom makes some per cent
+        for name, run in order:
             count, times = plan[name]
             # Slow peers take part in evenly spread rounds.
             if (turn * times) // rounds != ((turn - 1) * times) // rounds or turn == 0:
-                if is_short:
+                if count > 1:  # a call to get going, of peers that do not take long
                     run()
                 blocks[name].append(block(run, count))
     result = {}

@@ -149,7 +149,8 @@ def _loading(machine: tuple[str, str], group: list[Row]) -> str:
         f"\n### On {hardware}, torch {torch}\n\n"
         f"{'; '.join(which)}; {decimal(value_of(group[0], 'images'))} {group[0]['data']}, batches "
         f"of {decimal(value_of(group[0], 'batch'))}. The command:\n\n"
-        f"    python -m benchmarks loading --out FILE.csv\n\n{loading_table(group)}"
+        f"    python -m benchmarks loading --images {value_of(group[0], 'images'):.0f} "
+        f"--out FILE.csv\n\n{loading_table(group)}"
     )
 
 
@@ -439,20 +440,24 @@ def roofline(found: Latest) -> list[str]:
     """A line per kernel of ours that takes its time: what the bytes' floor is of it.
 
     A kernel is shown at the case where it runs longest. The floor's bytes over the time of all of a
-    case's kernels, as a fraction of the copy's bandwidth.
+    case's kernels, as a fraction of the bandwidth of the largest copy: what small ones take is the
+    host's time.
     """
+    copies = [(one.value("bytes") or 0.0, one.value("copy_us")) for one in found.values()]
+    most, us = max(copies, key=lambda copy: copy[0], default=(0.0, None))
+    bandwidth = most / us if us else 0.0
     longest: dict[tuple[str, str], tuple[float, str]] = {}
     for one in found.values():
         row = one.rows.get((BOTH, "ours"), {})
-        device, copy = one.value("device_us"), one.value("copy_us")
-        moved = one.value("bytes")
+        device, moved = one.value("device_us"), one.value("bytes")
         for entry in filter(None, str(row.get("device_kernels", "") or "").split(";")):
             name, _, us = entry.rpartition(":")
-            if not device or not copy or moved is None:
+            if not device or not bandwidth or moved is None:
                 continue
             text = (
                 f"{name:32} {one.case}: {float(us):.1f} of {device:.1f} us, "
-                f"{moved / device / 1e6:.2f} TB/s, {100 * copy / device:.0f} % of the copy's"
+                f"{moved / device / 1e6:.2f} TB/s, {100 * moved / device / bandwidth:.0f} % of "
+                "the largest copy's"
             )
             key = name, str(one.case.rsplit(" ", 2)[-2])
             if key not in longest or float(us) > longest[key][0]:
@@ -471,12 +476,10 @@ numbers of every proposal's class mean and uploads that."""
 def _steps(group: list[Row]) -> str:
     first = group[0]
     shape = str(first["shape"])
-    chosen = "--shape detection " if shape == "detection" else ""
-    command = (
-        f"    python -m benchmarks e2e {chosen}--out FILE.csv\n"
-        if first["device"] == "cpu"
-        else "    make gpu-check STAGE=e2e\n"
-    )
+    chosen = f"--shape {shape} " if shape == "detection" or first["device"] != "cpu" else ""
+    chosen += f"--rounds {max(value_of(row, 'rounds') or 0 for row in group):.0f} "
+    chosen += f"--device {first['device']} " if first["device"] != "cpu" else ""
+    command = f"    python -m benchmarks e2e {chosen}--out FILE.csv\n"
     height = int(float(str(first["image"])))
     text = (
         f"\n### {first['models']}, batch {float(str(first['batch'])):.0f}, "
@@ -501,7 +504,8 @@ def _training(machine: Machine, group: list[Row], *, with_plot: bool) -> str:
     which = sorted(
         {
             f"{row['date']}, dnkd_ext {row['version']} at {row['commit']}, "
-            f"{decimal(value_of(row, 'images'))} {row['data']} images"
+            f"{decimal(value_of(row, 'images'))} {row['data']} images, medians of "
+            f"{decimal(value_of(row, 'rounds'))} rounds"
             for row in group
         }
     )

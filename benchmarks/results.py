@@ -6,12 +6,10 @@ import csv
 import dataclasses
 import datetime
 import functools
-import hashlib
 import io
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +19,8 @@ import torch
 import dnkd_ext
 from benchmarks.cases import CACHE, Case, all_cases
 from benchmarks.harness import Probe, capturable, copy_of, measure, probe, warm_allocator
+from benchmarks.sources import commit
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 FIELDS = (
     "date", "commit", "hardware", "threads", "torch", "cuda", "version", "kernels", "case", "peer",
@@ -63,42 +61,6 @@ def hardware(device: str) -> str:
     except OSError:
         pass
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit measured, with + and a hash of the sources where they differ from it.
-
-    Without git it is that hash alone.
-    """
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        # That of a repository around these files, as an archive is unpacked in one, is another's.
-        is_own = Path(git("rev-parse", "--show-toplevel") or "nowhere").resolve() == ROOT
-        revision = git("rev-parse", "--short=10", "HEAD") if is_own else ""
-    except OSError:
-        revision = ""
-    if not revision:
-        return f"files-{source_hash()}"
-    generated = (":!benchmarks/results", ":!benchmarks/README.md")
-    sources = ("csrc", "dnkd_ext", "benchmarks", "setup.py", "pyproject.toml")
-    changed = git("status", "--porcelain", "--", *sources, *generated)
-    return revision + (f"+{source_hash()}" if changed else "")
-
-
-def source_hash() -> str:
-    """What the sources are, whether committed or not."""
-    digest = hashlib.sha1(usedforsecurity=False)
-    suffixes = {".py", ".cpp", ".cu", ".h", ".cuh", ".inc"}
-    paths = [ROOT / "setup.py", ROOT / "pyproject.toml"]
-    for folder in ("benchmarks", "csrc", "dnkd_ext", "tests"):
-        paths += [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes]
-    for path in paths:
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:10]
 
 
 @functools.cache
@@ -336,8 +298,15 @@ def read(path: Path, fields: Sequence[str] = FIELDS, numbers: Collection[str] = 
     _require_fields(path, fields)
     rows: list[Row] = []
     with path.open(newline="", encoding="utf-8") as file:
-        for line in csv.DictReader(file):
+        lines = csv.DictReader(file)
+        while True:
             number = len(rows) + 2
+            try:
+                line = next(lines, None)
+            except csv.Error as error:
+                raise ResultsError(f"{path}, line {number}: {error}") from None
+            if line is None:
+                break
             if None in line or None in line.values():
                 raise ResultsError(f"{path}, line {number}: not {len(fields)} cells")
             row: Row = dict(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks import results, targets
 from benchmarks.cases import ALL_DTYPES, DTYPES, Case, cases, select
+from benchmarks.harness import can_keep_memory
 from benchmarks.peers import PEERS, unavailable
 from dnkd_ext.progress import Progress
 
@@ -73,10 +75,16 @@ def plan(
     if quick:  # of large cases alone, these
         chosen = [case for case in chosen if not case.large] or chosen
     if device == "cuda":  # first what the targets ask for, should the time not suffice
-        asked = {name for target in targets.targets(device) for name, _ in target.asked}
-        chosen.sort(key=lambda case: case.name not in asked)
+        everything = len(cases(device))
+        asked = Counter(
+            name
+            for target in targets.targets(device)
+            if len(target.asked) < everything
+            for name, _ in target.asked
+        )
+        chosen.sort(key=lambda case: -asked[case.name])
     order = [(case, False) for case in chosen]
-    if device == "cpu" and not quick:
+    if device == "cpu" and not quick and can_keep_memory():
         order += [(case, True) for case in chosen if case.large]
     return order
 

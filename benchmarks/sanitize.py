@@ -279,6 +279,9 @@ LOSSES: dict[str, Callable[[], Iterator[Run]]] = {
 }
 
 
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in LOSS_DTYPES}
+
+
 def error(run: Run, dtype: torch.dtype, device: str) -> float:
     """The largest difference of outputs and gradient from the reference, relative."""
 
@@ -338,12 +341,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 where something differs, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize", description=__doc__)
     parser.add_argument("--loss", action="append", choices=LOSSES, help="only this (repeatable)")
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPE_NAMES, help="only this (repeatable)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("sanitize needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    failed = sum(check(name, arguments.device) for name in arguments.loss or LOSSES)
+    dtypes = [DTYPE_NAMES[name] for name in arguments.dtype or DTYPE_NAMES]
+    failed = sum(check(name, arguments.device, dtypes) for name in arguments.loss or LOSSES)
     return 1 if failed else 0
 
 

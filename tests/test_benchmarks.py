@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import platform
 import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import dnkd_ext
-from benchmarks import cases, e2e, harness, peers, results, run, targets
+from benchmarks import cases, e2e, harness, peers, results, run, sources, targets
 from benchmarks.cases import KdPlusPlusCase, LogitCase, NdCase
 from benchmarks.harness import measure, warm_allocator
 
@@ -465,28 +467,77 @@ def test_the_commit_is_that_of_these_sources_alone(tmp_path, monkeypatch):
     (root / "benchmarks" / "results").mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "benchmarks/run.py", "benchmarks/README.md"):
         (root / name).write_text("1\n")
-    monkeypatch.setattr(results, "ROOT", root)
-    assert results.commit() == f"files-{results.source_hash()}"
+    monkeypatch.setattr(sources, "ROOT", root)
+    assert sources.commit() == f"files-{sources.source_hash()}"
     (root.parent / ".gitignore").write_text("package\n")
     run("init", cwd=root.parent)
     run("add", ".gitignore", cwd=root.parent)
     run("commit", "-m", "around", cwd=root.parent)
-    assert results.commit() == f"files-{results.source_hash()}"
+    assert sources.commit() == f"files-{sources.source_hash()}"
     run("init", cwd=root)
-    assert results.commit() == f"files-{results.source_hash()}"  # without a commit yet
+    assert sources.commit() == f"files-{sources.source_hash()}"  # without a commit yet
     run("add", ".", cwd=root)
     run("commit", "-m", "own", cwd=root)
-    clean = results.commit()
+    clean = sources.commit()
     assert re.fullmatch("[0-9a-f]{10}", clean)
     for name in ("benchmarks/README.md", "benchmarks/results/losses.csv", "notes.txt"):
         (root / name).write_text("2\n")
-    assert results.commit() == clean
+    assert sources.commit() == clean
     marked = set()
-    for name in ("benchmarks/new.py", "setup.py"):
+    (root / "dnkd_ext/train/recipes").mkdir(parents=True)
+    for name in ("benchmarks/new.py", "setup.py", "dnkd_ext/train/recipes/new.yaml"):
         (root / name).write_text("2\n")
-        assert results.commit() == f"{clean}+{results.source_hash()}"
-        marked.add(results.commit())
-    assert len(marked) == 2
+        assert sources.commit() == f"{clean}+{sources.source_hash()}"
+        marked.add(sources.commit())
+    assert len(marked) == 3
+
+
+def test_a_library_of_other_sources_is_none_to_measure(tmp_path, monkeypatch):
+    for name in ("csrc/ops/loss.cpp", "csrc/common/rows.cuh", "setup.py", "csrc/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    package = tmp_path / "package"
+    package.mkdir()
+    assert "no compiled library" in sources.library_obstacle(package)
+    (package / "_build.json").write_text("[]")
+    assert "no compiled library" in sources.library_obstacle(package)
+    (package / "_build.json").write_text('{"torch": "2.11.0"}')
+    assert "of other sources" in sources.library_obstacle(package)
+    for name in ("csrc/common/rows.cuh", "setup.py"):
+        (package / "_build.json").write_text(f'{{"sources": "{sources.library_hash()}"}}')
+        assert sources.library_obstacle(package) is None
+        (tmp_path / "csrc/notes.txt").write_text("2\n")
+        assert sources.library_obstacle(package) is None
+        (tmp_path / name).write_text("2\n")
+        assert "build it anew: python setup.py" in sources.library_obstacle(package)
+
+
+def test_peers_follow_each_other_in_changing_order():
+    """Who comes behind the copy, or behind a compiled peer, is slower for it."""
+    order = []
+    peers = {name: lambda name=name: order.append(name) for name in "abcd"}
+    measure(peers, "cpu", seconds=0.01, calls=1)
+    behind = {name: set() for name in peers}
+    for first, second in itertools.pairwise(order[40:]):
+        if first != second:
+            behind[second].add(first)
+    assert all(len(found) == 3 for found in behind.values())
+
+
+def test_a_peer_that_takes_long_takes_the_first_call_from_no_other():
+    calls = Counter()
+
+    def slow():
+        calls["slow"] += 1
+        time.sleep(0.02)
+
+    def quick():
+        calls["quick"] += 1
+
+    found = measure({"slow": slow, "quick": quick}, "cpu", seconds=0.05, calls=4)
+    assert calls["slow"] == 3 + found["slow"].blocks  # alone: the first, and two to plan by
+    assert calls["quick"] == 3 + 5 * found["quick"].blocks  # a call to get going, and four
 
 
 def test_noise_counts_quantiles_and_ours_timed_twice():
@@ -498,6 +549,50 @@ def test_noise_counts_quantiles_and_ours_timed_twice():
     assert one.noise() == pytest.approx(0.03)
     one.rows[results.BOTH, "noise"] = row("noise", 104.0, 104.0, 104.0)
     assert one.noise() == pytest.approx(0.05)
+
+
+def test_the_largest_a_gpu_is_asked_for_come_first():
+    """Should the time not suffice: the bandwidth in both dtypes, and what the host bounds."""
+    order = [case.name for case, _ in run.plan("cuda")]
+    last = {
+        next(n for n, target in enumerate(targets.targets("cuda")) if word in target.text)
+        for word in ("bandwidth", "4x eager", "2x torch.compile")
+    }
+    asked = {name for n in last for name, _ in targets.targets("cuda")[n].cases}
+    assert {*order[: len(asked)]} == asked
+    assert len(asked) < len(order)
+
+
+def test_the_warm_allocator_is_left_out_where_there_is_none(monkeypatch):
+    assert any(warm for _, warm in run.plan("cpu")) == harness.can_keep_memory()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not any(warm for _, warm in run.plan("cpu"))
+
+
+def test_the_floor_has_the_class_means_that_occur():
+    case = NdCase(512, 64, 1000)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(1000, (512,), generator=generator).unique().numel() for _ in range(200)]
+    mean = sum(drawn) / len(drawn)
+    assert case.bytes == pytest.approx((3 * 512 + mean) * 64 * 4, rel=2e-3)
+    assert NdCase(8192, 64, 81).bytes == (3 * 8192 + 81) * 64 * 4
+
+
+@pytest.mark.parametrize("shape", [(256, 512, 1000), (256, 2048, 1000)])
+def test_peers_of_16_and_32_bits_rotate_alike(shape):
+    sets = {len(NdCase(*shape, dtype)._inputs()) for dtype in (torch.float32, torch.bfloat16)}
+    assert len(sets) == 1
+    assert sum(x.nbytes for x in NdCase(*shape)._inputs()[0]) * sets.pop() > cases.CACHE or (
+        shape == (256, 512, 1000)  # which stay in the cache
+    )
+
+
+def test_a_cell_that_is_too_long_is_named(tmp_path):
+    path = tmp_path / "a.csv"
+    row = dict.fromkeys(results.FIELDS, "1")
+    results.append([row, {**row, "device_kernels": "k" * 200_000}], path)
+    with pytest.raises(results.ResultsError, match=r"a\.csv, line 3: field larger"):
+        results.read(path)
 
 
 def test_garbage_is_not_collected_while_a_block_is_timed():

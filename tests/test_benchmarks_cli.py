@@ -24,6 +24,7 @@ from benchmarks import (
     report,
     results,
     run,
+    sources,
     steps,
     targets,
 )
@@ -364,6 +365,51 @@ def test_regression_finds_what_got_slower_than_recorded(small, tmp_path, capsys)
     assert path.read_text() == before  # a regression check records nothing
 
 
+def test_what_is_slower_once_is_measured_again():
+    def ladder(ours):
+        return {(case, "default"): found_in(rows_of(("ours", us), ("eager", 500), case=case))[
+            case, "default"
+        ] for case, us in ours.items()}  # fmt: skip
+
+    one, two, three = (f"nd_loss {n}x8 (5) float32 cpu" for n in (1, 2, 3))
+    before = ladder({one: 100, two: 100, three: 100})
+    runs = [{one: 150, two: 150, three: 90}, {one: 101, two: 140}]
+    asked = []
+
+    def measure(names):
+        asked.append(names)
+        return ladder(runs[len(asked) - 1])
+
+    found = compare.confirmed_regressions(before, measure, 0.1)
+    assert asked == [{one, two, three}, {one, two}]
+    verdicts = {change.case: (change.verdict, round(change.ratio, 2)) for change in found}
+    assert verdicts == {one: ("same", 1.01), two: ("slower", 1.4), three: ("faster", 0.9)}
+
+
+def test_the_noise_is_at_least_what_runs_differ_by(tmp_path, monkeypatch, capsys, small):
+    names = [f"nd_loss {n}x8 (5) float32 cpu" for n in range(5)]
+    rows = [
+        row
+        for factor in (1, 2)
+        for number, case in enumerate(names)
+        for row in rows_of(
+            ("ours", 100 * (1 + number / 10) ** (factor - 1)), ("eager", 500), case=case,
+            commit=str(factor),
+        )
+    ]  # fmt: skip
+    measured = results.measurements(rows)
+    assert compare.between_runs(measured) == pytest.approx(0.3)  # the fourth of five
+    assert compare.between_runs(measured[:5]) == 0
+    path = tmp_path / "losses.csv"
+    choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
+    for _ in range(2):
+        assert main(["run", *choice, "--quick", "--seconds", "0.1", "--out", str(path)]) == 0
+    monkeypatch.setattr(compare, "between_runs", lambda found: 1e9 if len(found) == 2 else 0)
+    recorded(path, 0.2)
+    assert main(["regression", *choice, "--against", str(path), *QUICK]) == 0
+    assert "none of" in capsys.readouterr().out
+
+
 def test_regression_tells_when_ours_is_refused(small, tmp_path, monkeypatch, capsys):
     path = tmp_path / "losses.csv"
     choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
@@ -515,3 +561,48 @@ def test_plots_are_written(tmp_path):
         f"cpu-{kind}.png" for kind in ("time", "bandwidth", "speedup", "memory")
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+# -- what the machine lacks, and libraries of other sources ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (FloatingPointError("kd is nan at step 3"), "kd is nan at step 3"),
+        (torch.OutOfMemoryError("no memory\nmore"), "OutOfMemoryError: no memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "worker process"),
+    ],
+)
+def test_what_the_machine_lacks_is_a_line(small, monkeypatch, capsys, error, told):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(results, "measure_case", fail)
+    assert main(["run", "--quick", *QUICK]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert line.startswith("benchmarks run: error: ")
+    assert told in line
+
+
+def test_a_defect_is_not_hidden(small, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(results, "measure_case", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["run", "--quick", *QUICK])
+
+
+@pytest.mark.parametrize("command", [["run"], ["e2e"], ["training"], ["regression"]])
+def test_only_the_library_of_these_sources_is_measured(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sources, "library_hash", lambda: "another")
+    if command != ["regression"]:
+        command = [*command, "--out", str(tmp_path / "a.csv")]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "the compiled library is of other sources than these" in err or (
+        not dnkd_ext.build_info()["loaded"]
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "a.csv").exists()

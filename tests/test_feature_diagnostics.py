@@ -147,6 +147,19 @@ def test_strides_and_shapes(function, device, generator):
     check(cube, wanted, 3e-6)
     mixture = torch.nn.functional.one_hot(target.view(2, 12), 5).float()
     check(function(student.view(2, 12, 40), mixture, means, teacher.view(2, 12, 40)), wanted, 3e-6)
+    # Strides that merge: to reshape such targets and norms makes no copy.
+    norms = teacher.norm(dim=1)
+    labels, lengths = (
+        torch.stack([x, x + 7], -1).flatten(-2)[..., ::2]
+        for x in (target.view(2, 12), norms.view(2, 12))
+    )
+    check(function(student.view(2, 12, 40), labels, means, teacher_norms=lengths), wanted, 3e-6)
+    alike = target[0].expand(2, 12)
+    check(
+        function(student.view(2, 12, 40), alike, means, teacher.view(2, 12, 40)),
+        truth(((student, alike.reshape(-1), means), {"teacher_features": teacher})),
+        3e-6,
+    )
     row = function(student[0], target[0], means, teacher[0])
     check(row, truth(((student[:1], target[:1], means), {"teacher_features": teacher[:1]})), 3e-6)
 

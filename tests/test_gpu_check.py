@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -92,8 +93,15 @@ def test_every_test_file_and_every_loss_under_every_tool(tmp_path):
     names = [item.name for item in gpu_check.items("sanitize", tmp_path)]
     assert len(names) == len({*names})
     for tool in ("memcheck", "racecheck", "initcheck"):
-        losses = [loss for name in names if name.startswith(tool) for loss in name.split()[1:]]
-        assert sorted(losses) == sorted(sanitize.LOSSES)
+        seen = []
+        for name in names:
+            words = name.split()
+            if words[0] == tool:
+                losses = [word for word in words[1:] if word in sanitize.LOSSES]
+                dtypes = [word for word in words[1:] if word not in sanitize.LOSSES]
+                seen += [(one, dtype) for one in losses for dtype in dtypes or sanitize.DTYPE_NAMES]
+        wanted = [(one, dtype) for one in sanitize.LOSSES for dtype in sanitize.DTYPE_NAMES]
+        assert sorted(seen) == sorted(wanted)
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path, state):
@@ -216,6 +224,7 @@ def test_a_missing_tool_is_a_failure(tmp_path, state):
 def pretend(monkeypatch, tmp_path):
     """A GPU, and one harmless command per stage that writes the stage's results."""
     monkeypatch.setattr(gpu_check, "gpu", lambda: ("a GPU", "9.0"))
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda package: None)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     fails = set()
 
@@ -287,6 +296,41 @@ def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys)
     results.append(here(gpu_rows(syncs=1)), out / "losses.csv")
     assert gpu_check.main(["--out", str(out), "--stage", "bench"]) == 1
     assert "FAIL         no host synchronisation" in capsys.readouterr().out
+
+
+def test_a_library_of_other_sources_is_built_first(pretend, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda package: "of other sources")
+    out = tmp_path / "out"
+    gpu_check.main(["--out", str(out), "--stage", "kernels"])
+    assert (ran(tmp_path / "build"), ran(tmp_path / "kernels")) == (1, 1)
+    # Where that fails, nothing is said of the old one.
+    pretend.add("build")
+    assert gpu_check.main(["--out", str(out), "--stage", "tests", "--stage", "bench"]) == 1
+    captured = capsys.readouterr()
+    assert "FAIL build" in captured.out
+    assert "nothing else is run" in captured.err
+    assert not ran(tmp_path / "tests")
+    assert not ran(tmp_path / "bench")
+
+
+def test_a_folder_in_use_is_left_alone(pretend, tmp_path, capsys):
+    """By another gpu-check, or by what one that was killed left running."""
+    out = tmp_path / "out"
+    out.mkdir()
+    held = gpu_check._hold(out)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, pass_fds=(held,))
+    os.close(held)
+    assert gpu_check.main(["--out", str(out), "--stage", "build"]) == 2
+    assert "is in use by another gpu-check" in capsys.readouterr().err
+    assert not ran(tmp_path / "build")
+    child.communicate(b"\n")
+    gpu_check.main(["--out", str(out), "--stage", "build"])
+    assert ran(tmp_path / "build") == 1
+    file = tmp_path / "file"
+    file.touch()
+    capsys.readouterr()
+    assert gpu_check.main(["--out", str(file)]) == 2
+    assert capsys.readouterr().err.startswith("gpu-check: error: ")
 
 
 def test_all_logs_and_results_are_few_files(tmp_path):
@@ -400,6 +444,15 @@ needs_library = pytest.mark.skipif(
 def test_the_runs_agree_with_the_reference(name, capsys):
     assert sanitize.main(["--device", "cpu", "--loss", name]) == 0
     assert f"{name} on cpu: 0 runs differ" in capsys.readouterr().out
+
+
+@needs_library
+def test_only_the_dtypes_asked_for_run(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sanitize, "error", lambda run, dtype, device: seen.append(dtype) or 0.0)
+    asked = ["--loss", "scale", "--dtype", "float16", "--dtype", "float64"]
+    assert sanitize.main(["--device", "cpu", *asked]) == 0
+    assert {*seen} == {torch.float16, torch.float64}
 
 
 @needs_library

@@ -113,6 +113,35 @@ def test_power_of_the_exponential_is_the_exponential(temperature, device, genera
     assert (gradient - right).abs().max() <= 3e-6 * right.abs().max()
 
 
+@pytest.mark.parametrize("name", ["ce_kd_loss", "ce_dkd_loss", "dkd_loss"])
+def test_probabilities_of_another_dtype_that_overlap(name, device, generator):
+    """A window that moves over one array, whose cast keeps its shape and no strides of rows."""
+    student, teacher, _ = draw(generator, 6, 9)
+    student = student.detach().to(device).requires_grad_()
+    array = torch.rand(14, generator=generator, dtype=torch.float64).to(device)
+    windows = array.unfold(0, 9, 1)
+    assert windows.stride() == (1, 1)
+    function = getattr(dnkd_ext, name)
+    losses = [function(student, teacher.to(device), p) for p in (windows, windows.float().clone())]
+    losses = [one if isinstance(one, torch.Tensor) else one.loss for one in losses]
+    assert losses[0].item() == losses[1].item()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dkd_alone_reads_of_probabilities_the_largest(reduction, device, generator):
+    """Which class it is, and not what the others are: there 0 times infinity would be NaN."""
+    student, teacher, target = draw(generator, 6, 9)
+    student = student.detach().to(device).requires_grad_()
+    teacher, target = teacher.to(device), target.to(device)
+    scores = torch.zeros(6, 9, device=device).scatter_(1, target[:, None], torch.inf)
+    results = []
+    for one in (scores, target):
+        loss = dnkd_ext.dkd_loss(student, teacher, one, reduction=reduction)
+        results.append((loss, *torch.autograd.grad(loss.sum(), student)))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
 def test_masked_classes(device, generator):
     """Classes at -inf in both have no probability, no part in the loss and no gradient."""
     student, teacher, target = draw(generator, 6, 50)

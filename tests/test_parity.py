@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -24,6 +25,11 @@ from tests.cases import (
 
 # Largest error of a float32 or float64 result relative to the largest element.
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
+
+
+def spoiled(values):
+    """What must not be read in the place of a value per row: no class, no norm."""
+    return torch.full_like(values, math.nan if values.is_floating_point() else 1 << 20)
 
 
 def evaluate(function, arguments, reduction):
@@ -121,7 +127,10 @@ def test_any_shape_stride_and_dtype(case, data):
         """(rows, ...) in the drawn memory layout and leading shape."""
         x = x.detach()
         if x.dim() == 1:
-            return x.reshape(shape)
+            values = x.reshape(shape)
+            if layout == "column stride" and shape:
+                values = torch.stack([values, spoiled(values)], -1).flatten(-2)[..., ::2]
+            return values
         columns = x.shape[1]
         if layout == "row stride":
             wide = x.new_full((rows, columns + 3), float("nan"))
@@ -193,6 +202,34 @@ def test_nothing_counted(case, implementation, reduction, device, generator):
         assert loss.tolist() == ([0.0] * rows if reduction == "none" else 0.0)
         loss.sum().backward()
         assert args[0].grad.tolist() == [[0.0] * 8] * rows
+
+
+# Their strides merge: to reshape them makes no copy.
+LAYOUTS = {
+    "every second": lambda x: torch.stack([x, spoiled(x)], -1).flatten(-2)[..., ::2],
+    "a column": lambda x: torch.stack([x, spoiled(x)], -1).flatten(0, -2)[:, :1].view(x.shape),
+    "expanded": lambda x: x[0, 0].clone().expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_a_value_per_row_of_any_stride(case, implementation, layout, device, generator):
+    """Labels and norms, of rows in two dimensions."""
+    # One label in all rows may be that which a variant ignores.
+    for name in [case.main] if layout == "expanded" else case.variants:
+        arguments = convert(case.variants[name](generator, 8, 12, 5), torch.float64, device)
+        rows = {where: x.detach() for where, x in rows_of(case, arguments).items()}
+        changes = {
+            where: LAYOUTS[layout](x.view(2, 4)) if x.dim() == 1 else x.view(2, 4, -1)
+            for where, x in rows.items()
+        }
+        changes[0] = changes[0].clone().requires_grad_()
+        changed = replaced(arguments, changes)
+        expected = truth(case, changed, "mean")
+        loss, gradient = evaluate(getattr(case, implementation), changed, "mean")
+        assert expected.loss_error(loss) <= TOLERANCE[torch.float64], name
+        assert expected.gradient_error(gradient) <= TOLERANCE[torch.float64], name
 
 
 @pytest.mark.parametrize("implementation", ["fused", "reference"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import sources
 from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.data.sources import open_source
+from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
 from dnkd_ext.train.schedule import learning_rate, ramp
@@ -333,6 +335,57 @@ def test_the_device_is_prepared_before_anything_runs_on_it(images, teacher, tmp_
         monkeypatch.setattr(jobs, name, functools.partial(note, getattr(jobs, name)))
     run(images, tmp_path / "run", *of(teacher, "kd", 1.0, "--epochs", "1"))
     assert order[:2] == ["prepare_device", "_check_inputs"]
+
+
+class Keeping(torch.nn.Module):
+    """As some of timm's transformers: what evaluation keeps of the weights goes with train()."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(4))
+        self.norm = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Linear(4, 3)
+        self.kept, self.changes = None, 0
+
+    def train(self, mode=True):
+        self.changes += 1
+        if mode:
+            self.kept = None
+        return super().train(mode)
+
+    def forward(self, images):
+        if self.kept is None:
+            self.kept = self.scale.detach().clone()
+        return self.head(self.norm(images * self.kept))
+
+
+def test_evaluation_leaves_what_a_model_keeps_as_training_needs_it():
+    """Gone after the evaluation of what is trained; untouched in a model that is not."""
+    batch = torch.randn(6, 4), torch.arange(6) % 3, torch.ones(6, dtype=torch.bool)
+    model = Keeping()
+    model.norm.eval()  # frozen
+    for factor in (1.0, -2.0):
+        with torch.no_grad():
+            model.scale.fill_(factor)
+        found = evaluate(model, [batch], 3, contextlib.nullcontext(), ALONE, keep=True)
+        assert (model.training, model.head.training, model.norm.training) == (True, True, False)
+        wanted = model.norm(batch[0] * factor)
+        torch.testing.assert_close(found.features, wanted.detach())
+    model.eval()
+    model(batch[0])
+    kept, changes = model.kept, model.changes
+    evaluate(model, [batch], 3, contextlib.nullcontext(), ALONE)
+    assert model.kept is kept
+    assert model.changes == changes
+
+
+def test_a_recorded_step_cannot_check_targets(monkeypatch):
+    gpu = World(0, 1, torch.device("cuda"))
+    recorded = replace(TrainConfig(), {"cuda_graph": True, "precision": "float32"}).run
+    assert resolve(recorded, gpu).cuda_graph
+    monkeypatch.setenv("DNKD_CHECK_TARGET", "1")
+    with pytest.raises(ValueError, match="--cuda-graph cannot record the check of targets"):
+        resolve(recorded, gpu)
 
 
 def test_defaults_are_those_of_the_device_and_the_task():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import signal
 import warnings
@@ -14,7 +15,7 @@ import torch
 from benchmarks import parts, plots, report, training
 from benchmarks.__main__ import main
 from dnkd_ext.progress import Progress
-from dnkd_ext.train import classification, distillation
+from dnkd_ext.train import classification, distillation, stepper
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.data import batches
 from dnkd_ext.train.data.sources import MemorySource
@@ -136,8 +137,13 @@ def test_a_recorded_step(monkeypatch):
         return contextlib.nullcontext()
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    made = []
+    monkeypatch.setattr(
+        stepper, "_recording_stream", functools.cache(stepper._recording_stream.__wrapped__)
+    )
     for name, value in (
-        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("CUDAGraph", Graph),
+        ("Stream", lambda: made.append(stream) or stream),
+        ("current_stream", lambda: stream), ("CUDAGraph", Graph),
         ("stream", lambda stream: contextlib.nullcontext()), ("graph", record),
     ):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
@@ -158,6 +164,11 @@ def test_a_recorded_step(monkeypatch):
     assert calls == ["thread_local", "replay", "replay"]
     assert len(seen) == 4
     assert seen[3] == 4  # what was recorded is given every batch
+    with pytest.raises(RuntimeError, match=r"recorded for a batch of \(\) was given \(2,\)"):
+        recorded((torch.zeros(2),))
+    assert len(made) == 1
+    Recorded(body)
+    assert len(made) == 1  # one stream for all, whose memory cuBLAS keeps
 
 
 def test_runs_one_after_another_are_all_compiled(monkeypatch):

@@ -645,7 +645,7 @@ int dynamic_shared_limit() {
     }
     const int share = per_multiprocessor / kBlocks;
     const int limit = (most < share ? most : share) - kOtherShared;
-    if (limit <= kSharedWithoutAsking) {
+    if (limit <= kSharedWithoutAsking - kOtherShared) {
       return limit;
     }
     const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),

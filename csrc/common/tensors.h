@@ -28,8 +28,10 @@ inline at::Tensor as_rows(const at::Tensor& tensor) {
   return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
 }
 
+// (...) as (N,) whose elements lie side by side. A reshape alone keeps strides that merge: those of
+// x[..., ::2], or of an expanded scalar.
 inline at::Tensor flat(const at::Tensor& tensor) {
-  return tensor.dim() == 1 ? tensor.contiguous() : tensor.reshape({-1});
+  return (tensor.dim() == 1 ? tensor : tensor.reshape({-1})).contiguous();
 }
 
 inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType type) {

@@ -28,8 +28,8 @@ Tensor feature_diagnostics(const Tensor& student, const Tensor& target, const Te
                      eps);
   const NdArguments in =
       prepare_nd(student, target, class_means, teacher_features, teacher_norms, std::nullopt);
-  TORCH_CHECK(student.is_cpu() || in.student.size(1) < (int64_t{1} << 31),
-              "student_features on a GPU must have fewer than 2^31 features");
+  TORCH_CHECK(student.is_cpu() || in.student.size(1) < (int64_t{1} << 30),
+              "student_features on a GPU must have fewer than 2^30 features");
   FeatureDiagnosticsParams p{nd_inputs(in.student, in.target, in.directions, in.teacher,
                                        in.teacher_norms, ignore_index, eps)};
   if (p.target != nullptr) {

@@ -148,11 +148,10 @@ Prepared prepare(const Arguments& a) {
     if (!at::isFloatingType(target.scalar_type())) {
       result.label = flat(target);
     } else {
-      const Tensor rows = as_rows(target);
       if (kind.decoupled) {
-        result.label = rows.argmax(-1);
+        result.label = as_rows(target).argmax(-1);
       }
-      result.probabilities = cast(rows, accumulate);
+      result.probabilities = as_rows(cast(target, accumulate));
     }
   }
   if (a.ce_scale.has_value()) {

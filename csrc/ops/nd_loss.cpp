@@ -53,8 +53,8 @@ void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
   };
   TORCH_CHECK(student.dim() == 2 && is_matrix(student) && is_loss_dtype(student.scalar_type()),
               "student_features must be (N, D) with stride-1 features");
-  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 31),
-              "student_features on a GPU must have fewer than 2^31 features");
+  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 30),
+              "student_features on a GPU must have fewer than 2^30 features");
   TORCH_CHECK(is_matrix(directions) && (directions.scalar_type() == at::kFloat ||
                                         directions.scalar_type() == student.scalar_type()),
               "directions must be (C, D), stride-1, of the student's dtype or float32");

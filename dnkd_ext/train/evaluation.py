@@ -52,7 +52,11 @@ def evaluate(
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    # A model that is in evaluation mode already, as a teacher, is left alone: some of timm's drop a
+    # cache when the mode is set, whose memory a recorded step may go on reading.
+    is_training = any(modes.values())
+    if is_training:
+        model.eval()
     taken, targets = [], []
     try:
         for images, target, mask in batches:
@@ -66,6 +70,8 @@ def evaluate(
                 taken.append(feature.float())
                 targets.append(target.where(mask, -100))
     finally:
+        if is_training:
+            model.train()  # some of timm's drop what they have kept of the weights then alone
         for module, mode in modes.items():
             module.training = mode
     top1, top5, count = world.sum(counts).tolist()

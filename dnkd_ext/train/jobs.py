@@ -110,6 +110,11 @@ def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOption
         raise ValueError("--cuda-graph needs a GPU, and the device is the CPU")
     if options.cuda_graph and world.size > 1:
         raise ValueError(f"--cuda-graph is for one process, got {world.size}")
+    if options.cuda_graph and os.environ.get("DNKD_CHECK_TARGET", "0") not in {"", "0"}:
+        raise ValueError(
+            "--cuda-graph cannot record the check of targets, for which a step would wait: unset "
+            "DNKD_CHECK_TARGET, or leave out --cuda-graph"
+        )
     return dataclasses.replace(
         options,
         device=world.device.type,
@@ -427,6 +432,8 @@ def prepare_device(config: TrainConfig, world: World) -> None:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic)
+    # Nothing here reads memory that was not written, which would be filled in every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     # A detector's batches have hundreds of shapes, each of which would be searched for anew.
     torch.backends.cudnn.benchmark = not (run.deterministic or tasks.is_detection(config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable
@@ -63,6 +64,12 @@ class Meter:
         return means, [None if step == self.NONE else step for step in bad]
 
 
+@functools.cache
+def _recording_stream() -> torch.cuda.Stream:
+    """One for all runs of a process, on its one GPU: cuBLAS keeps memory for every stream."""
+    return torch.cuda.Stream()
+
+
 class Recorded:
     """A function of a batch that is run three times and then recorded as a CUDA graph.
 
@@ -76,7 +83,7 @@ class Recorded:
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: tuple[Tensor, ...] = ()
-        self.stream = torch.cuda.Stream()
+        self.stream = _recording_stream()
 
     def __call__(self, batch: tuple[Tensor, ...]) -> None:
         """Run the function, or replay it with this batch."""
@@ -97,6 +104,11 @@ class Recorded:
                 self.body(self.static)
             self.graph = graph
         for own, given in zip(self.static, batch, strict=True):
+            if own.shape != given.shape:
+                raise RuntimeError(
+                    f"a step recorded for a batch of {tuple(own.shape)} was given "
+                    f"{tuple(given.shape)}"
+                )
             own.copy_(given)
         self.graph.replay()
 

@@ -1,0 +1,69 @@
+"""Which sources are measured: their commit, and whether the compiled library is of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY_SUFFIXES = {".cpp", ".cu", ".h", ".cuh", ".inc"}
+REBUILD = "python setup.py build_ext --inplace"
+
+
+def commit() -> str:
+    """The commit measured, with + and a hash of the sources where they differ from it.
+
+    Without git it is that hash alone.
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        # That of a repository around these files, as an archive is unpacked in one, is another's.
+        is_own = Path(git("rev-parse", "--show-toplevel") or "nowhere").resolve() == ROOT
+        revision = git("rev-parse", "--short=10", "HEAD") if is_own else ""
+    except OSError:
+        revision = ""
+    if not revision:
+        return f"files-{source_hash()}"
+    generated = (":!benchmarks/results", ":!benchmarks/README.md")
+    sources = ("csrc", "dnkd_ext", "benchmarks", "setup.py", "pyproject.toml")
+    changed = git("status", "--porcelain", "--", *sources, *generated)
+    return revision + (f"+{source_hash()}" if changed else "")
+
+
+def source_hash() -> str:
+    """What the sources are, whether committed or not."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    suffixes = {".py", ".yaml", *LIBRARY_SUFFIXES}
+    paths = [ROOT / "setup.py", ROOT / "pyproject.toml"]
+    for folder in ("benchmarks", "csrc", "dnkd_ext", "tests"):
+        paths += [p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes]
+    for path in paths:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+def library_hash() -> str:
+    """What the library here would be compiled from, as setup.py writes it down."""
+    digest = hashlib.sha256()
+    paths = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in LIBRARY_SUFFIXES]
+    for path in [*sorted(paths), ROOT / "setup.py"]:
+        digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def library_obstacle(package: Path) -> str | None:
+    """Why the compiled library beside a package is not to be measured; None where it is of these
+    sources."""
+    try:
+        built = json.loads((package / "_build.json").read_text()).get("sources")
+    except (OSError, ValueError, AttributeError):
+        return f"there is no compiled library; build it: {REBUILD}"
+    if built != library_hash():
+        return f"the compiled library is of other sources than these; build it anew: {REBUILD}"
+    return None
