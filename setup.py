@@ -178,9 +178,7 @@ def extension(torch, cpp_extension):
     return kind(
         name="dnkd_ext._C",
         sources=sorted(sources),
-        depends=sorted(
-            p for e in ("h", "inc", "cuh") for p in glob.glob(f"csrc/**/*.{e}", recursive=True)
-        ),
+        depends=[str(path.relative_to(ROOT)) for path in source_files()],
         include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args=flags,
@@ -188,14 +186,39 @@ def extension(torch, cpp_extension):
     )
 
 
+def source_files() -> list[Path]:
+    """What a library depends on, this file among it."""
+    suffixes = {".cpp", ".cu", ".h", ".cuh", ".inc"}
+    paths = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
+    return [*sorted(paths), ROOT / "setup.py"]
+
+
 def sources_hash() -> str:
     """Of all that is compiled: whether a library is of these sources."""
     digest = hashlib.sha256()
-    suffixes = {".cpp", ".cu", ".h", ".cuh", ".inc"}
-    paths = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes]
-    for path in [*sorted(paths), ROOT / "setup.py"]:
+    for path in source_files():
         digest.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def must_begin_anew(record: dict, path: Path, library: Path) -> bool:
+    """Whether the times of files, by which the build decides, do not show what is to be compiled.
+
+    That is where the library was built for something else than the record says, or of other sources
+    that are older than it, as an archive or a copy may leave them.
+    """
+    try:
+        known = json.loads(path.read_text())
+        built = library.stat().st_mtime
+    except (OSError, ValueError):  # what there is of a build that did not end may be gone on with
+        return False
+    if not isinstance(known, dict):
+        return True
+    if any(known.get(name) != record[name] for name in ("torch", "cuda", "architectures")):
+        return True
+    return known.get("sources") != record["sources"] and all(
+        source.stat().st_mtime <= built for source in source_files()
+    )
 
 
 def build_arguments() -> dict:
@@ -220,20 +243,24 @@ def build_arguments() -> dict:
         """Also writes what it built against, for the message when the library does not load."""
 
         def run(self):
-            sources = sources_hash()  # not of what is changed while it compiles
-            super().run()
             with_cuda = any(
                 ("DNKD_WITH_CUDA", None) in ext.define_macros for ext in self.extensions
             )
-            folder = (ROOT if self.inplace else Path(self.build_lib)) / "dnkd_ext"
-            library = folder / Path(self.get_ext_filename("dnkd_ext._C")).name
             record = {
                 "torch": torch.__version__,
                 "cuda": torch.version.cuda if with_cuda else None,
-                "library_bytes": library.stat().st_size,
-                "sources": sources,
+                "architectures": os.environ["TORCH_CUDA_ARCH_LIST"] if with_cuda else None,
+                "sources": sources_hash(),  # not of what is changed while it compiles
             }
+            folder = (ROOT if self.inplace else Path(self.build_lib)) / "dnkd_ext"
             path = folder / "_build.json"
+            library = folder / Path(self.get_ext_filename("dnkd_ext._C")).name
+            if must_begin_anew(record, path, library):
+                say("compiling everything anew: the library there is of something else")
+                shutil.rmtree(self.build_temp, ignore_errors=True)
+                self.force = True
+            super().run()
+            record["library_bytes"] = library.stat().st_size
             path.write_text(json.dumps(record, indent=1) + "\n")
             say(f"wrote {path}")
 

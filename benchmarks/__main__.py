@@ -205,7 +205,6 @@ def _positive(text: str) -> float:
 def _run(arguments: argparse.Namespace) -> int:
     from benchmarks import results, run, targets
 
-    run.require_device(arguments.device)
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume needs --out, the file to go on with")
     names = [name for group in arguments.peers or () for name in group.split(",") if name]
@@ -312,7 +311,6 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _regression(arguments: argparse.Namespace) -> int:
     from benchmarks import compare, results, run
 
-    run.require_device(arguments.device)
     path = arguments.against or results.RESULTS / "losses.csv"
     order = run.plan(arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=True)
     here = results.environment(arguments.device)
@@ -328,10 +326,8 @@ def _regression(arguments: argparse.Namespace) -> int:
             f"python -m benchmarks run --out {path}. There is\n  {known}"
         )
         return 0
-    of_machine = [
-        one for one in measured if one.machine == machine and (one.case, one.allocator) in before
-    ]
-    noise = max(compare.LEAST_NOISE, compare.between_runs(of_machine))
+    of_machine = compare.between_runs(one for one in measured if one.machine == machine)
+    noise = max(compare.LEAST_NOISE, of_machine)
     refused: list[str] = []
 
     def measure(names: set[str]) -> results.Latest:
@@ -353,7 +349,8 @@ def _regression(arguments: argparse.Namespace) -> int:
     if changes or not refused:
         print(
             f"{len(slower) or 'none'} of {len(changes)} got slower by more than the noise, "
-            f"at least {100 * noise:.0f} % as between recorded runs of this machine"
+            f"at least {100 * noise:.0f} %"
+            + (" as between recorded runs of this machine" if noise == of_machine else "")
         )
     return 1 if slower or refused else 0
 
@@ -393,9 +390,8 @@ def _targets(arguments: argparse.Namespace) -> int:
 
 
 def _e2e(arguments: argparse.Namespace) -> int:
-    from benchmarks import e2e, run
+    from benchmarks import e2e
 
-    run.require_device(arguments.device)
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume needs --out, the file to go on with")
     return e2e.run(
@@ -408,9 +404,8 @@ def _e2e(arguments: argparse.Namespace) -> int:
 
 
 def _training(arguments: argparse.Namespace) -> int:
-    from benchmarks import run, training
+    from benchmarks import training
 
-    run.require_device(arguments.device)
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume needs --out, the file to go on with")
     names = ("precision", "channels_last", "compile", "cuda_graph", "batch_size")
@@ -442,29 +437,15 @@ def _loading(arguments: argparse.Namespace) -> int:
     )
 
 
-def _require_library() -> None:
-    """That ours are the kernels of these sources: no others, and not the reference in their place.
-
-    Raises:
-        ResultsError: they are not.
-    """
-    import dnkd_ext
-    from benchmarks.results import ResultsError
-    from benchmarks.sources import library_obstacle
-
-    info = dnkd_ext.build_info()
-    obstacle = library_obstacle(Path(dnkd_ext.__file__).parent) or info["load_error"]
-    if obstacle is not None:
-        raise ResultsError(obstacle)
-
-
 def _of_the_machine(error: RuntimeError) -> str | None:
     """A line for what the machine lacks: memory, a compiler, a process; None for other errors."""
     import torch
 
     kind = type(error)
-    if isinstance(error, torch.OutOfMemoryError) or kind.__module__.startswith(
-        ("torch._inductor", "torch._dynamo")
+    if (
+        isinstance(error, torch.OutOfMemoryError)
+        or "DefaultCPUAllocator" in str(error)
+        or kind.__name__ in ("InductorError", "BackendCompilerFailed")
     ):
         return f"{kind.__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     if "DataLoader worker" in str(error) or kind.__name__ == "WorkerDied":
@@ -478,6 +459,7 @@ def _of_the_machine(error: RuntimeError) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a wrong input is one line on standard error and exit status 2."""
     arguments = parser().parse_args(argv)
+    from benchmarks import run
     from benchmarks.results import ResultsError
     from benchmarks.run import NoDevice
 
@@ -487,7 +469,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     try:
         if arguments.command in MEASURING:
-            _require_library()
+            run.require_device(arguments.device)
+            run.require_library(arguments.device)
         return commands[arguments.command](arguments)
     except (
         ResultsError,

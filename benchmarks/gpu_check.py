@@ -400,17 +400,21 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _hold(out: Path) -> int:
     """A descriptor that, open here or in a command that was started, keeps others out of a folder.
 
+    On file systems that know no locks it keeps nobody out.
+
     Raises:
         OSError: somebody has it.
     """
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         raise OSError(
             f"{out} is in use by another gpu-check, or by a command that one left behind"
         ) from None
+    except OSError:
+        pass
     return descriptor
 
 
@@ -427,6 +431,7 @@ def gpu() -> tuple[str, str] | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages: 0 all passed, 1 one failed or is unfinished, 2 no GPU."""
     arguments = _arguments(argv)
+    begin = time.monotonic()
     out = arguments.out.resolve()
     if arguments.dry_run:
         for stage in arguments.stage or STAGES:
@@ -444,20 +449,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpu-check: error: {error}", file=sys.stderr)
         return 2
     try:
-        return _check(arguments, out, *present, held)
+        return _check(arguments, out, *present, held, begin)
     finally:
         os.close(held)
 
 
 def _check(
-    arguments: argparse.Namespace, out: Path, device: str, capability: str, held: int
+    arguments: argparse.Namespace,
+    out: Path,
+    device: str,
+    capability: str,
+    held: int,
+    begin: float,
 ) -> int:
     """The exit status of the stages that were asked for."""
-    begin = time.monotonic()
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", capability)
-    stages = tuple(arguments.stage or STAGES)
-    if "build" not in stages and library_obstacle(ROOT / "dnkd_ext") is not None:
-        stages = ("build", *stages)  # else they would be of another library than their key says
     import torch
 
     from benchmarks.sources import commit, source_hash
@@ -469,8 +475,13 @@ def _check(
         f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, built for "
         f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
     )
+    asked = {*(arguments.stage or STAGES)}
+    if library_obstacle(ROOT / "dnkd_ext", "cuda", str(torch.__version__)) is not None:
+        asked.add("build")  # else the others would be of another library than their key says
     todo = []
-    for stage in stages:
+    for stage in STAGES:
+        if stage not in asked:
+            continue
         if arguments.force or stage == "build":  # which is nothing where it is up to date
             state.forget(stage)
         if status(state.of(stage), items(stage, out, force=arguments.force)) == PASSED:

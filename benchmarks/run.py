@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+import dnkd_ext
 from benchmarks import results, targets
 from benchmarks.cases import ALL_DTYPES, DTYPES, Case, cases, select
 from benchmarks.harness import can_keep_memory
 from benchmarks.peers import PEERS, unavailable
+from benchmarks.sources import library_obstacle
 from dnkd_ext.progress import Progress
 
 # What a quick run leaves out: sizes beyond the caches, and what has to be compiled.
@@ -25,6 +27,21 @@ DTYPE_NAMES = {str(dtype)[6:]: dtype for dtype in ALL_DTYPES}
 
 class NoDevice(RuntimeError):
     """The device asked for is not there."""
+
+
+def require_library(device: str) -> None:
+    """Say before anything is computed that ours would be other kernels than those here, or none.
+
+    Raises:
+        ResultsError: so it is.
+    """
+    info = dnkd_ext.build_info()
+    obstacle = library_obstacle(Path(dnkd_ext.__file__).parent, device, str(torch.__version__))
+    obstacle = obstacle or info["load_error"]
+    if obstacle is None and device == "cuda" and info["cuda"] is None:
+        obstacle = "the compiled library has no CUDA kernels"
+    if obstacle is not None:
+        raise results.ResultsError(obstacle)
 
 
 @dataclass

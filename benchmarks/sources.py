@@ -57,13 +57,25 @@ def library_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def library_obstacle(package: Path) -> str | None:
-    """Why the compiled library beside a package is not to be measured; None where it is of these
-    sources."""
+def library_obstacle(package: Path, device: str, torch: str) -> str | None:
+    """Why the compiled library of a package is not to be measured on a device; None where it may.
+
+    Args:
+        package: the folder that the build wrote to.
+        device: ``"cpu"`` or ``"cuda"``.
+        torch: the version of torch that is there.
+    """
     try:
-        built = json.loads((package / "_build.json").read_text()).get("sources")
+        record = json.loads((package / "_build.json").read_text())
+        built, cuda, of = (record.get(name) for name in ("sources", "cuda", "torch"))
     except (OSError, ValueError, AttributeError):
         return f"there is no compiled library; build it: {REBUILD}"
     if built != library_hash():
         return f"the compiled library is of other sources than these; build it anew: {REBUILD}"
+    if of != torch:
+        return f"the compiled library is for torch {of}, here is {torch}; build it anew: {REBUILD}"
+    if device == "cuda" and cuda is None:
+        return (
+            f"the compiled library has no CUDA kernels; build it with them: DNKD_CUDA=1 {REBUILD}"
+        )
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import json
 import platform
 import re
 import shutil
@@ -492,25 +493,38 @@ def test_the_commit_is_that_of_these_sources_alone(tmp_path, monkeypatch):
     assert len(marked) == 3
 
 
-def test_a_library_of_other_sources_is_none_to_measure(tmp_path, monkeypatch):
+def test_a_library_of_something_else_is_none_to_measure(tmp_path, monkeypatch):
     for name in ("csrc/ops/loss.cpp", "csrc/common/rows.cuh", "setup.py", "csrc/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1\n")
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     package = tmp_path / "package"
     package.mkdir()
-    assert "no compiled library" in sources.library_obstacle(package)
+
+    def obstacle(device="cpu", torch="2.11.0"):
+        return sources.library_obstacle(package, device, torch)
+
+    def built(**record):
+        record = {"sources": sources.library_hash(), "torch": "2.11.0", "cuda": None, **record}
+        (package / "_build.json").write_text(json.dumps(record))
+
+    assert "no compiled library" in obstacle()
     (package / "_build.json").write_text("[]")
-    assert "no compiled library" in sources.library_obstacle(package)
+    assert "no compiled library" in obstacle()
     (package / "_build.json").write_text('{"torch": "2.11.0"}')
-    assert "of other sources" in sources.library_obstacle(package)
+    assert "of other sources" in obstacle()
     for name in ("csrc/common/rows.cuh", "setup.py"):
-        (package / "_build.json").write_text(f'{{"sources": "{sources.library_hash()}"}}')
-        assert sources.library_obstacle(package) is None
+        built()
+        assert obstacle() is None
         (tmp_path / "csrc/notes.txt").write_text("2\n")
-        assert sources.library_obstacle(package) is None
+        assert obstacle() is None
         (tmp_path / name).write_text("2\n")
-        assert "build it anew: python setup.py" in sources.library_obstacle(package)
+        assert "build it anew: python setup.py" in obstacle()
+    built()
+    assert "is for torch 2.11.0, here is 2.12.0" in obstacle(torch="2.12.0")
+    assert "has no CUDA kernels" in obstacle("cuda")
+    built(cuda="13.0")
+    assert obstacle("cuda") is None
 
 
 def test_peers_follow_each_other_in_changing_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import stat
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from benchmarks import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -117,6 +120,39 @@ def test_architectures_are_honoured(script, clean_environment, tmp_path, monkeyp
     home = toolkit(tmp_path / "cuda", "13.0")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert script.cuda_architectures(str(home)) == "9.0a"
+
+
+def test_the_library_knows_its_sources_by_the_hash_that_benchmarks_ask_for(script):
+    assert script.sources_hash() == sources.library_hash()
+    assert "setup.py" in {path.name for path in script.source_files()}
+
+
+def test_everything_is_compiled_anew_where_times_of_files_do_not_tell(
+    script, tmp_path, monkeypatch
+):
+    source, library, path = (tmp_path / name for name in ("a.cpp", "_C.so", "_build.json"))
+    monkeypatch.setattr(script, "source_files", lambda: [source])
+    record = {"torch": "2.11.0", "cuda": None, "architectures": None, "sources": "1"}
+
+    def begins_anew(**now):
+        return script.must_begin_anew({**record, **now}, path, library)
+
+    source.write_text("1")
+    assert not begins_anew()  # there is nothing yet, or a part of a build that did not end
+    library.write_text("")
+    os.utime(source, (1, 1))
+    assert not begins_anew()
+    path.write_text(json.dumps(record))
+    assert not begins_anew()
+    for name, value in (("torch", "2.12.0"), ("cuda", "13.0"), ("architectures", "9.0")):
+        assert begins_anew(**{name: value})
+    # Of other sources: where they are newer than the library the build sees it.
+    assert begins_anew(sources="2")
+    os.utime(source)
+    os.utime(library, (2, 2))
+    assert not begins_anew(sources="2")
+    path.write_text("[]")
+    assert begins_anew()
 
 
 def test_no_compiler_installs_as_pure_python(script, clean_environment, capsys):

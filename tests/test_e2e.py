@@ -174,7 +174,7 @@ def test_a_method_without_a_loss_part_has_an_empty_cell(no_compile, tmp_path, mo
     text = report.render([], rows)
     assert "batch 6, 8x13, float32" in text
     assert "kinder than the published one" in text
-    assert "e2e --shape detection --out" in text
+    assert "e2e --shape detection --rounds 1 --out" in text
 
 
 def test_the_shapes_are_those_of_the_claims():

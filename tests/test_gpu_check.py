@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import dnkd_ext
-from benchmarks import gpu_check, results, sanitize, steps
+from benchmarks import gpu_check, results, sanitize, sources, steps
 from benchmarks.gpu_check import Item, State
 from tests.benchmark_rows import gpu_rows
 
@@ -224,7 +225,7 @@ def test_a_missing_tool_is_a_failure(tmp_path, state):
 def pretend(monkeypatch, tmp_path):
     """A GPU, and one harmless command per stage that writes the stage's results."""
     monkeypatch.setattr(gpu_check, "gpu", lambda: ("a GPU", "9.0"))
-    monkeypatch.setattr(gpu_check, "library_obstacle", lambda package: None)
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: None)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     fails = set()
 
@@ -237,7 +238,7 @@ def pretend(monkeypatch, tmp_path):
 
 def here(rows):
     """As if measured on this GPU with these sources."""
-    now = {"hardware": "a GPU", "commit": results.commit(), "torch": str(torch.__version__)}
+    now = {"hardware": "a GPU", "commit": sources.commit(), "torch": str(torch.__version__)}
     return [{**row, **now} for row in rows]
 
 
@@ -299,7 +300,7 @@ def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys)
 
 
 def test_a_library_of_other_sources_is_built_first(pretend, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "library_obstacle", lambda package: "of other sources")
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: "of other sources")
     out = tmp_path / "out"
     gpu_check.main(["--out", str(out), "--stage", "kernels"])
     assert (ran(tmp_path / "build"), ran(tmp_path / "kernels")) == (1, 1)
@@ -311,6 +312,30 @@ def test_a_library_of_other_sources_is_built_first(pretend, tmp_path, monkeypatc
     assert "nothing else is run" in captured.err
     assert not ran(tmp_path / "tests")
     assert not ran(tmp_path / "bench")
+
+
+def test_stages_run_in_their_order_however_they_are_named(pretend, tmp_path, capsys):
+    pretend.add("build")
+    stages = ["--stage", "bench", "--stage", "build"]
+    assert gpu_check.main(["--out", str(tmp_path / "out"), *stages]) == 1
+    assert (ran(tmp_path / "build"), ran(tmp_path / "bench")) == (1, 0)
+
+
+def test_commands_hold_the_folder_too(tmp_path, state):
+    """So that it is in use for as long as one runs, whatever becomes of gpu-check."""
+    held = gpu_check._hold(tmp_path)
+    state.held = (held,)
+    command = (sys.executable, "-c", f"import os; os.fstat({held})")
+    assert gpu_check.run_stage("bench", [Item("one", command)], tmp_path, state, 60) == "PASS"
+    os.close(held)
+
+
+def test_where_folders_cannot_be_locked_nobody_is_kept_out(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(gpu_check.fcntl, "flock", fail)
+    os.close(gpu_check._hold(tmp_path))
 
 
 def test_a_folder_in_use_is_left_alone(pretend, tmp_path, capsys):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,6 +378,19 @@ def test_evaluation_leaves_what_a_model_keeps_as_training_needs_it():
     evaluate(model, [batch], 3, contextlib.nullcontext(), ALONE)
     assert model.kept is kept
     assert model.changes == changes
+
+
+def test_deterministic_runs_fill_nothing_for_nobody(monkeypatch):
+    """Of every fresh tensor in every step; and other runs leave PyTorch's setting alone."""
+    kept = SimpleNamespace(fill_uninitialized_memory=True)
+    monkeypatch.setattr(torch.utils, "deterministic", kept)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    gpu = World(0, 1, torch.device("cuda"))
+    for wanted in (False, True):
+        jobs.prepare_device(replace(TrainConfig(), {"deterministic": wanted}), gpu)
+        assert kept.fill_uninitialized_memory is not wanted
 
 
 def test_a_recorded_step_cannot_check_targets(monkeypatch):

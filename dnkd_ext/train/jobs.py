@@ -432,8 +432,9 @@ def prepare_device(config: TrainConfig, world: World) -> None:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(run.deterministic)
-    # Nothing here reads memory that was not written, which would be filled in every step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    if run.deterministic:
+        # A launch for every fresh tensor of every step, against reading what was not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
     # A detector's batches have hundreds of shapes, each of which would be searched for anew.
     torch.backends.cudnn.benchmark = not (run.deterministic or tasks.is_detection(config))
 

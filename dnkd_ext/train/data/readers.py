@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dnkd_ext.train.data.folders import FileSplit, find_split, open_files
 from dnkd_ext.train.data.reader_options import ReaderOptions
 from dnkd_ext.train.data.shards import TRAIN_NAMES, VAL_NAMES, ShardSplit, open_shards
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Splits", "open_splits"]
 

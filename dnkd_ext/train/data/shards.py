@@ -10,13 +10,10 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnkd_ext.train.data.decoding import DataError, RawImage, UnreadableError, reason_of
 from dnkd_ext.train.data.reader_options import ReaderOptions
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["TRAIN_NAMES", "VAL_NAMES", "ShardSplit", "open_shards"]
 
