@@ -6,8 +6,9 @@ attention" (arXiv 2012.12877).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dis
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +77,11 @@ def features(
     """Run a classifier once and return what its last linear layer read, and the logits.
 
     Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own,
-    in DistributedDataParallel or not. A bare model with timm's interface is run by its
-    ``forward_features`` and ``forward_head(pre_logits=True)``, which ``torch.compile`` traces
-    without a break. Any other is called as ``model(images)`` with a hook on the layer, so that
-    wrappers and others' hooks keep working; a model that ``torch.compile`` has already compiled
-    does not call it: compile the function around this one, or a model of the first kind.
+    in DistributedDataParallel or not. It is called as ``model(images)`` with a hook on the layer,
+    so that wrappers and others' hooks keep working; a model that ``torch.compile`` has already
+    compiled does not call it: compile the function around this one. There a bare model with timm's
+    interface, whose ``forward_head`` has no more than the layer behind ``pre_logits``, is run by
+    ``forward_features`` and ``forward_head(pre_logits=True)``, which traces without a break.
 
     Of a model with a head for a class token and one for a distillation token (timm's
     ``deit_*_distilled_*``, ``levit_*``, ``efficientformer_*`` and others) it gives the mean of what
@@ -100,7 +101,7 @@ def features(
         TypeError: ``classifier`` is neither a name nor a module.
         ValueError: the layer cannot be found, or did not produce the model's output.
     """
-    if classifier is None and _is_split(model):
+    if classifier is None and torch.compiler.is_compiling() and _is_split(model):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
     heads = _find_heads(model) if classifier is None else None
@@ -163,12 +164,8 @@ SPLIT = ("forward_features", "forward_head")
 
 
 def _is_split(model: nn.Module) -> bool:
-    """Whether calling the model is no more than timm's three parts one after another.
-
-    Not for classifiers that are no linear layer, which may want another shape than the pooled
-    features.
-    """
-    return _is_in_parts(model) and isinstance(model.get_classifier(), nn.Linear)
+    """Whether calling the model is no more than timm's three parts one after another."""
+    return _is_in_parts(model) and _ends_in_its_classifier(model)
 
 
 def _is_in_parts(model: nn.Module) -> bool:
@@ -200,10 +197,91 @@ def _is_in_parts(model: nn.Module) -> bool:
     return False
 
 
+def _ends_in_its_classifier(model: nn.Module) -> bool:
+    """Whether the linear layer is all of ``forward_head`` behind ``pre_logits``.
+
+    Of some of timm's models a normalisation, or a dropout, lies between.
+    """
+    classifier = model.get_classifier()
+    return isinstance(classifier, nn.Linear) and _only_calls(model, "forward_head", classifier)
+
+
+def _only_calls(owner: nn.Module, method: str, classifier: nn.Module) -> bool:
+    names = _named_behind_pre_logits(type(owner), method)
+    if names is None:
+        return False
+    calls = False
+    for name in names:
+        part = getattr(owner, name, None)
+        is_inside = (
+            method == "forward_head"
+            and isinstance(part, nn.Module)
+            and part is not classifier
+            and _only_calls(part, "forward", classifier)
+        )
+        if part is classifier or is_inside or name == "get_classifier":
+            calls = True
+        elif not isinstance(part, (nn.Identity, nn.Flatten)):
+            return False
+    return calls
+
+
+# Instructions that hand on, call, store or return what there is, and decide by it.
+PLAIN = (
+    "CACHE", "CALL", "COPY", "EXTENDED_ARG", "JUMP", "KW_NAMES", "LOAD_CONST", "LOAD_FAST",
+    "NOP", "NOT_TAKEN", "POP_JUMP", "POP_TOP", "PRECALL", "PUSH_NULL", "RESUME", "RETURN",
+    "STORE_FAST", "TO_BOOL",
+)  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _named_behind_pre_logits(kind: type, method: str) -> tuple[str, ...] | None:
+    """The attributes that a method calls once it has looked at its argument ``pre_logits``; all of
+    its attributes where it does so last. None where it does more than call them."""
+    code = getattr(getattr(kind, method, None), "__code__", None)
+    if code is None or "pre_logits" not in code.co_varnames:
+        return None
+    before: list[str] = []
+    behind: list[str] = []
+    has_looked = False
+    for step in dis.get_instructions(code):
+        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            (behind if has_looked else before).append(step.argval)
+        elif step.opname.startswith("LOAD_FAST") and "pre_logits" in loaded:
+            has_looked = True
+        elif has_looked and not step.opname.startswith(PLAIN):
+            return None
+    return tuple(dict.fromkeys(behind or before))
+
+
+def run_head(model: nn.Module, last: Tensor) -> tuple[Tensor, Tensor]:
+    """What the classifier of one of timm's models reads of the last map, and the logits.
+
+    Raises:
+        ValueError: the model has no single layer as a classifier, or that does not give the logits.
+    """
+    if torch.compiler.is_compiling() and _ends_in_its_classifier(model):
+        pooled = model.forward_head(last, pre_logits=True)
+        return pooled, model.get_classifier()(pooled)
+    if getattr(model, "aux_head", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__} adds the output of its aux_head to that of its classifier; "
+            "make it without"
+        )
+    return _listen(model, last, None, model.forward_head)
+
+
 def _listen(
-    model: nn.Module, images: Tensor, classifier: str | nn.Module | None
+    model: nn.Module,
+    images: Tensor,
+    classifier: str | nn.Module | None,
+    run: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The general way: a hook on the classifier, which must give the model's output."""
+    """The general way: a hook on the classifier, which must give the model's output.
+
+    ``run``: what is called, if not the model.
+    """
     if classifier is None:
         classifier = find_classifier(model)
     elif isinstance(classifier, str):
@@ -217,7 +295,7 @@ def _listen(
         raise TypeError(
             f"classifier must be a name or an nn.Module, got {type(classifier).__name__}"
         )
-    (seen,), logits = _hear(model, images, [classifier])
+    (seen,), logits = _hear(run or model, images, [classifier])
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"the model returned {type(logits).__name__}, expected a tensor of logits")
     if len(seen) != 1 or not _is_same(seen[0][1], logits):
@@ -226,11 +304,13 @@ def _listen(
             "output; pass the last linear layer as classifier= (a compiled model does not call "
             "hooks: compile the function around features() instead)"
         )
-    return seen[0][0], logits
+    own = seen[0][0]
+    # A convolution that classifies: what it reads has a width and a height of 1.
+    return (own.flatten(1) if own.dim() == 4 and own.shape[2:] == (1, 1) else own), logits
 
 
 def _hear(
-    model: nn.Module, images: Tensor, layers: Sequence[nn.Module]
+    model: Callable[[Tensor], object], images: Tensor, layers: Sequence[nn.Module]
 ) -> tuple[list[list[tuple[Tensor, Tensor]]], object]:
     """Call the model: input and output of every call of each layer, and the model's output."""
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
@@ -357,11 +437,36 @@ def _is_mean(output: Tensor, first: Tensor, second: Tensor) -> bool:
         )
 
 
+# Of the graph: what wrappers do to an output without changing its numbers.
+COPIES = {
+    "AliasBackward0", "CloneBackward0", "ReshapeAliasBackward0", "SqueezeBackward1",
+    "ToCopyBackward0", "UnsafeViewBackward0", "ViewBackward0", "_DDPSinkBackward",
+}  # fmt: skip
+
+
 def _is_same(output: Tensor, logits: Tensor) -> bool:
-    """Whether the model returned this output; wrappers may hand on a view of it."""
-    return output is logits or (
-        output.shape == logits.shape
-        and output.dtype == logits.dtype
-        and output.device == logits.device
-        and output.data_ptr() == logits.data_ptr()
+    """Whether the model returned this output; wrappers may hand on a view, a copy or a cast."""
+    if output is logits:
+        return True
+    # A convolution that classifies gives a width and a height of 1, which the model leaves out.
+    flat = output.flatten(1) if output.dim() == 4 and logits.dim() == 2 else output
+    if flat.shape != logits.shape or output.device != logits.device:
+        return False
+    if output.dtype == logits.dtype and output.data_ptr() == logits.data_ptr():
+        return True
+    if output.grad_fn is not None and logits.grad_fn is not None:
+        return _is_copy(logits.grad_fn, output.grad_fn)
+    # Without a graph, mixed precision's cast of the result.
+    return logits.dtype == torch.float32 and output.dtype in (torch.float16, torch.bfloat16)
+
+
+def _is_copy(step: Any, of: Any, depth: int = 4) -> bool:
+    """Whether a step of the graph hands on what another one gave."""
+    if step is of:
+        return True
+    return (
+        depth > 0
+        and step is not None
+        and type(step).__name__ in COPIES
+        and any(_is_copy(before, of, depth - 1) for before, _ in step.next_functions)
     )

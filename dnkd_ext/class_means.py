@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnkd_ext._checks import require_floating, require_same_device, require_tensor
+from dnkd_ext._checks import (
+    require_floating,
+    require_integer,
+    require_same_device,
+    require_tensor,
+)
 from dnkd_ext._files import replacing
 
 __all__ = ["ClassMeans"]
@@ -65,6 +70,7 @@ class ClassMeans:
 
     Raises:
         ValueError: a size below 1, or a momentum that is no number between 0 and 1.
+        TypeError: an ``ignore_index`` that is no integer.
 
     Example:
         >>> means = ClassMeans(num_classes=10, num_features=64)
@@ -85,7 +91,8 @@ class ClassMeans:
         self.num_classes = _positive("num_classes", num_classes)
         self.num_features = _positive("num_features", num_features)
         self.momentum = _momentum(momentum)
-        self.ignore_index = ignore_index
+        require_integer(ignore_index, "ignore_index")
+        self.ignore_index = int(ignore_index)
         self.metadata: dict[str, str] = {}
         self._device = None if device is None else torch.device(device)
         # Sums (C + 1, D) float64 and counts (C + 1,) int64: what this process saw since the last
@@ -419,6 +426,7 @@ class ClassMeans:
             metadata: kept with the result and written by :meth:`save` ("teacher", "dataset").
 
         Raises:
+            TypeError: the loader yields something else than pairs of tensors.
             ValueError: the loader yields nothing, or the classifier cannot be found.
         """
         from dnkd_ext.adapters import extract_features
@@ -428,11 +436,14 @@ class ClassMeans:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         means: ClassMeans | None = None
         modes = {module: module.training for module in model.modules()}
-        model.eval()
+        is_training = any(modes.values())
+        if is_training:
+            model.eval()
         try:
             # Not inference_mode: a model that FSDP shards keeps what it gathers for training, too.
             with torch.no_grad():
-                for images, target in progress_bar(loader, "class means", enabled=progress):
+                for batch in progress_bar(loader, "class means", enabled=progress):
+                    images, target = _pair(batch)
                     features, logits = extract_features(
                         model, images.to(device, non_blocking=True), classifier=classifier
                     )
@@ -441,6 +452,8 @@ class ClassMeans:
                         means = cls(classes, features.shape[-1])
                     means.update(features, target.to(device, non_blocking=True))
         finally:
+            if is_training:
+                model.train()  # some of timm's drop what they have kept of the weights then alone
             for module, mode in modes.items():
                 module.training = mode
         if means is None:
@@ -464,11 +477,18 @@ class ClassMeans:
 
         Raises:
             OSError: the folder does not exist or cannot be written, or the path is a folder's.
-            ValueError: :attr:`metadata` uses a name that the file format does.
+            ValueError: :attr:`metadata` uses a name that the file format does, or means are not
+                finite, so that :meth:`load` would refuse them.
         """
         from safetensors.torch import save as to_bytes
 
         tensors = {"class_means": self.compute().cpu().contiguous()}
+        bad = (~tensors["class_means"].isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"the class means of {len(bad)} classes are not finite, the first of class "
+                f"{bad[0]}: features of theirs were not"
+            )
         if self._table is None:
             sums, counts = (total[:-1] for total in self._totals())
             tensors["sums" if self.momentum is None else "averages"] = sums.cpu().contiguous()
@@ -671,3 +691,17 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images and target of a loader's batch."""
+    if (
+        not isinstance(batch, (tuple, list))
+        or len(batch) != 2
+        or not all(isinstance(part, Tensor) for part in batch)
+    ):
+        kinds = type(batch).__name__
+        if isinstance(batch, (tuple, list)):
+            kinds += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
+        raise TypeError(f"loader must yield pairs of tensors (images, target), got a {kinds}")
+    return batch[0], batch[1]

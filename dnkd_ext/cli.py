@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument(
         "--check",
         action="store_true",
-        help="compare every operator with its PyTorch reference on this machine",
+        help="compare every loss with its PyTorch reference on this machine",
     )
     info.add_argument("--json", action="store_true", help="print JSON")
 
@@ -88,7 +89,9 @@ def _info(arguments: argparse.Namespace) -> int:
         return 0
     from dnkd_ext.selfcheck import self_check
 
-    return 0 if self_check() else 1
+    # Beside JSON, standard output is for that alone.
+    with contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        return 0 if self_check() else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:

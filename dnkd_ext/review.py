@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnkd_ext._checks import require_floating, require_same_device, require_sequence
+from dnkd_ext.adapters import run_head
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
 
@@ -226,8 +227,9 @@ def _timm_stages(model: nn.Module) -> list[int]:
         raise ValueError(
             f"{type(model).__name__} does not tell the maps of its stages, as timm's models do by "
             "feature_info and forward_intermediates(): take the maps with hooks, and pass "
-            "student_channels= and teacher_channels= to ReviewKDPlusPlus (of a model in "
-            "DistributedDataParallel, pass its module)"
+            "student_channels= and teacher_channels= to ReviewKDPlusPlus (of a teacher in "
+            "DistributedDataParallel, pass its module; a student's maps are to be taken in the "
+            "forward of a module that is wrapped, else its gradients are not exchanged)"
         )
     return [i for i, info in enumerate(model.feature_info) if info["reduction"] > 2]
 
@@ -253,7 +255,9 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
     ``forward_intermediates``; the stages of the latter begin at a quarter of the image's size.
 
     Args:
-        model: the classifier itself, in no wrapper.
+        model: the classifier itself, in no wrapper. DistributedDataParallel exchanges gradients of
+            its own forward pass alone: of a student it must wrap a module whose ``forward`` calls
+            this function.
         images: its input.
         pre_activation: maps before the activation that ends their stage, where there is one.
             ReviewKD reads the teacher so on CIFAR, and the student after it. timm's models give
@@ -282,6 +286,5 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
                 "pre_activation=True was given"
             )
         last, maps = model.forward_intermediates(images, indices=indices)
-        features = model.forward_head(last, pre_logits=True)
-        logits = model.get_classifier()(features)
+        features, logits = run_head(model, last)
     return StageMaps([*maps, features[..., None, None]], features, logits)

@@ -1,4 +1,4 @@
-"""``dnkd info --check``: every operator against its reference on this machine."""
+"""``dnkd info --check``: every loss against its reference on this machine."""
 
 from __future__ import annotations
 

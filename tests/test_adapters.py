@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -269,17 +271,199 @@ def test_it_is_one_function_of_two_names():
     assert "features" in dnkd_ext.__all__
 
 
-def test_parts_are_run_without_a_hook(images):
+def compiled(model):
+    return torch.compile(
+        lambda x: dnkd_ext.features(model, x), fullgraph=True, backend="eager", dynamic=False
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda model: lambda x: dnkd_ext.features(model, x), compiled])
+def test_features_and_logits_are_of_one_draw(wrap, images):
     """The logits are those of the features given, with one draw of the dropout."""
     model = Split()
-    model.head.register_forward_hook = None  # would fail if it were called
-    features, logits = dnkd_ext.features(model, images)
+    features, logits = wrap(model)(images)
     assert (features == 0).any()
     assert torch.equal(logits, model.head(features))
     model.eval()
-    features, logits = dnkd_ext.features(model, images)
+    features, logits = wrap(model)(images)
     assert torch.equal(features, model.forward_features(images))
     assert torch.equal(logits, model(images))
+
+
+class Scales(Split):
+    """What lies behind ``pre_logits`` is more than the classifier."""
+
+    def forward_head(self, x, pre_logits=False):
+        return x if pre_logits else self.head(x) * 2.0
+
+
+class Normalises(Split):
+    """As timm's EfficientViT: a normalisation, whose weights are the head's, is behind, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(9)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward_head(self, x, pre_logits=False):
+        return x if pre_logits else self.head(self.norm(x))
+
+
+class NormLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(9), nn.Linear(9, 5)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+class Nests(Split):
+    """The same in a module of its own, of which the classifier is a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = NormLinear()
+
+    def get_classifier(self):
+        return self.head.linear
+
+    def forward_head(self, x, pre_logits=False):
+        return x if pre_logits else self.head(x)
+
+
+class Drops(Split):
+    """As timm's LCNetV2: the dropout comes behind."""
+
+    def forward_head(self, x, pre_logits=False):
+        if pre_logits:
+            return x
+        x = nn.functional.dropout(x, 0.5, self.training)
+        return self.head(x)
+
+
+class PoolsInside(Split):
+    """As timm's ClassifierHead, where behind ``pre_logits`` is a Flatten as well."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.fc, self.flatten = nn.Dropout(0.5), nn.Linear(9, 5), nn.Identity()
+
+        def forward(self, x, pre_logits: bool = False):
+            x = self.drop(x)
+            if pre_logits:
+                return self.flatten(x)
+            x = self.fc(x)
+            return self.flatten(x)
+
+    def __init__(self):
+        super().__init__()
+        self.head = self.Head()
+
+    def get_classifier(self):
+        return self.head.fc
+
+    def forward_head(self, x, pre_logits: bool = False):
+        return self.head(x, pre_logits=pre_logits) if pre_logits else self.head(x)
+
+
+@pytest.mark.parametrize("make", [Normalises, Nests, Drops])
+@pytest.mark.parametrize(
+    "wrap", [lambda function: function, functools.partial(torch.compile, backend="eager")]
+)
+def test_what_lies_behind_pre_logits_is_run(make, wrap, images):
+    model = make()
+    assert not _is_split(model)
+    run = wrap(lambda x: dnkd_ext.features(model, x))
+    torch.manual_seed(1)
+    wanted = model(images)
+    torch.manual_seed(1)
+    features, logits = run(images)
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(logits, model.get_classifier()(features))
+
+
+def test_a_head_that_scales_the_logits_is_refused(images):
+    """The layer does not give the model's output; before, what followed it was left out."""
+    assert not _is_split(Scales())
+    with pytest.raises(ValueError, match="did not produce the model's output"):
+        dnkd_ext.features(Scales(), images)
+
+
+def test_a_head_in_a_module_of_its_own_is_run_by_its_parts(images):
+    model = PoolsInside().eval()
+    assert _is_split(model)
+    features, logits = compiled(model)(images)
+    assert torch.equal(logits, model(images))
+    assert torch.equal(features, model.forward_head(model.forward_features(images), True))
+
+
+def randomised(model):
+    """Statistics as of a trained model: those of a fresh one hide a normalisation left out."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            with torch.no_grad():
+                module.running_mean.uniform_(-0.5, 0.5, generator=generator)
+                module.running_var.uniform_(0.5, 2, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["efficientvit_m0", "shvit_s1", "mvitv2_tiny", "resnet18", "vit_tiny_patch16_224", "dla34"],
+)
+def test_logits_of_timm_are_the_models(name):
+    """Of heads with a normalisation, a dropout or a convolution as their last layer."""
+    timm = pytest.importorskip("timm")
+    model = randomised(timm.create_model(name, num_classes=7)).eval()
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own, logits = features(model, images)
+        torch.testing.assert_close(logits, model(images))
+    assert own.shape == (1, getattr(model, "head_hidden_size", None) or model.num_features)
+
+
+@pytest.mark.parametrize(
+    "hand_on",
+    [torch.clone, torch.Tensor.double, lambda x: x.clone().view(4, 5)],
+    ids=["a copy", "a cast", "both"],
+)
+def test_wrappers_may_copy_or_cast_the_output(hand_on, images):
+    """As DistributedDataParallel with find_unused_parameters, and mixed precision."""
+
+    class Copies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = plain().eval()
+
+        def forward(self, x):
+            return hand_on(self.module(x))
+
+    model = Copies()
+    own, logits = features(model, images)
+    torch.testing.assert_close(own, plain_features(model.module, images))
+    assert torch.equal(logits, model(images))
+    logits.sum().backward()
+    assert model.module[4].weight.grad is not None
+
+
+def test_a_cast_without_a_graph(images):
+    model = plain().eval().bfloat16()
+
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+        def forward(self, x):
+            return self.module(x.bfloat16()).float()
+
+    with torch.no_grad():
+        _, logits = features(Casts(), images)
+    assert logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", [Split, models.resnet8x4, models.mobilenetv2])
@@ -363,7 +547,9 @@ def test_parts_of_timm_are_what_a_hook_sees(name, generator):
     images = torch.randn(1, 3, 64, 64, generator=generator)
     with torch.no_grad():
         assert _is_split(model)
-        torch.testing.assert_close(features(model, images), _listen(model, images, None))
+        by_parts = compiled(model)(images)
+        torch.testing.assert_close(by_parts, _listen(model, images, None))
+        assert torch.equal(features(model, images)[1], model(images))
 
 
 # -- two heads, of a class and a distillation token -----------------------------------------------

@@ -1405,3 +1405,43 @@ def test_ranks_merge_at_one_place(backends, chosen, wanted):
     """Whatever a rank has seen: by the group and the device that was asked for alone."""
     place = None if chosen is None else torch.device(chosen)
     assert _reduces_on_gpu(backends, place) is wanted
+
+
+@pytest.mark.parametrize("ignored", [1.5, True, None, torch.tensor(1)])
+def test_an_ignored_index_that_is_no_integer(ignored):
+    with pytest.raises(TypeError, match="ignore_index must be an int"):
+        ClassMeans(3, 2, ignore_index=ignored)
+
+
+def test_means_that_are_not_finite_are_not_written(tmp_path):
+    """A file that could not be read again."""
+    means = ClassMeans(3, 2)
+    means.update(torch.tensor([[1.0, 2.0], [3.0, torch.inf]]), torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="class means of 1 classes are not finite, the first of "):
+        means.save(tmp_path / "means.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("batch", "named"),
+    [
+        ({"image": torch.zeros(1)}, "a dict"),
+        ((torch.zeros(1), torch.zeros(1), torch.zeros(1)), "a tuple of Tensor, Tensor, Tensor"),
+        (([torch.zeros(1)], torch.zeros(1)), "a tuple of list, Tensor"),
+    ],
+)
+def test_batches_that_are_no_pairs_of_tensors(batch, named):
+    with pytest.raises(TypeError, match=f"pairs of tensors .*got {named}$"):
+        ClassMeans.from_model(convnet(), [batch], progress=False)
+
+
+def test_from_model_leaves_a_model_in_evaluation_mode_alone(generator):
+    """And of one that trains it lets go of what evaluation has kept: by train(), as timm's do."""
+    model, calls = convnet().eval(), []
+    model.train = lambda mode=True: calls.append(mode)
+    batches = images_and_labels(generator)
+    ClassMeans.from_model(model, batches, progress=False)
+    assert calls == []
+    model.training = True
+    ClassMeans.from_model(model, batches, progress=False)
+    assert calls == [False, True]

@@ -25,6 +25,13 @@ def test_info(capsys):
     assert json.loads(capsys.readouterr().out) == dnkd_ext.build_info()
 
 
+def test_info_check_beside_json(capsys, needs_extension):
+    assert main(["info", "--json", "--check"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == dnkd_ext.build_info()
+    assert "PASS nd_loss cpu float32" in captured.err
+
+
 def test_info_check(capsys, needs_extension):
     assert main(["info", "--check"]) == 0
     out = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -1229,7 +1230,6 @@ class TestFeatureProjector:
 
 def test_a_copy_stays_in_its_process_group():
     """A process group cannot be copied; averages of weights and checkpoints copy criteria."""
-    import copy
 
     class Group:
         def __deepcopy__(self, memo):
@@ -1242,3 +1242,49 @@ def test_a_copy_stays_in_its_process_group():
     assert other.beta == 2.0
     assert torch.equal(other.class_means, criterion.class_means)
     assert other.class_means.data_ptr() != criterion.class_means.data_ptr()
+
+
+def test_a_copy_of_a_compiled_criterion_is_its_own(kind, generator):
+    """Not a way to call the original."""
+    criterion = CRITERIA[kind](torch.randn(CLASSES, WIDTH, generator=generator), nd_weight=1.0)
+    criterion.compile(backend="eager")
+    student, teacher = torch.randn(2, 6, CLASSES, generator=generator)
+    features = torch.randn(6, WIDTH, generator=generator)
+    target = torch.arange(6)
+    other = copy.deepcopy(criterion)
+    other.class_means.zero_()
+    nd = [one(student, teacher, features, target).nd.item() for one in (criterion, other)]
+    assert nd[1] == 1  # without a direction
+    assert abs(nd[0] - 1) > 1e-3
+
+
+def test_ignored_rows_count_in_no_cross_entropy_whatever_they_hold(generator):
+    """Beside a distillation that does not read the logits of that row."""
+    student, teacher = torch.randn(2, 6, CLASSES, generator=generator)
+    target = torch.arange(6)
+    target[2] = -100
+    of_token = torch.randn(6, CLASSES, generator=generator)
+    criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0.0, label_smoothing=0.1)
+    wanted = criterion(student, teacher, None, target, distillation_logits=of_token)
+    with torch.no_grad():
+        student[2] = torch.nan
+    student.requires_grad_()
+    terms = criterion(student, teacher, None, target, distillation_logits=of_token)
+    torch.testing.assert_close(terms, wanted)
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    assert (gradient[2] == 0).all()
+    assert gradient.isfinite().all()
+
+
+def test_a_weight_made_under_inference_mode_can_be_filled(kind):
+    with torch.inference_mode():
+        criterion = CRITERIA[kind](None, nd_weight=0.0, kd_weight=torch.tensor(2.0))
+    criterion.kd_weight.fill_(3.0)
+    assert criterion.kd_weight.item() == 3
+
+
+def test_a_weight_on_another_device_is_named(kind, generator):
+    criterion = CRITERIA[kind](None, nd_weight=0.0, kd_weight=torch.tensor(2.0, device="meta"))
+    student, teacher = torch.randn(2, 6, CLASSES, generator=generator)
+    with pytest.raises(RuntimeError, match="kd_weight"):
+        criterion(student, teacher, None, torch.arange(6))

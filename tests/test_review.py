@@ -682,6 +682,37 @@ def test_models_of_timm(name, channels, sizes, generator):
         dnkd_ext.stage_maps(model, images, pre_activation=True)
 
 
+@pytest.mark.parametrize("name", ["efficientvit_m0", "dla34"])
+def test_logits_of_timms_stages_are_the_models(name, generator):
+    """Of heads with a normalisation between, or a convolution as the last layer."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=10).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    images = torch.randn(1, 3, 224, 224, generator=generator)
+    with torch.no_grad():
+        result = dnkd_ext.stage_maps(model, images)
+        torch.testing.assert_close(result.logits, model(images))
+        torch.testing.assert_close(result.features, dnkd_ext.features(model, images)[0])
+
+
+def test_models_of_timm_whose_stages_do_not_make_the_logits():
+    timm = pytest.importorskip("timm")
+    images = torch.zeros(1, 3, 64, 64)
+    for name, options, match in (
+        ("resnet18", {"num_classes": 0}, r"get_classifier\(\) gives Identity"),
+        ("levit_128s", {"img_size": 64}, "gives two heads"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dnkd_ext.stage_maps(timm.create_model(name, **options).eval(), images)
+    model = timm.create_model("resnet18", num_classes=3)
+    model.aux_head = nn.Linear(1, 1)  # as VOLO's
+    with pytest.raises(ValueError, match="adds the output of its aux_head"):
+        dnkd_ext.stage_maps(model, images)
+
+
 def test_models_that_do_not_tell():
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 10))
     good = create_model("cifar_resnet8x4")

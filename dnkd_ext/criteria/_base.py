@@ -19,6 +19,7 @@ from dnkd_ext._checks import (
     require_weight,
 )
 from dnkd_ext.losses._logits import LogitTerms
+from dnkd_ext.losses.dkd_loss import ce_dkd_loss
 from dnkd_ext.losses.kd_loss import ce_kd_loss
 from dnkd_ext.losses.nd_loss import add_nd_loss, class_means_table
 
@@ -73,7 +74,8 @@ class PlusPlus(nn.Module):
         ):
             require_weight(weight, name, weight, "itself")
             if isinstance(weight, Tensor):
-                self.register_buffer(name, weight.detach().clone())
+                with torch.inference_mode(False):  # else it could never be filled anew
+                    self.register_buffer(name, weight.detach().clone())
             else:
                 require_finite(weight, name)
                 setattr(self, name, float(weight))
@@ -127,6 +129,7 @@ class PlusPlus(nn.Module):
         self, kd: Tensor, kd_weight: float | Tensor, student_logits: Tensor, target: Tensor
     ) -> LogitTerms:
         """A distillation that is no part of the fused operator, beside the cross entropy alone."""
+        require_weight(kd_weight, "kd_weight", student_logits, "student_logits")
         terms = self._cross_entropy(student_logits, target)
         loss = (terms.loss + kd_weight * kd).to(terms.ce.dtype)
         return LogitTerms(loss, terms.ce, kd.detach())
@@ -243,7 +246,23 @@ def cross_entropy(
     label_smoothing: float,
     ignore_index: int,
 ) -> LogitTerms:
-    """The fused operator with nothing but its cross entropy."""
+    """The fused operator with nothing but its cross entropy.
+
+    Beside class indices that of DKD, which leaves ignored rows out entirely, whatever they hold.
+    """
+    if not target.is_floating_point() and logits.dim() > 0 and logits.shape[-1] > 1:
+        return ce_dkd_loss(
+            logits,
+            logits.detach(),
+            target,
+            alpha=0.0,
+            beta=0.0,
+            temperature=1.0,
+            ce_weight=weight,
+            kd_weight=0.0,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
     return ce_kd_loss(
         logits,
         logits.detach(),  # the KD from the student itself is 0

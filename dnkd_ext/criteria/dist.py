@@ -94,7 +94,8 @@ class DISTPlusPlus(LogitPlusPlus):
         memo[id(self.process_group)] = self.process_group
         result = type(self).__new__(type(self))
         memo[id(self)] = result
-        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = self.__getstate__()  # which leaves out a compiled call, that of the original
+        result.__setstate__(copy.deepcopy(state, memo))
         return result
 
     def _logit_terms(

@@ -29,9 +29,11 @@ class ReviewKDPlusPlus(PlusPlus):
     :func:`dnkd_ext.nd_loss`. With ``nd_weight=0`` it is plain ReviewKD.
 
     The fusion blocks (``criterion.fusion``, a :class:`dnkd_ext.review.ReviewFusion`) are trained
-    with the student: give ``criterion.parameters()`` to the optimiser beside the student's, save
-    ``criterion.state_dict()`` with it, and with several processes wrap the criterion in
-    DistributedDataParallel, too. Every parameter gets a gradient in every step, zeros where
+    with the student: give ``criterion.parameters()`` to the optimiser beside the student's, and
+    save ``criterion.state_dict()`` with it. With several processes wrap one module in
+    DistributedDataParallel whose ``forward`` runs :func:`dnkd_ext.stage_maps` of the student and
+    then the criterion: gradients of its own forward pass alone are exchanged, not those of what is
+    called as its ``module``. Every parameter gets a gradient in every step, zeros where
     ``kd_ramp`` is 0. After training they are thrown away.
 
     Source: "Improving Knowledge Distillation via Regularizing Feature Direction and Norm"

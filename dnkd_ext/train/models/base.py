@@ -75,7 +75,7 @@ class CifarModel(nn.Module):
     def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
         """The last maps to logits, or with ``pre_logits`` to the feature (N, num_features)."""
         pooled = torch.flatten(nn.functional.adaptive_avg_pool2d(maps, 1), 1)
-        return pooled if pre_logits else self.get_submodule(self._classifier)(pooled)
+        return pooled if pre_logits else self.get_classifier()(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images to logits (N, num_classes)."""
