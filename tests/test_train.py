@@ -22,6 +22,7 @@ from dnkd_ext.train.config import NORMALISATION, TrainConfig, flatten, replace
 from dnkd_ext.train.data import sources
 from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.data.sources import open_source
+from dnkd_ext.train.distillation import Distillation
 from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
@@ -391,6 +392,16 @@ def test_deterministic_runs_fill_nothing_for_nobody(monkeypatch):
     for wanted in (False, True):
         jobs.prepare_device(replace(TrainConfig(), {"deterministic": wanted}), gpu)
         assert kept.fill_uninitialized_memory is not wanted
+
+
+def test_the_cross_entropy_alone_has_its_weight():
+    model = Keeping().eval()
+    batch = torch.randn(6, 4), torch.arange(6) % 3
+    for weight in (1.0, 0.25):
+        step = Distillation(model, None, None, None, "ce", ce_weight=weight)
+        loss, ce, *_ = step(*batch, torch.ones(()))
+        torch.testing.assert_close(ce, F.cross_entropy(model(batch[0]), batch[1]).detach())
+        torch.testing.assert_close(loss.detach(), weight * ce)
 
 
 def test_a_recorded_step_cannot_check_targets(monkeypatch):

@@ -37,6 +37,7 @@ from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.gather import gather_class_means
 from dnkd_ext.train.networks import build_model, fit_image_size, load_weights_for, try_out
 from dnkd_ext.train.presets import load_preset, preset_names
+from dnkd_ext.train.shared import Shared
 from dnkd_ext.train.teacher import Teacher, cast_once, load_teacher, normalised_otherwise
 from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.float64 import in_float64
@@ -605,6 +606,22 @@ def test_class_means_by_autocast(data, tmp_path):
     assert torch.equal(means.compute(), wanted.compute())
     plain = gather_class_means(model, source, settings(data["folders"]), ALONE)
     assert not torch.equal(plain.compute(), means.compute())
+
+
+def test_class_means_that_another_run_gathered_are_not_those_of_a_run_without(
+    data, teacher, tmp_path
+):
+    """Which has none when it is resumed, and could not read its checkpoint."""
+    shared = Shared(ALONE)
+    config = settings(data["folders"], teacher_weights=str(teacher), method="kd")
+    plain = replace(config, {"nd_weight": 0.0})
+    gathered = []
+    for number, one in enumerate((config, plain, config)):
+        (tmp_path / str(number)).mkdir()
+        found = shared.teacher_with_means(one, tmp_path / str(number))
+        gathered.append(found.class_means is not None)
+        assert (tmp_path / str(number) / "class_means.safetensors").exists() == gathered[-1]
+    assert gathered == [True, False, True]
 
 
 def test_class_means_of_other_options_are_gathered_anew(data, teacher, tmp_path):

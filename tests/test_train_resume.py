@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,27 @@ import torch
 import dnkd_ext
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
-from dnkd_ext.train import files, jobs
+from dnkd_ext.train import arguments, files, jobs
+from dnkd_ext.train.arguments import restarted
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.engine import _Training, check_identity
+from dnkd_ext.train.networks import weights_file
+from dnkd_ext.train.teacher import means_notes
 from tests.runs import LOSS, WEIGHTS, environment, log, same, weights
-from tests.stripes import CLASSES, SKIPPED, contents, of, options, refused, run, student_options
+from tests.stripes import (
+    ALONE,
+    CLASSES,
+    SKIPPED,
+    contents,
+    of,
+    options,
+    refused,
+    run,
+    student_options,
+)
 
 pytestmark = SKIPPED
 
@@ -88,6 +104,73 @@ def test_goes_on_exactly_within_an_epoch(
     monkeypatch.setattr(Classification, "batches", batches)
     assert run(images, out, *student_options(teacher), "--resume") == whole[1]
     assert same(weights(out), weights(whole[0]))
+
+
+@pytest.mark.parametrize("seeds", ["0", "0,1"])
+def test_a_signal_at_the_very_end_stops_the_series(images, tmp_path, monkeypatch, capsys, seeds):
+    """Behind the run's result; and of a run alone that is all there was to do."""
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        yield from batches(self, epoch, start)
+        if epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    out = tmp_path / "run"
+    status = main(options(images, out, "--seeds", seeds))
+    first = out / "run/seed-0" if "," in seeds else out
+    assert (first / "result.json").exists()
+    if seeds == "0":
+        assert status == 0
+        return
+    assert status == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at the end of a run" in capsys.readouterr().out
+    assert not (out / "run/seed-1").exists()
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert main(options(images, out, "--seeds", seeds, "--resume")) == 0
+    assert (out / "run/seed-1/result.json").exists()
+
+
+def test_torchrun_goes_on_with_what_its_own_call_began(tmp_path, monkeypatch):
+    """And leaves a run of another call to be refused, or replaced, as its options say."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted()
+    assert not restarted([tmp_path])
+    config = tmp_path / "config.json"
+    config.touch()
+    assert restarted([tmp_path / "other", tmp_path])
+    os.utime(config, (1, 1))
+    assert not restarted([tmp_path])
+    monkeypatch.setattr(arguments, "_began", lambda process: None)  # where nothing tells it
+    assert restarted([tmp_path])
+
+
+def test_weights_of_a_run_that_has_not_ended_are_told(tmp_path):
+    for name in ("best.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="has not ended: its best weights so far are taken"):
+        assert weights_file(str(tmp_path)) == tmp_path / "best.safetensors"
+    (tmp_path / "result.json").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert weights_file(str(tmp_path)) == tmp_path / "best.safetensors"
+
+
+def test_class_means_are_of_the_images_as_they_are(images, tmp_path):
+    """A file is kept for the same pixels, not for as many."""
+    changed = tmp_path / "changed"
+    shutil.copytree(images, changed)
+    first = next((changed / "train").rglob("*.png"))
+    shutil.copy(next((changed / "test").rglob("*.png")), first)
+    notes = [
+        means_notes("net", "digest", open_source(replace(TrainConfig(), {"data": str(one)}), ALONE))
+        for one in (images, images, changed)
+    ]
+    assert notes[0] == notes[1]
+    assert {name for name in notes[0] if notes[0][name] != notes[2][name]} >= {"fingerprint"}
 
 
 def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_path, monkeypatch):

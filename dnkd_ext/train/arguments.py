@@ -29,6 +29,7 @@ from dnkd_ext.train.config import (
     replace,
     unused,
 )
+from dnkd_ext.train.files import CONFIG
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
@@ -345,10 +346,11 @@ def train(argv: Sequence[str]) -> int:
     out = Path(arguments.out)
 
     def work(world: World) -> None:
+        jobs = plan_jobs(configs, seeds, out)
         # Where a node was replaced, its torchrun has restarted nothing yet.
-        resume = world.any(arguments.resume or restarted())
+        resume = world.any(arguments.resume or restarted([job.out for job in jobs]))
         run_jobs(
-            plan_jobs(configs, seeds, out),
+            jobs,
             out,
             world,
             resume=resume,
@@ -381,9 +383,34 @@ def _stopped(name: str, stopped: Interrupted) -> int:
     return 128 + (stopped.signal or signal.SIGTERM)
 
 
-def restarted() -> bool:
-    """Whether torchrun started the same command again, because a process died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+# Seconds by which clocks of a file server and of a node may differ.
+SKEW = 60
+
+
+def restarted(folders: Sequence[Path] | None = None) -> bool:
+    """Whether torchrun started the same command again, because a process died.
+
+    With the folders of runs only where it has begun one: what fails before leaves runs of other
+    calls as they are, to be refused or replaced as the options say.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return False
+    began = _began(os.getppid())
+    if folders is None or began is None:
+        return True
+    configs = [folder / CONFIG for folder in folders]
+    return any(one.stat().st_mtime >= began - SKEW for one in configs if one.is_file())
+
+
+def _began(process: int) -> float | None:
+    """When a process began, as time.time(); None where that is not told, as on other systems."""
+    try:
+        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        system = Path("/proc/stat").read_text().splitlines()
+        boot = next(line.split()[1] for line in system if line.startswith("btime "))
+        return int(boot) + int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
 
 
 def _seeds(text: str) -> list[int]:

@@ -114,7 +114,15 @@ class Classification(Task):
                 guide = cast_once(guide)
         method = config.method
         self.step = Distillation(
-            student, criterion, guide, projector, method.method, smoothing, method.nd_ramp, running
+            student,
+            criterion,
+            guide,
+            projector,
+            method.method,
+            smoothing,
+            method.nd_ramp,
+            running,
+            method.ce_weight,
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)

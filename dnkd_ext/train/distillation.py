@@ -71,6 +71,7 @@ class Distillation(nn.Module):
         label_smoothing: of the cross entropy alone; a criterion has its own.
         nd_ramp: let the ramp be that of the ND loss, too.
         running: class means that are the criterion's in every step, with the step's images in them.
+        ce_weight: of the cross entropy alone; a criterion has its own.
 
     Shape:
         images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
@@ -87,9 +88,11 @@ class Distillation(nn.Module):
         label_smoothing: float = 0.0,
         nd_ramp: bool = False,
         running: RunningMeans | None = None,
+        ce_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.student = student
+        self.ce_weight = ce_weight
         self.criterion = criterion
         self.projector = projector
         self.method = method
@@ -104,9 +107,10 @@ class Distillation(nn.Module):
         (teacher,) = self._teacher
         if self.criterion is None or teacher is None:
             logits = self.student(images)
-            loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
-            none = torch.zeros_like(loss)
-            return loss, loss.detach(), none, none, _top1(logits, target)
+            ce = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+            loss = ce if self.ce_weight == 1 else self.ce_weight * ce
+            none = torch.zeros_like(ce)
+            return loss, ce.detach(), none, none, _top1(logits, target)
         more: dict[str, Any] = {"nd_ramp": ramp} if self.nd_ramp else {}
         if self.method == "reviewkd":
             with torch.no_grad():

@@ -145,6 +145,7 @@ class _Training(Stepper):
         self.rows: list[dict[str, Any]] = []
         self.best = -math.inf
         self.best_epoch = 0
+        self.stopped = 0  # a signal that came at the very end
         self.best_weights: dict[str, Tensor] = {}
         self.seconds = 0.0
         # When the last checkpoint was written, or this part of the run begun.
@@ -351,6 +352,7 @@ class _Training(Stepper):
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "judged": self._judged(),
+            "stopped": self.stopped,
         }
 
     def _epoch(
@@ -410,6 +412,7 @@ class _Training(Stepper):
             self._save(epoch + 1, 0)
         if stop and not last:
             self._stop(signals, f"after epoch {epoch + 1}")
+        self.stopped = (signals.received or signal.SIGTERM) if stop else 0
 
     def _is_due(self) -> bool:
         """Whether the last checkpoint is so old that one is written within the epoch; collective.

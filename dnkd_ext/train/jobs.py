@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ from dnkd_ext.train.gather import remove_parts
 from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.shared import Shared
+from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.summary import (
     all_results,
     format_summary,
@@ -273,7 +275,7 @@ def _run_ready(
                 done[job.out] = json.loads((job.out / RESULT).read_text(encoding="utf-8"))
             continue
         try:
-            done[job.out] = _run(job, shared, world, own, resume)
+            done[job.out] = _run(job, shared, world, own, resume, is_last=job is todo[-1])
         except (FloatingPointError, BlockingIOError, FileExistsError) as error:
             # The first is the same on all processes; of the others the first process alone knows.
             if world.size > 1 and not isinstance(error, FloatingPointError):
@@ -457,7 +459,15 @@ def _take(job: Job, own: OwnFolders, resume: bool) -> dict[str, Any] | None:
     return result
 
 
-def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) -> dict[str, Any]:
+def _run(
+    job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool, *, is_last: bool
+) -> dict[str, Any]:
+    """Train one job, and leave its files; the result.
+
+    Raises:
+        Interrupted: as asked for; at the end of the last epoch behind the result, only where the
+            job is not the last one.
+    """
     config, out = job.config, job.out
     result = None
     with world.first_alone():
@@ -531,6 +541,12 @@ def _run(job: Job, shared: Shared, world: World, own: OwnFolders, resume: bool) 
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
             print(result_line(result, out), flush=True)
+    if log["stopped"] and not is_last:
+        name = signal.Signals(log["stopped"]).name
+        raise Interrupted(
+            f"stopped by {name} at the end of a run; --resume goes on with the others",
+            log["stopped"],
+        )
     return result
 
 

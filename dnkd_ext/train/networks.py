@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from dnkd_ext.adapters import features
 from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import Source
+from dnkd_ext.train.files import CONFIG, RESULT
 from dnkd_ext.train.models import create_model, load_weights, model_names
 from dnkd_ext.train.models.weights import read_weights
 
@@ -105,13 +107,18 @@ def build_student(config: TrainConfig, source: Source) -> nn.Module:
 
 
 def weights_file(path: str) -> Path:
-    """The file itself, or the best weights of a run's folder.
+    """The file itself, or the best weights of a run's folder; a warning if that has not ended.
 
     Raises:
         FileNotFoundError: neither is there.
     """
     place = Path(path)
     if place.is_dir():
+        if (place / CONFIG).is_file() and not (place / RESULT).is_file():
+            warnings.warn(
+                f"the run in {path} has not ended: its best weights so far are taken",
+                stacklevel=2,
+            )
         place = place / "best.safetensors"
         if not place.is_file():
             raise FileNotFoundError(f"{path} is a folder without best.safetensors")

@@ -125,9 +125,14 @@ class Shared:
             self._sharded.add(key)
         if config.model.class_means_momentum is not None:
             return teacher
+        if (
+            config.data.task != "cifar"
+            and not config.method.nd_weight
+            and config.model.class_means is None
+        ):
+            # Nor those that another run of the call has gathered: resumed, it has gathered nothing.
+            return teacher._replace(class_means=None)
         if teacher.class_means is None:
-            if config.data.task != "cifar" and not config.method.nd_weight:
-                return teacher
             assert config.model.teacher is not None
             source, means = self.source(config), None
             notes = tasks.origin_notes(config.model.teacher, teacher, source, config)

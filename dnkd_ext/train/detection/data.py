@@ -273,6 +273,8 @@ def _upright(image: Any, size: tuple[int, int]) -> Any:
     """
     from PIL import Image
 
+    if image.format == "TIFF":
+        image.load()  # which turns it already; its EXIF data then say so
     orientation = _orientation(image)
     as_stored = orientation >= SIDEWAYS and image.size == size and size[0] != size[1]
     if orientation == 1 or as_stored:
