@@ -135,7 +135,7 @@ def feature_diagnostics_reference(
         lengths = torch.where(degenerate, 1, student_norms * direction_square.sqrt().clamp_min(eps))
         cosines = torch.where(degenerate, 0, (student * direction).sum(-1) / lengths)
         sound = square.isfinite() & direction_square.isfinite() & norms.isfinite() & named
-        fault = torch.where(counted & ~sound, math.nan, 0).sum()
+        fault = torch.where(counted & ~sound, math.nan, 0).sum().to(dtype)
         count = counted.sum().to(dtype)
         nothing = torch.full_like(count, math.nan)
         reached = (counted & (student_norms >= norms)).sum()

@@ -406,6 +406,49 @@ def test_forward_mode(case, device, generator):
     torch.testing.assert_close(tangent, (gradient * direction).sum())
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("primal", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_forward_mode_over_the_backward_pass(case, dtype, primal, reduction, device, generator):
+    """An upstream gradient that is dual: the gradient is linear in it."""
+    import torch.autograd.forward_ad as forward_ad
+
+    args, kwargs = arguments(case, generator, dtype, device)
+    loss = case.fused(*args, **kwargs, reduction=reduction)
+    (gradient,) = torch.autograd.grad(loss.sum(), args[0], retain_graph=True)
+    with forward_ad.dual_level():
+        upstream = forward_ad.make_dual(
+            torch.full_like(loss, primal).detach(), torch.full_like(loss, 2.0).detach()
+        )
+        (dual,) = torch.autograd.grad(loss, args[0], upstream)
+        value, tangent = forward_ad.unpack_dual(dual)
+    assert not dual.requires_grad
+    tolerance = {"rtol": 0, "atol": 4 * torch.finfo(dtype).eps * primal * gradient.abs().max()}
+    if dtype != torch.float16:  # by sums in another order
+        tolerance["atol"] *= 4
+    torch.testing.assert_close(value, primal * gradient, **tolerance)
+    torch.testing.assert_close(tangent, 2 * gradient, **tolerance)
+
+
+def test_forward_mode_of_a_weight(case, device, generator):
+    """The loss is linear in it."""
+    import torch.autograd.forward_ad as forward_ad
+
+    if not case.has_loss_weight:
+        pytest.skip("the loss has no weight")
+    args, kwargs = arguments(case, generator, torch.float64, device)
+    plain = case.fused(*args, **kwargs)
+    with forward_ad.dual_level():
+        weight = forward_ad.make_dual(
+            torch.tensor(0.5, dtype=torch.float64, device=device),
+            torch.tensor(3.0, dtype=torch.float64, device=device),
+        )
+        loss = case.fused(*args, **kwargs, loss_weight=weight)
+        value, tangent = forward_ad.unpack_dual(loss)
+        torch.testing.assert_close(value, 0.5 * plain)
+        torch.testing.assert_close(tangent, 3 * plain)
+
+
 def test_upstream_that_is_a_lazy_view(case, generator):
     """Negative and zero tensors whose memory does not hold their value."""
     args, kwargs = arguments(case, generator)

@@ -142,6 +142,21 @@ def test_dkd_alone_reads_of_probabilities_the_largest(reduction, device, generat
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(10.0, 1e-2), (100.0, 1.0), (-30.0, 0.1)])
+def test_standardization_of_logits_far_from_zero(mean, deviation, device, generator):
+    """Against the very numbers in float64: an offset costs no digits."""
+    student, teacher = (
+        (mean + deviation * torch.randn(6, 40, generator=generator)).to(device) for _ in range(2)
+    )
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        own = student.to(dtype).requires_grad_()
+        loss = dnkd_ext.kd_loss(own, teacher.to(dtype), logit_standardization=True)
+        gradients.append(torch.autograd.grad(loss, own)[0].double())
+    error = (gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max()
+    assert error <= 3e-6
+
+
 def test_masked_classes(device, generator):
     """Classes at -inf in both have no probability, no part in the loss and no gradient."""
     student, teacher, target = draw(generator, 6, 50)

@@ -19,14 +19,37 @@
 
 namespace dnkd {
 
+bool has_tangent(const at::Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+
+bool has_tangent(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && has_tangent(*tensor);
+}
+
+bool is_differentiated(const at::Tensor& upstream) {
+  return at::GradMode::is_enabled() || has_tangent(upstream);
+}
+
 at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack arguments,
                                    const at::Tensor& input, const at::Tensor& upstream) {
+  const bool keeps_graph = at::GradMode::is_enabled();
+  const at::AutoGradMode with_graph(true);
   const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(reference, "");
   op.callBoxed(arguments);
   const at::Tensor loss = arguments.at(0).toTensor();
-  return torch::autograd::grad({loss}, {input}, {upstream}, /*retain_graph=*/true,
-                               /*create_graph=*/true)
-      .at(0);
+  const at::Tensor gradient = torch::autograd::grad({loss}, {input}, {upstream},
+                                                    /*retain_graph=*/true, /*create_graph=*/true)
+                                  .at(0);
+  if (keeps_graph) {
+    return gradient;
+  }
+  at::Tensor result = gradient.detach();  // which loses the tangent
+  if (has_tangent(gradient)) {
+    result._set_fw_grad(gradient._fw_grad(/*level=*/0).detach(), /*level=*/0,
+                        /*is_inplace_op=*/false);
+  }
+  return result;
 }
 
 // (gradient, upstream []): gradient *= upstream

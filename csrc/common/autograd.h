@@ -4,9 +4,19 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
 
+#include <optional>
+
 namespace dnkd {
 
-// A backward pass in which create_graph=True was asked for. `reference` names the operator that
+// Whether a tensor has a tangent, of forward-mode differentiation.
+bool has_tangent(const at::Tensor& tensor);
+bool has_tangent(const std::optional<at::Tensor>& tensor);
+
+// Whether the backward pass that runs is to be differentiated itself: with create_graph=True, or in
+// forward mode by the upstream gradient's tangent.
+bool is_differentiated(const at::Tensor& upstream);
+
+// A backward pass that is_differentiated(). `reference` names the operator that
 // evaluates the loss with differentiable PyTorch operations (its Python implementation is the
 // loss's reference), `arguments` are the loss's own arguments, among them `input`. Returns the
 // gradient of the loss with respect to `input`, itself differentiable with respect to `input` and

@@ -347,7 +347,7 @@ class DistLoss : public torch::autograd::Function<DistLoss> {
     TORCH_CHECK(version_of(teacher) == options[3].toInt(),
                 "teacher_logits were modified by an inplace operation between the loss and its "
                 "gradient");
-    if (at::GradMode::is_enabled()) {
+    if (is_differentiated(upstreams[0])) {
       TORCH_CHECK(!options[4].toBool(),
                   "dist_loss with a process_group has no second derivative, which would need the "
                   "rows of all processes; call backward without create_graph=True");
@@ -371,7 +371,7 @@ Tensor dist_loss_autograd(const Tensor& student, const Tensor& teacher, const Op
                           int64_t processes) {
   const Arguments a{student, teacher, rows, moments, beta, gamma, tau, processes};
   check_arguments(a);
-  if (student._fw_grad(/*level=*/0).defined()) {  // forward-mode differentiation
+  if (has_tangent(student)) {  // forward-mode differentiation
     TORCH_CHECK(!rows.has_value(), "dist_loss with a process_group has no forward-mode derivative");
     torch::jit::Stack arguments{student, teacher, beta, gamma, tau};
     c10::Dispatcher::singleton()

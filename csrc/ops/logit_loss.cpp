@@ -420,7 +420,7 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
                   "the teacher's logits were modified by an inplace operation between the loss "
                   "and its backward");
     };
-    if (at::GradMode::is_enabled()) {
+    if (is_differentiated(upstream)) {
       check_teacher();
       torch::jit::Stack arguments{student, teacher, target, ce_scale, kd_scale};
       arguments.insert(arguments.end(), options.begin(), options.begin() + 10);
@@ -470,7 +470,8 @@ Terms logit_loss_autograd(const Tensor& student, const Tensor& teacher,
                     kind,    temperature,     ce_weight,    kd_weight, alpha,
                     beta,    label_smoothing, ignore_index, reduction, logit_standardization};
   check_arguments(a);
-  if (student._fw_grad(/*level=*/0).defined()) {  // forward-mode differentiation
+  if (has_tangent(student) || has_tangent(ce_scale) ||
+      has_tangent(kd_scale)) {  // forward-mode differentiation
     torch::jit::Stack arguments{student,
                                 teacher,
                                 target,

@@ -301,7 +301,7 @@ class NdFunction : public torch::autograd::Function<Function> {
       return tensor;
     };
     const OptionalTensor features = kept("teacher_features"), norms = kept("teacher_norms");
-    if (at::GradMode::is_enabled()) {
+    if (is_differentiated(upstream)) {
       const OptionalTensor weight =
           variables[3].defined() ? OptionalTensor(variables[3]) : std::nullopt;
       const Arguments a{student, target, class_means, features, norms, weight, 0, 0, "", 0};
@@ -381,7 +381,7 @@ Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tenso
   check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
   const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
                     weight,  loss_weight, ignore_index, reduction,        eps};
-  if (student._fw_grad(/*level=*/0).defined()) {  // forward-mode differentiation
+  if (has_tangent(student) || has_tangent(weight)) {  // forward-mode differentiation
     torch::jit::Stack arguments{
         student, target,      class_means,  teacher_features,       teacher_norms,
         weight,  loss_weight, ignore_index, std::string(reduction), eps};
@@ -410,8 +410,7 @@ std::tuple<Tensor, Tensor> nd_loss_added_autograd(const Tensor& base, const Tens
   const Arguments a{student,       target, class_means, teacher_features,
                     teacher_norms, weight, loss_weight, ignore_index,
                     "mean",        eps,    base};
-  const bool is_forward_mode =
-      student._fw_grad(/*level=*/0).defined() || base._fw_grad(/*level=*/0).defined();
+  const bool is_forward_mode = has_tangent(student) || has_tangent(base) || has_tangent(weight);
   if (!is_forward_mode && at::GradMode::is_enabled() &&
       (student.requires_grad() || base.requires_grad())) {
     const auto losses = NdLossAdded::apply(student, base, &a);

@@ -346,7 +346,7 @@ def logit_loss_reference(
             ce = ce / ones
             kd = kd / (ones if is_decoupled else max(rows.numel(), 1))
         loss = loss_weight * (ce_weight * ce + kd_weight * kd)
-        return LogitTerms(loss.to(dtype), ce.detach(), kd.detach())
+        return LogitTerms(loss.to(dtype), ce.detach().to(dtype), kd.detach().to(dtype))
 
 
 # -- what torch has to know about the operators ---------------------------------------------------

@@ -39,7 +39,7 @@ def dkd_loss(
 
     Args:
         student_logits: ``(..., C)`` with C of at least 2, float16, bfloat16, float32 or float64.
-        teacher_logits: ``(..., C)``, any of the four dtypes; gets no gradient.
+        teacher_logits: see :func:`dnkd_ext.kd_loss`.
         target: class indices ``(...)`` in int64 or int32, or class probabilities ``(..., C)`` of a
             floating dtype (mixup, cutmix), of which the most probable class is the target.
         alpha: weight of TCKD.

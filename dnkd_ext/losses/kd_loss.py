@@ -40,7 +40,9 @@ def kd_loss(
         student_logits: ``(..., C)``, float16, bfloat16, float32 or float64. Rows of stride-1
             logits are read in place whatever the stride between rows.
         teacher_logits: ``(..., C)``, any of the four dtypes; gets no gradient. Those of another
-            dtype than the student's and than float32 are converted once.
+            dtype than the student's and than float32 are converted once. Made under
+            ``torch.inference_mode`` they must not change before the backward pass: that they did
+            cannot be seen.
         temperature: T, greater than 0.
         reduction: ``"mean"`` over all rows (0 without rows), ``"sum"``, or ``"none"`` for a loss
             per row, of shape ``(...)``.
@@ -118,9 +120,9 @@ def ce_kd_loss(
 
     Args:
         student_logits: ``(..., C)``, float16, bfloat16, float32 or float64.
-        teacher_logits: ``(..., C)``, any of the four dtypes; gets no gradient.
+        teacher_logits: see :func:`dnkd_ext.kd_loss`.
         target: class indices ``(...)`` in int64 or int32, or class probabilities ``(..., C)`` of a
-            floating dtype (mixup, cutmix), which need not sum to 1.
+            floating dtype (mixup, cutmix), which need not sum to 1, and get no gradient.
         temperature: of KD, greater than 0.
         ce_weight: a float, or a 0-dim tensor on the same device that needs no gradient. A tensor
             can change between calls without recompiling or recapturing.

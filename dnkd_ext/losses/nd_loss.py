@@ -72,7 +72,8 @@ def nd_loss(
             floating dtype (mixup, cutmix, label smoothing): the direction is then that of the
             probability-weighted sum of class means.
         class_means: ``(C, D)``, any of the four floating dtypes: the mean teacher feature of every
-            class. It gets no gradient.
+            class. It gets no gradient, and must not be made under ``torch.inference_mode`` where
+            the student's features need one.
         teacher_features: ``(..., D')``, any of the four floating dtypes; only the norm of each row
             is used, and it gets no gradient. Not together with ``teacher_norms``.
         teacher_norms: ``(...)``, the norms themselves.
