@@ -211,7 +211,7 @@ def test_a_stopped_command_may_write_what_it_has(tmp_path, state):
         f"    open({str(kept)!r}, 'w').write('measured')"
     )
     planned = [Item("run", (sys.executable, "-c", script), resumes=True)]
-    assert gpu_check.run_stage("bench", planned, tmp_path, state, 4) == "UNFINISHED"
+    assert gpu_check.run_stage("bench", planned, tmp_path, state, 12) == "UNFINISHED"
     assert kept.read_text() == "measured"
 
 
