@@ -25,8 +25,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if not path.name:
         raise IsADirectoryError(errno.EISDIR, "names no file", os.fspath(path))
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))  # what it leads to is replaced, and the link stays
     # Names of files have a longest length, which that of `path` may have.
     temporary = path.with_name(f".{path.name[:32]}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
     try:

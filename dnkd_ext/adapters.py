@@ -210,20 +210,26 @@ def _only_calls(owner: nn.Module, method: str, classifier: nn.Module) -> bool:
     names = _named_behind_pre_logits(type(owner), method)
     if names is None:
         return False
-    calls = False
+    calls, is_inside = 0, False
     for name in names:
-        part = getattr(owner, name, None)
-        is_inside = (
+        part: Any = owner
+        for attribute in name.split("."):
+            part = getattr(part, attribute, None)
+        if part is classifier or name == "get_classifier":
+            calls += 1
+        elif isinstance(part, (nn.Identity, nn.Flatten)):
+            continue
+        elif (
             method == "forward_head"
             and isinstance(part, nn.Module)
-            and part is not classifier
+            and not part._forward_hooks
+            and not part._forward_pre_hooks
             and _only_calls(part, "forward", classifier)
-        )
-        if part is classifier or is_inside or name == "get_classifier":
-            calls = True
-        elif not isinstance(part, (nn.Identity, nn.Flatten)):
+        ):
+            is_inside = True  # named in both branches, with and without pre_logits
+        else:
             return False
-    return calls
+    return calls == 1 if not is_inside else calls == 0
 
 
 # Instructions that hand on, call, store or return what there is, and decide by it.
@@ -236,23 +242,40 @@ PLAIN = (
 
 @torch.compiler.assume_constant_result
 def _named_behind_pre_logits(kind: type, method: str) -> tuple[str, ...] | None:
-    """The attributes that a method calls once it has looked at its argument ``pre_logits``; all of
-    its attributes where it does so last. None where it does more than call them."""
+    """The attributes, dotted ones whole, that a method calls once it has looked at ``pre_logits``;
+    all of its attributes where it does so last. None where it does more than call them, or might.
+    """
     code = getattr(getattr(kind, method, None), "__code__", None)
-    if code is None or "pre_logits" not in code.co_varnames:
+    if code is None or "pre_logits" not in code.co_varnames[: code.co_argcount]:
         return None
+    # Other names might hold anything.
+    known = {*code.co_varnames[:2], "pre_logits"}
     before: list[str] = []
     behind: list[str] = []
-    has_looked = False
+    has_looked, is_plain, is_path = False, True, False
     for step in dis.get_instructions(code):
-        loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        of_names = step.opname.startswith(("LOAD_FAST", "STORE_FAST"))
+        named = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+        found = behind if has_looked else before
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            (behind if has_looked else before).append(step.argval)
-        elif step.opname.startswith("LOAD_FAST") and "pre_logits" in loaded:
+            if is_path:
+                found[-1] += f".{step.argval}"
+            else:
+                found.append(step.argval)
+            is_path = True
+            continue
+        if step.opname == "CACHE":
+            continue
+        is_path = False
+        if of_names and "LOAD_FAST" in step.opname and "pre_logits" in named:
             has_looked = True
-        elif has_looked and not step.opname.startswith(PLAIN):
-            return None
-    return tuple(dict.fromkeys(behind or before))
+        if not step.opname.startswith(PLAIN) or (of_names and not known.issuperset(named)):
+            if has_looked:
+                return None
+            is_plain = False
+    if not behind and not is_plain:
+        return None
+    return tuple(behind or before)
 
 
 def run_head(model: nn.Module, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,15 +338,17 @@ def _hear(
     """Call the model: input and output of every call of each layer, and the model's output."""
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     handles = []
+
+    # Bound so, and not by a default: torch 2.11's compiler loses what is appended to that.
+    def listener(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
+        def remember(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            calls.append((args[0] if args else next(iter(kwargs.values())), output))
+
+        return remember
+
     try:
         for layer, calls in zip(layers, seen, strict=True):
-
-            def remember(
-                module: nn.Module, args: tuple, kwargs: dict, output: Tensor, calls: list = calls
-            ) -> None:
-                calls.append((args[0] if args else next(iter(kwargs.values())), output))
-
-            handles.append(layer.register_forward_hook(remember, with_kwargs=True))
+            handles.append(layer.register_forward_hook(listener(calls), with_kwargs=True))
         return seen, model(images)
     finally:
         for handle in handles:
@@ -456,8 +481,17 @@ def _is_same(output: Tensor, logits: Tensor) -> bool:
         return True
     if output.grad_fn is not None and logits.grad_fn is not None:
         return _is_copy(logits.grad_fn, output.grad_fn)
-    # Without a graph, mixed precision's cast of the result.
-    return logits.dtype == torch.float32 and output.dtype in (torch.float16, torch.bfloat16)
+    # Without a graph the numbers tell, in this rare case at the price of waiting for a GPU.
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or isinstance(output, torch._subclasses.FakeTensor)
+        or output.is_meta
+        or (output.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
+        return logits.dtype == torch.float32 and output.dtype in (torch.float16, torch.bfloat16)
+    given, own = logits.detach(), flat.detach().to(logits.dtype)
+    return bool(((given == own) | (given.isnan() & own.isnan())).all())
 
 
 def _is_copy(step: Any, of: Any, depth: int = 4) -> bool:

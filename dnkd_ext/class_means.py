@@ -698,7 +698,7 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if (
         not isinstance(batch, (tuple, list))
         or len(batch) != 2
-        or not all(isinstance(part, Tensor) for part in batch)
+        or not all(callable(getattr(part, "to", None)) for part in batch)
     ):
         kinds = type(batch).__name__
         if isinstance(batch, (tuple, list)):

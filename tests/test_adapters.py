@@ -385,6 +385,55 @@ def test_what_lies_behind_pre_logits_is_run(make, wrap, images):
     torch.testing.assert_close(logits, model.get_classifier()(features))
 
 
+class Renames(Normalises):
+    def forward_head(self, x, pre_logits=False):
+        norm = self.norm
+        return x if pre_logits else self.head(norm(x))
+
+
+class Defaults(Split):
+    def forward_head(self, x, pre_logits=False, act=torch.relu):
+        return x if pre_logits else self.head(act(x))
+
+
+class Twice(Split):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, 5), nn.Linear(5, 5)
+
+    def forward_head(self, x, pre_logits=False):
+        return x if pre_logits else self.head(self.head(x))
+
+
+class LooksLast(Split):
+    def forward_head(self, x, pre_logits=False):
+        y = self.head(x) * 2.0
+        return x if pre_logits else y
+
+
+@pytest.mark.parametrize("make", [Renames, Defaults, Twice, LooksLast])
+def test_heads_that_do_more_in_other_words_are_not_taken_apart(make):
+    assert not _is_split(make())
+
+
+class Dotted(PoolsInside):
+    """As timm's MetaFormer: the classifier by a path."""
+
+    def forward_head(self, x, pre_logits=False):
+        x = self.head.drop(x)
+        return x if pre_logits else self.head.fc(x)
+
+
+def test_a_classifier_named_by_a_path(images):
+    model = Dotted().eval()
+    assert _is_split(model)
+    assert torch.equal(compiled(model)(images)[1], model(images))
+    model.head.register_forward_hook(lambda *given: None)
+    inside = PoolsInside()
+    inside.head.register_forward_hook(lambda *given: None)
+    assert not _is_split(inside)
+
+
 def test_a_head_that_scales_the_logits_is_refused(images):
     """The layer does not give the model's output; before, what followed it was left out."""
     assert not _is_split(Scales())
@@ -461,9 +510,21 @@ def test_a_cast_without_a_graph(images):
         def forward(self, x):
             return self.module(x.bfloat16()).float()
 
+    class Probabilities(Casts):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    class Copies(Casts):
+        def forward(self, x):
+            return self.module(x.bfloat16()).clone()
+
     with torch.no_grad():
         _, logits = features(Casts(), images)
-    assert logits.dtype == torch.float32
+        assert logits.dtype == torch.float32
+        _, copied = features(Copies(), images)
+        assert torch.equal(copied.float(), logits)
+        with pytest.raises(ValueError, match="did not produce the model's output"):
+            features(Probabilities(), images)
 
 
 @pytest.mark.parametrize("make", [Split, models.resnet8x4, models.mobilenetv2])

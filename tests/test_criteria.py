@@ -1276,6 +1276,31 @@ def test_ignored_rows_count_in_no_cross_entropy_whatever_they_hold(generator):
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_label_that_is_the_only_class_costs_nothing(dtype, generator):
+    """All others masked: the cross entropy is 0, and so is its gradient."""
+    student = torch.randn(4, CLASSES, generator=generator).to(dtype)
+    student[1] = -torch.inf
+    student[1, 3] = 2.0
+    student.requires_grad_()
+    target = torch.tensor([0, 3, 5, -100])
+    of_token = torch.randn(4, CLASSES, generator=generator).to(dtype)
+    criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0.0)
+    terms = criterion(student, of_token, None, target, distillation_logits=of_token)
+    wanted = F.cross_entropy(student.double(), target)
+    assert terms.ce.item() == pytest.approx(wanted.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    assert gradient.isfinite().all()
+    assert gradient[1].abs().max() == 0
+
+
+def test_a_target_that_is_no_tensor_is_named(generator):
+    criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0.0)
+    logits = torch.randn(2, CLASSES, generator=generator)
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got list"):
+        criterion(logits, logits, None, [1, 2])
+
+
 def test_a_weight_made_under_inference_mode_can_be_filled(kind):
     with torch.inference_mode():
         criterion = CRITERIA[kind](None, nd_weight=0.0, kd_weight=torch.tensor(2.0))

@@ -19,7 +19,6 @@ from dnkd_ext._checks import (
     require_weight,
 )
 from dnkd_ext.losses._logits import LogitTerms
-from dnkd_ext.losses.dkd_loss import ce_dkd_loss
 from dnkd_ext.losses.kd_loss import ce_kd_loss
 from dnkd_ext.losses.nd_loss import add_nd_loss, class_means_table
 
@@ -246,23 +245,8 @@ def cross_entropy(
     label_smoothing: float,
     ignore_index: int,
 ) -> LogitTerms:
-    """The fused operator with nothing but its cross entropy.
-
-    Beside class indices that of DKD, which leaves ignored rows out entirely, whatever they hold.
-    """
-    if not target.is_floating_point() and logits.dim() > 0 and logits.shape[-1] > 1:
-        return ce_dkd_loss(
-            logits,
-            logits.detach(),
-            target,
-            alpha=0.0,
-            beta=0.0,
-            temperature=1.0,
-            ce_weight=weight,
-            kd_weight=0.0,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-        )
+    """The fused operator with nothing but its cross entropy."""
+    logits = _without_ignored(logits, target, ignore_index)
     return ce_kd_loss(
         logits,
         logits.detach(),  # the KD from the student itself is 0
@@ -273,6 +257,27 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
+
+
+def _without_ignored(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Zeros in ignored rows, which KD would count, and times a weight of 0 make NaN of NaN."""
+    require_tensor(target, "target")
+    if (
+        target.is_floating_point()
+        or logits.dim() == 0
+        or target.shape != logits.shape[:-1]
+        or target.device != logits.device
+    ):
+        return logits
+    ignored = target == ignore_index
+    looks = logits.is_cpu and not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or isinstance(target, torch._subclasses.FakeTensor)
+    )
+    if looks and not bool(ignored.any()):
+        return logits
+    return torch.where(ignored.unsqueeze(-1), 0, logits)
 
 
 def _ramped(weight: float | Tensor, ramp: float | Tensor, logits: Tensor) -> float | Tensor:

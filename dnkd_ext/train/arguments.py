@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from dnkd_ext.train.config import (
     replace,
     unused,
 )
-from dnkd_ext.train.files import CONFIG
+from dnkd_ext.train.files import CLASS_MEANS, CONFIG
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
@@ -398,8 +399,10 @@ def restarted(folders: Sequence[Path] | None = None) -> bool:
     began = _began(os.getppid())
     if folders is None or began is None:
         return True
-    configs = [folder / CONFIG for folder in folders]
-    return any(one.stat().st_mtime >= began - SKEW for one in configs if one.is_file())
+    # Class means are gathered before there is a configuration.
+    kinds = (CONFIG, f"{CLASS_MEANS}*")
+    begun = [one for folder in folders for kind in kinds for one in folder.glob(kind)]
+    return any(one.stat().st_mtime >= began - SKEW for one in begun)
 
 
 def _began(process: int) -> float | None:
@@ -408,7 +411,8 @@ def _began(process: int) -> float | None:
         ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
         system = Path("/proc/stat").read_text().splitlines()
         boot = next(line.split()[1] for line in system if line.startswith("btime "))
-        return int(boot) + int(ticks) / os.sysconf("SC_CLK_TCK")
+        began = int(boot) + int(ticks) / os.sysconf("SC_CLK_TCK")
+        return began if began <= time.time() else None
     except (OSError, ValueError, IndexError, StopIteration):
         return None
 

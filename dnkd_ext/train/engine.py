@@ -412,7 +412,8 @@ class _Training(Stepper):
             self._save(epoch + 1, 0)
         if stop and not last:
             self._stop(signals, f"after epoch {epoch + 1}")
-        self.stopped = (signals.received or signal.SIGTERM) if stop else 0
+        if last and world.any(bool(signals.received)):
+            self.stopped = signals.received or signal.SIGTERM
 
     def _is_due(self) -> bool:
         """Whether the last checkpoint is so old that one is written within the epoch; collective.

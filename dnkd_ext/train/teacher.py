@@ -160,7 +160,6 @@ def means_notes(name: str, digest: str, source: Source) -> dict[str, str]:
     return {
         "teacher": f"{name} {digest}",
         "dataset": f"{source.name}, {source.train_images} images",
-        "fingerprint": source.fingerprint(),
     }
 
 
