@@ -248,10 +248,10 @@ def _named_behind_pre_logits(kind: type, method: str) -> tuple[str, ...] | None:
     code = getattr(getattr(kind, method, None), "__code__", None)
     if code is None or "pre_logits" not in code.co_varnames[: code.co_argcount]:
         return None
-    # Other names might hold anything.
-    known = {*code.co_varnames[:2], "pre_logits"}
     before: list[str] = []
     behind: list[str] = []
+    # The names of what is handed on, before and behind: with another one it might be anything.
+    handed: tuple[set[str], set[str]] = (set(), set())
     has_looked, is_plain, is_path = False, True, False
     for step in dis.get_instructions(code):
         of_names = step.opname.startswith(("LOAD_FAST", "STORE_FAST"))
@@ -267,13 +267,15 @@ def _named_behind_pre_logits(kind: type, method: str) -> tuple[str, ...] | None:
         if step.opname == "CACHE":
             continue
         is_path = False
-        if of_names and "LOAD_FAST" in step.opname and "pre_logits" in named:
-            has_looked = True
-        if not step.opname.startswith(PLAIN) or (of_names and not known.issuperset(named)):
+        if of_names:
+            if "LOAD_FAST" in step.opname and "pre_logits" in named:
+                has_looked = True
+            handed[has_looked].update({*named} - {code.co_varnames[0], "pre_logits"})
+        elif not step.opname.startswith(PLAIN):
             if has_looked:
                 return None
             is_plain = False
-    if not behind and not is_plain:
+    if len(handed[1] if behind else handed[0] | handed[1]) > 1 or not (behind or is_plain):
         return None
     return tuple(behind or before)
 
