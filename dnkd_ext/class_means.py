@@ -477,18 +477,11 @@ class ClassMeans:
 
         Raises:
             OSError: the folder does not exist or cannot be written, or the path is a folder's.
-            ValueError: :attr:`metadata` uses a name that the file format does, or means are not
-                finite, so that :meth:`load` would refuse them.
+            ValueError: :attr:`metadata` uses a name that the file format does.
         """
         from safetensors.torch import save as to_bytes
 
         tensors = {"class_means": self.compute().cpu().contiguous()}
-        bad = (~tensors["class_means"].isfinite().all(1)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"the class means of {len(bad)} classes are not finite, the first of class "
-                f"{bad[0]}: features of theirs were not"
-            )
         if self._table is None:
             sums, counts = (total[:-1] for total in self._totals())
             tensors["sums" if self.momentum is None else "averages"] = sums.cpu().contiguous()
