@@ -21,8 +21,7 @@ import torch
 import dnkd_ext
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
-from dnkd_ext.train import arguments, files, jobs
-from dnkd_ext.train.arguments import restarted
+from dnkd_ext.train import files, jobs
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.engine import _Training, check_identity
@@ -126,27 +125,6 @@ def test_a_signal_at_the_very_end_stops_the_series(images, tmp_path, monkeypatch
     monkeypatch.setattr(Classification, "batches", batches)
     assert main(options(images, out, "--seeds", seeds, "--resume")) == 0
     assert (out / "run/seed-1/result.json").exists()
-
-
-def test_torchrun_goes_on_with_what_its_own_call_began(tmp_path, monkeypatch):
-    """And leaves a run of another call to be refused, or replaced, as its options say."""
-    monkeypatch.setattr(arguments, "_began", lambda process: time.time() - 1)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted()
-    assert not restarted([tmp_path])
-    config = tmp_path / "config.json"
-    config.touch()
-    assert restarted([tmp_path / "other", tmp_path])
-    os.utime(config, (1, 1))
-    assert not restarted([tmp_path])
-    part = tmp_path / "class_means.safetensors.part-0-of-1"
-    part.touch()  # gathering comes first
-    assert restarted([tmp_path])
-    part.unlink()
-    monkeypatch.setattr(arguments, "_began", lambda process: None)  # where nothing tells it
-    assert restarted([tmp_path])
 
 
 def test_weights_of_a_run_that_has_not_ended_are_told(tmp_path):

@@ -269,15 +269,7 @@ def _without_ignored(logits: Tensor, target: Tensor, ignore_index: int) -> Tenso
         or target.device != logits.device
     ):
         return logits
-    ignored = target == ignore_index
-    looks = logits.is_cpu and not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or isinstance(target, torch._subclasses.FakeTensor)
-    )
-    if looks and not bool(ignored.any()):
-        return logits
-    return torch.where(ignored.unsqueeze(-1), 0, logits)
+    return torch.where((target == ignore_index).unsqueeze(-1), 0, logits)
 
 
 def _ramped(weight: float | Tensor, ramp: float | Tensor, logits: Tensor) -> float | Tensor:

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ from dnkd_ext.train.config import (
     replace,
     unused,
 )
-from dnkd_ext.train.files import CLASS_MEANS, CONFIG
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
@@ -349,7 +347,7 @@ def train(argv: Sequence[str]) -> int:
     def work(world: World) -> None:
         jobs = plan_jobs(configs, seeds, out)
         # Where a node was replaced, its torchrun has restarted nothing yet.
-        resume = world.any(arguments.resume or restarted([job.out for job in jobs]))
+        resume = world.any(arguments.resume or restarted())
         run_jobs(
             jobs,
             out,
@@ -384,37 +382,9 @@ def _stopped(name: str, stopped: Interrupted) -> int:
     return 128 + (stopped.signal or signal.SIGTERM)
 
 
-# Seconds by which clocks of a file server and of a node may differ.
-SKEW = 60
-
-
-def restarted(folders: Sequence[Path] | None = None) -> bool:
-    """Whether torchrun started the same command again, because a process died.
-
-    With the folders of runs only where it has begun one: what fails before leaves runs of other
-    calls as they are, to be refused or replaced as the options say.
-    """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-        return False
-    began = _began(os.getppid())
-    if folders is None or began is None:
-        return True
-    # Class means are gathered before there is a configuration.
-    kinds = (CONFIG, f"{CLASS_MEANS}*")
-    begun = [one for folder in folders for kind in kinds for one in folder.glob(kind)]
-    return any(one.stat().st_mtime >= began - SKEW for one in begun)
-
-
-def _began(process: int) -> float | None:
-    """When a process began, as time.time(); None where that is not told, as on other systems."""
-    try:
-        ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-        system = Path("/proc/stat").read_text().splitlines()
-        boot = next(line.split()[1] for line in system if line.startswith("btime "))
-        began = int(boot) + int(ticks) / os.sysconf("SC_CLK_TCK")
-        return began if began <= time.time() else None
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None
+def restarted() -> bool:
+    """Whether torchrun started the same command again, because a process died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _seeds(text: str) -> list[int]:
