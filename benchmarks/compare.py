@@ -71,10 +71,8 @@ def between_runs(recorded: Iterable[Measurement]) -> float:
     steps = []
     for one in recorded:
         for which in (BOTH, FORWARD):
-            ratio, key = (
-                one.ratio("ours", to="eager", which=which),
-                (one.case, one.allocator, which),
-            )
+            key = one.case, one.allocator, which
+            ratio = one.ratio("ours", to="eager", which=which)
             if not ratio:
                 continue
             if key in last:

@@ -400,7 +400,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _hold(out: Path) -> int:
     """A descriptor that, open here or in a command that was started, keeps others out of a folder.
 
-    On file systems that know no locks it keeps nobody out.
+    (What keeps others from a training's folder is let go of by what it starts.) On file systems that know no locks it keeps nobody out.
 
     Raises:
         OSError: somebody has it.
@@ -543,6 +543,8 @@ def _print_tail(log: Path, count: int = 20) -> None:
 if __name__ == "__main__":
     # What is running is stopped with it, as by Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Started in the background it ignores SIGINT, and so would commands, which that is to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

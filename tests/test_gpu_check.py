@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -211,7 +212,11 @@ def test_a_stopped_command_may_write_what_it_has(tmp_path, state):
         f"    open({str(kept)!r}, 'w').write('measured')"
     )
     planned = [Item("run", (sys.executable, "-c", script), resumes=True)]
-    assert gpu_check.run_stage("bench", planned, tmp_path, state, 12) == "UNFINISHED"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as gpu-check's own start
+    try:
+        assert gpu_check.run_stage("bench", planned, tmp_path, state, 12) == "UNFINISHED"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert kept.read_text() == "measured"
 
 

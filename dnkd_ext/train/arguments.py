@@ -345,11 +345,10 @@ def train(argv: Sequence[str]) -> int:
     out = Path(arguments.out)
 
     def work(world: World) -> None:
-        jobs = plan_jobs(configs, seeds, out)
         # Where a node was replaced, its torchrun has restarted nothing yet.
         resume = world.any(arguments.resume or restarted())
         run_jobs(
-            jobs,
+            plan_jobs(configs, seeds, out),
             out,
             world,
             resume=resume,
