@@ -400,7 +400,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _hold(out: Path) -> int:
     """A descriptor that, open here or in a command that was started, keeps others out of a folder.
 
-    (What keeps others from a training's folder is let go of by what it starts.) On file systems that know no locks it keeps nobody out.
+    (What keeps others from a training's folder is let go of by what it starts.) On file systems
+    that know no locks it keeps nobody out.
 
     Raises:
         OSError: somebody has it.

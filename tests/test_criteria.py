@@ -1258,24 +1258,6 @@ def test_a_copy_of_a_compiled_criterion_is_its_own(kind, generator):
     assert abs(nd[0] - 1) > 1e-3
 
 
-def test_ignored_rows_count_in_no_cross_entropy_whatever_they_hold(generator):
-    """Beside a distillation that does not read the logits of that row."""
-    student, teacher = torch.randn(2, 6, CLASSES, generator=generator)
-    target = torch.arange(6)
-    target[2] = -100
-    of_token = torch.randn(6, CLASSES, generator=generator)
-    criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0.0, label_smoothing=0.1)
-    wanted = criterion(student, teacher, None, target, distillation_logits=of_token)
-    with torch.no_grad():
-        student[2] = torch.nan
-    student.requires_grad_()
-    terms = criterion(student, teacher, None, target, distillation_logits=of_token)
-    torch.testing.assert_close(terms, wanted)
-    (gradient,) = torch.autograd.grad(terms.loss, student)
-    assert (gradient[2] == 0).all()
-    assert gradient.isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_a_label_that_is_the_only_class_costs_nothing(dtype, generator):
     """All others masked: the cross entropy is 0, and so is its gradient."""

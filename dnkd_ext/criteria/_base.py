@@ -246,7 +246,7 @@ def cross_entropy(
     ignore_index: int,
 ) -> LogitTerms:
     """The fused operator with nothing but its cross entropy."""
-    logits = _without_ignored(logits, target, ignore_index)
+    require_tensor(target, "target")
     return ce_kd_loss(
         logits,
         logits.detach(),  # the KD from the student itself is 0
@@ -257,19 +257,6 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
     )
-
-
-def _without_ignored(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Zeros in ignored rows, which KD would count, and times a weight of 0 make NaN of NaN."""
-    require_tensor(target, "target")
-    if (
-        target.is_floating_point()
-        or logits.dim() == 0
-        or target.shape != logits.shape[:-1]
-        or target.device != logits.device
-    ):
-        return logits
-    return torch.where((target == ignore_index).unsqueeze(-1), 0, logits)
 
 
 def _ramped(weight: float | Tensor, ramp: float | Tensor, logits: Tensor) -> float | Tensor:

@@ -42,7 +42,8 @@ class HardKDPlusPlus(PlusPlus):
         label_smoothing: of the cross entropy with the target, between 0 and 1; the one with the
             teacher's decision is not smoothed.
         ignore_index: rows with this class index count in neither the cross entropy with the target
-            nor the ND loss; the hard distillation counts every row.
+            nor the ND loss; the hard distillation counts every row. Their logits must not be NaN,
+            else the loss is.
         eps: of the ND loss.
 
     Shape:

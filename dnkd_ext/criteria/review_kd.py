@@ -52,7 +52,7 @@ class ReviewKDPlusPlus(PlusPlus):
         nd_weight: as ``ce_weight``.
         label_smoothing: of the cross entropy, between 0 and 1.
         ignore_index: rows with this class index count in neither the cross entropy nor the ND loss;
-            ReviewKD counts every sample.
+            ReviewKD counts every sample. Their logits must be finite, else the loss is NaN.
         eps: of the ND loss.
 
     Shape:
