@@ -76,6 +76,24 @@ def test_constant_columns_and_rows(loss_of, dtype, device, generator):
     assert not result[1].any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-6)], ids=str
+)
+def test_columns_alike_to_some_digits(loss_of, dtype, tolerance, device, generator):
+    """Two rows alike but for their fourth digit: as exact as what that digit leaves.
+
+    Float64 columns are summed with their squares, which leave half of that.
+    """
+    for _ in range(20):
+        rows = [
+            (x.detach() + 1e-4 * torch.randn(2, 28, generator=generator, dtype=dtype).to(device))
+            for x in logits(generator, 1, 28, dtype=dtype, device=device)
+        ]
+        student, teacher = rows[0].requires_grad_(), rows[1]
+        found = errors(evaluate(loss_of, student, teacher, **OPTIONS), student, teacher, **OPTIONS)
+        assert max(found) <= tolerance
+
+
 @pytest.mark.parametrize("tau", [50.0, 0.1])
 def test_nearly_uniform_and_nearly_certain(loss_of, tau, device, generator):
     """Rows whose squares would cancel, and exponentials that vanish."""

@@ -21,16 +21,23 @@ EPS = 1e-8
 # -- definition -----------------------------------------------------------------------------------
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-    """The correlation, its gradient by a, and the size of the gradient's terms."""
-    a, b = a - a.mean(), b - b.mean()
+def _pearson(y: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+    """The correlation, its gradient by y, and the size of the gradient's terms.
+
+    Those are of values and means, not of deviations: where values are alike to some digits, no
+    arithmetic knows their deviations better than what those digits leave.
+    """
+    mean, other_mean = y.mean(), other.mean()
+    a, b = y - mean, other - other_mean
     # What rounding leaves of a constant.
     a = np.zeros_like(a) if np.abs(a).max() < 1e-15 else a
     b = np.zeros_like(b) if np.abs(b).max() < 1e-15 else b
     long_a, long_b, product = np.linalg.norm(a), np.linalg.norm(b), float(a @ b)
-    norms = long_a * long_b + EPS
-    own = product * long_b * a / (long_a * norms**2) if long_a > 0 else 0 * a
-    return product / norms, b / norms - own, np.abs(b / norms) + np.abs(own)
+    cross = 1 / (long_a * long_b + EPS)
+    own = product * long_b / long_a * cross**2 if long_a > 0 else 0.0
+    varies, other_varies = float(long_a > 0), float(long_b > 0)
+    size = cross * other_varies * (other + other_mean) + abs(own) * varies * (y + mean)
+    return product * cross, cross * b - own * a, size
 
 
 def oracle(
@@ -55,23 +62,27 @@ def oracle(
         return e / e.sum(1, keepdims=True)
 
     y_s, y_t = softmax(z_s), softmax(z_t)
-    by_y, sizes = np.zeros_like(y_s), np.zeros_like(y_s)
+    by_y, by_y_t, sizes = (np.zeros_like(y_s) for _ in range(3))
     inter = intra = 0.0
     for i in range(rows):
         rho, slope, size = _pearson(y_s[i], y_t[i])
         inter += (1 - rho) / rows
         by_y[i] -= tau**2 * beta * slope / rows
         sizes[i] += tau**2 * abs(beta) * size / rows
+        by_y_t[i] -= tau**2 * beta * _pearson(y_t[i], y_s[i])[1] / rows
     for k in range(classes):
         rho, slope, size = _pearson(y_s[:, k], y_t[:, k])
         intra += (1 - rho) / classes
         by_y[:, k] -= tau**2 * gamma * slope / classes
         sizes[:, k] += tau**2 * abs(gamma) * size / classes
+        by_y_t[:, k] -= tau**2 * gamma * _pearson(y_t[:, k], y_s[:, k])[1] / classes
     gradient = y_s * (by_y - (y_s * by_y).sum(1, keepdims=True)) / tau
     magnitude = y_s * (sizes + (y_s * sizes).sum(1, keepdims=True)) / tau
     loss = tau**2 * (beta * inter + gamma * intra)
-    # A sum of numbers near 1, each 1 less a correlation.
+    # A sum of numbers near 1, each 1 less a correlation; and what independent relative errors of
+    # the probabilities add up to.
     size = tau**2 * (abs(beta) + abs(gamma))
+    size = max(size, np.linalg.norm(by_y * y_s), np.linalg.norm(by_y_t * y_t))
     return Truth(np.array(loss), np.array(size), gradient.reshape(shape), magnitude.reshape(shape))
 
 
