@@ -15,7 +15,8 @@ TORCH  ?= torch
 SYSTEM_PYTHON ?= python3
 ARGS   ?=
 # What make compiles CUDA kernels for, unless TORCH_CUDA_ARCH_LIST says: the GPUs of this machine, or
-# where there is none, one architecture, so that they are at least compiled. (pip: all of them.)
+# where there is none, one architecture, so that they are at least compiled. (pip: all that setup.py
+# lists.)
 ARCHITECTURES = $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';' -),8.0+PTX)
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)

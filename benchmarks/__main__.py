@@ -49,7 +49,12 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=HELP[name], description=HELP[name] + ".")
 
     def add_choice(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+        command.add_argument(
+            "--device",
+            choices=("cpu", "cuda"),
+            default="cpu",
+            help="where to measure (default cpu)",
+        )
         command.add_argument(
             "--case", action="append", default=[], metavar="PATTERN",
             help="part of a case's name, or a glob that matches it (repeatable)",
@@ -82,7 +87,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     e2e = add("e2e")
-    e2e.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    e2e.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)"
+    )
     e2e.add_argument(
         "--shape", action="append", choices=("cifar", "imagenet", "detection"),
         help="which networks (repeatable; default cifar and imagenet)",
@@ -97,7 +104,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     training = add("training")
-    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    training.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)"
+    )
     training.add_argument(
         "--preset", action="append", metavar="PATTERN",
         help="name of a preset, or a pattern of several, as 'cifar100/resnet56-resnet20/{kd,kd++}' "
@@ -123,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
     )
     # What dnkd train takes; without them its own defaults.
     training.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), help="of autocast"
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the step (default auto, as dnkd train)",
     )
     for name, text in (
         ("channels-last", "memory format of images and weights (default)"),
@@ -184,7 +195,9 @@ def parser() -> argparse.ArgumentParser:
         "--against", type=Path, metavar="CSV",
         help="the recorded results (default benchmarks/results/losses.csv)",
     )  # fmt: skip
-    regression.add_argument("--seconds", type=_positive, help="time per peer and case")
+    regression.add_argument(
+        "--seconds", type=_positive, help=f"per peer and case (default {QUICK_SECONDS})"
+    )
 
     check = add("targets")
     check.add_argument("csv", type=Path, metavar="CSV", help="the results file of a ladder")

@@ -14,7 +14,7 @@ ALPHA, BETA = 1.0, 8.0
 # Every peer by name, in the order of tables and plots.
 PEERS = {
     "ours": "this package, through the function",
-    "noise": "ours once more, which shows the noise",
+    "noise": "ours once more, which shows the noise (again)",
     "module": "ours through the nn.Module",
     "float32": "ours with float32 inputs of the same shape, where they have 16 bits",
     "compiled": "ours in a function compiled by torch.compile",

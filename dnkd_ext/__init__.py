@@ -1,6 +1,6 @@
 """Fused feature-direction-and-norm distillation losses for PyTorch, on CPU and CUDA."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 from dnkd_ext._extension import build_info, empty_cache  # first: its warning points at the importer
 

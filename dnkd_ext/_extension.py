@@ -83,9 +83,14 @@ def _load() -> None:
 _load()
 
 if _load_error is not None:
+    _in_place = (
+        "To use this source folder itself, run in it: python setup.py build_ext --inplace. "
+        if (FOLDER.parent / "csrc").is_dir()
+        else ""
+    )
     _message = (
         f"dnkd_ext runs without its compiled kernels, on the slower PyTorch reference: "
-        f"{_load_error}. To build them, run in the source folder: {REBUILD}"
+        f"{_load_error}. {_in_place}To build them, run in the source folder: {REBUILD}"
     )
     if os.environ.get("DNKD_REQUIRE_EXT", "0") not in {"", "0"}:
         raise ImportError(_message + " (an error because DNKD_REQUIRE_EXT is set)")

@@ -91,8 +91,8 @@ def features(
     Args:
         model: the classifier.
         images: its input.
-        classifier: the last linear layer or its dotted name; found by :func:`find_classifier`
-            where not given.
+        classifier: the last linear layer or its dotted name; where not given, the layer that
+            timm's ``get_classifier()`` names, else the last linear one.
 
     Returns:
         ``(features, logits)``: ``(N, D)`` and ``(N, C)``, both part of the autograd graph.

@@ -415,8 +415,9 @@ class ClassMeans:
         """Gather the class means of a trained model over a loader, in evaluation mode.
 
         Args:
-            model: any classifier; :func:`dnkd_ext.extract_features` tells how its features are
-                found. The training mode of each of its modules is restored afterwards.
+            model: any classifier; :func:`dnkd_ext.features` tells how its features are
+                found. The training mode of each of its modules is restored afterwards: one that
+                goes on as a teacher must be put into evaluation mode by its owner.
             loader: yields ``(images, target)``; for the paper's method the training set without
                 augmentation.
             num_classes: ``C``; by default the width of the model's logits.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dnkd_ext import _extension
-from dnkd_ext._checks import accumulate_dtype, no_autocast
+from dnkd_ext._checks import accumulate_dtype, no_autocast, require_tensors
 from dnkd_ext.losses.nd_loss import check_nd_arguments, reference_rows, require_nd_options
 
 __all__ = ["FeatureDiagnostics", "feature_diagnostics", "feature_diagnostics_reference"]
@@ -92,6 +92,14 @@ def feature_diagnostics(
             ignore_index=ignore_index,
             eps=eps,
         )
+    require_tensors(
+        target,
+        "target",
+        class_means,
+        "class_means",
+        teacher_features=teacher_features,
+        teacher_norms=teacher_norms,
+    )
     require_nd_options(ignore_index, "mean", eps)
     return FeatureDiagnostics(
         *_operator(

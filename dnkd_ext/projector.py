@@ -16,8 +16,9 @@ class FeatureProjector(nn.Module):
     """BatchNorm1d, Dropout, Linear: student features to the width of the class means.
 
     As in the paper (arXiv 2305.17007), where the student is narrower or wider than its teacher. It
-    is trained with the student and serves the loss alone: the student's own classifier goes on
-    reading the features as they are, and after training the projector is thrown away.
+    is trained with the student (its parameters go to the optimiser beside the student's) and serves
+    the loss alone: the student's own classifier goes on reading the features as they are, and after
+    training the projector is thrown away.
 
     Args:
         in_features: width of the student's features.

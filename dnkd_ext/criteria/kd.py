@@ -27,8 +27,8 @@ class KDPlusPlus(LogitPlusPlus):
 
     each term a mean over the samples it counts (:func:`dnkd_ext.ce_kd_loss`,
     :func:`dnkd_ext.nd_loss`). The weights enter the terms' own kernels, so that each of them is
-    differentiated with an upstream gradient of 1, which costs nothing. With ``nd_weight=0`` it is
-    plain KD: the class means and the student's features may then be None.
+    differentiated with an upstream gradient of 1, which takes no pass over it. With ``nd_weight=0``
+    it is plain KD: the class means and the student's features may then be None.
 
     Source: "Improving Knowledge Distillation via Regularizing Feature Direction and Norm"
     (arXiv 2305.17007).

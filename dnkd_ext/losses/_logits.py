@@ -87,6 +87,10 @@ def logit_loss(
             loss_weight=loss_weight,
             logit_standardization=logit_standardization,
         )
+    if not isinstance(teacher_logits, Tensor):
+        require_tensor(teacher_logits, "teacher_logits")
+    if kind != "kd" and not isinstance(target, Tensor):
+        require_tensor(target, "target")
     # Floats, as they nearly always are, need no look; all else the operator would take as it can.
     for weight, name in (
         (ce_weight, "ce_weight"),

@@ -19,6 +19,7 @@ from dnkd_ext._checks import (
     require_floating,
     require_number,
     require_same_device,
+    require_tensor,
 )
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def dist_loss(
             tau=tau,
             process_group=process_group,
         )
+    require_tensor(teacher_logits, "teacher_logits")
     _require_numbers(beta, gamma, tau)
     rows, moments, processes = None, None, 1
     if process_group is not None:

@@ -24,6 +24,7 @@ from dnkd_ext._checks import (
     require_reduction,
     require_same_device,
     require_tensor,
+    require_tensors,
     require_weight,
 )
 
@@ -121,6 +122,14 @@ def nd_loss(
         )
     if weight is None and type(scale) is not float:
         require_weight(scale, "loss_weight", student_features, "student_features")
+    require_tensors(
+        target,
+        "target",
+        class_means,
+        "class_means",
+        teacher_features=teacher_features,
+        teacher_norms=teacher_norms,
+    )
     require_nd_options(ignore_index, reduction, eps)
     return _operator(
         student_features,

@@ -43,8 +43,9 @@ class DataOptions:
 
     task: Literal["cifar", "imagenet", "detection"] = "cifar"
     """cifar: small images that are held in memory; imagenet: images that are read from disk while
-    training (the reader options, and not limit, cache, pad and flip, are theirs); detection: boxes
-    in images of COCO's format (the detection options are theirs, and of the reader's workers)."""
+    training (the reader options are theirs, and --limit, --cache, --pad and --flip are not);
+    detection: boxes in images of COCO's format (the detection options are theirs, and of the
+    reader's --workers)."""
     data: str = ""
     """Folder of the data set: train/CLASS/* and test or val; for cifar also CIFAR-100 as
     torchvision unpacks it, for imagenet also tar archives and WebDataset shards. For detection
@@ -95,7 +96,7 @@ class ModelOptions:
     class_means_momentum: float | None = None
     """Let class means be a moving average of the features that the teacher has while training, with
     this share of the old mean in every step, instead of gathering them in a pass of their own; a
-    mixed image counts for the class with the larger share, and with accumulate every part moves
+    mixed image counts for the class with the larger share, and with --accumulate every part moves
     them. All processes have the same."""
     dropout: float = 0.5
     """Of the projector, which is there where student and class means differ in width."""
@@ -126,11 +127,12 @@ class MethodOptions:
     nd_ramp: bool = False
     """Let the weight of the norm-and-direction loss grow likewise."""
     temperature: float = 4.0
-    """Of KD, DKD and DIST."""
+    """Of KD, DKD and DIST, whose criterion in the library has 1 by default."""
     alpha: float = 1.0
     """DKD: weight of the target class's part."""
     beta: float = 1.0
-    """DKD: weight of the other classes' part. DIST: weight of the correlation over classes."""
+    """DKD: weight of the other classes' part, which in the library is 8 by default; presets set
+    theirs. DIST: weight of the correlation over classes."""
     gamma: float = 1.0
     """DIST: weight of the correlation over samples."""
     mid_channels: int | None = None
@@ -173,11 +175,11 @@ class OptimOptions:
     schedule: Literal["multistep", "cosine"] = "multistep"
     """How the learning rate falls: at the milestones, or along a half cosine, every step."""
     milestones: tuple[int, ...] = (150, 180, 210)
-    """Epochs at which the learning rate is multiplied by lr_decay."""
+    """Epochs at which the learning rate is multiplied by --lr-decay."""
     lr_decay: float = 0.1
-    """See milestones."""
+    """Factor of the learning rate at each of --milestones."""
     lr_warm_up: float = 0.0
-    """Epochs over which the learning rate grows to lr, every step; may be a part of one."""
+    """Epochs over which the learning rate grows to --lr, every step; may be a part of one."""
     lr_start: float = 0.0
     """Learning rate at the start of the warm-up."""
     lr_end: float = 0.0
@@ -208,7 +210,7 @@ class RunOptions:
     """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
     instead of having copies; torch.compile is then that of the student's blocks."""
     fsdp_teacher: bool = False
-    """With fsdp: the teacher's parameters are shared, too."""
+    """With --fsdp: the teacher's parameters are shared, too."""
     activation_checkpointing: bool = False
     """Compute the student's activations again in the backward pass instead of keeping them, for
     models of timm that know how to."""
@@ -247,12 +249,12 @@ class DetectionOptions:
     pretrained for those that torchvision downloads. Its batch normalisation is frozen then."""
     trainable_layers: int = 3
     """How many of the backbone's five parts (stem and four stages), from the last, are trained;
-    all of them without backbone_weights."""
+    all of them without --backbone-weights."""
     min_size: tuple[int, ...] = (800,)
     """Length to which the shorter side of an image is resized; of several one is drawn for every
     training image, and the last is for evaluation."""
     max_size: int = 1333
-    """Longest side of a resized image, which overrules min_size."""
+    """Longest side of a resized image, which overrules --min-size."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Side of the anchors of the feature pyramid's five levels, in pixels."""
     rpn_proposals: int = 1000

@@ -284,7 +284,7 @@ def _table(results: dict[str, Any]) -> str:
     lines = [
         "",
         f"{'':10}{'accuracy (%)':>16}{'norm ratio':>16}{'cosine':>16}"
-        f"   ({seeds} seeds: mean ± std)",
+        f"   ({seeds} {'seeds: mean ± std' if seeds > 1 else 'seed'})",
         f"{'teacher':10}{100 * results['teacher']['accuracy']:>16.2f}"
         f"{results['teacher']['norm_ratio']:>16.2f}{results['teacher']['cosine']:>16.2f}",
     ]

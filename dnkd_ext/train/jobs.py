@@ -586,7 +586,8 @@ def _heading(job: Job, source: Any, world: World) -> str:
     if config.needs_teacher:
         words.append(f"from {config.model.teacher} by {method.method}, nd {method.nd_weight:g},")
     words.append(f"on {source.train_images} images of {source.name}, {config.optim.epochs} epochs;")
-    words.append(f"{world.device.type}, {config.run.precision}, {world.size} process(es)")
+    words.append(f"{world.device.type}, {config.run.precision}")
+    words[-1] += f", {world.size} processes" if world.size > 1 else ", 1 process"
     if config.run.fsdp:
         words.append("share the student" + " and the teacher" * config.run.fsdp_teacher)
     optim = config.optim

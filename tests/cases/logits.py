@@ -374,8 +374,8 @@ def bad_logits(temperature: str, *, least: int) -> tuple[BadInput, ...]:
         BadInput(
             "teacher is a list",
             put(1, lambda x: x.tolist()),
-            (TypeError, RuntimeError),
-            "teacher_logits",
+            TypeError,
+            "teacher_logits must be a torch.Tensor, got list",
             is_traceable=False,
         ),
         BadInput(

@@ -204,8 +204,22 @@ ND_BAD_INPUTS = (
     BadInput(
         "target is a list",
         put(1, lambda x: x.tolist()),
-        (TypeError, RuntimeError),
-        "target",
+        TypeError,
+        "target must be a torch.Tensor, got list",
+        is_traceable=False,
+    ),
+    BadInput(
+        "class means as they are gathered",
+        put(2, lambda x: dnkd_ext.ClassMeans(*x.shape)),
+        TypeError,
+        "class_means must be a torch.Tensor, got ClassMeans",
+        is_traceable=False,
+    ),
+    BadInput(
+        "teacher features is a list",
+        option(teacher_features=[1.0]),
+        TypeError,
+        "teacher_features must be a torch.Tensor, got list",
         is_traceable=False,
     ),
     BadInput(

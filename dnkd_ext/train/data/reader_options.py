@@ -28,7 +28,7 @@ class ReaderOptions:
     """Text file with a class per line in the order of the labels; by default the sorted names of
     the folders. Images of other classes are left out."""
     num_classes: int | None = None
-    """WebDataset: how many classes, where neither class_map nor _info.json names them."""
+    """WebDataset: how many classes, where neither --class-map nor _info.json names them."""
     image_size: int = 224
     """Height and width of the images that the models see."""
     crop_pct: float = 0.875
@@ -42,7 +42,7 @@ class ReaderOptions:
     hflip: float = 0.5
     """Part of the training images that is mirrored."""
     color_jitter: float = 0.0
-    """Strength of random brightness, contrast and saturation; not used beside auto_augment."""
+    """Strength of random brightness, contrast and saturation; not used beside --auto-augment."""
     auto_augment: str = ""
     """timm's name of a policy, as rand-m9-mstd0.5-inc1 (RandAugment), original or 3a."""
     random_erasing: float = 0.0
