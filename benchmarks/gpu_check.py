@@ -63,6 +63,12 @@ SANITIZED: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
 BENCHED = ("ours", "noise", "module", "loop", "eager", "compile", "liger", "copy")
 # About how long each peer is timed per case: a GPU's times vary little, and there are many cases.
 SECONDS = 0.4
+# The longest file's tests, in parts that are kept apart.
+PARTS = {
+    "test_operators.py": (
+        "nd_loss or dist_loss", "dkd_loss", "not (nd_loss or dist_loss or dkd_loss)",
+    ),
+}  # fmt: skip
 # What pytest exits with where none of a file's tests was asked for.
 NO_TESTS = 5
 # How long an interrupted command has to write what it measured.
@@ -107,21 +113,26 @@ def items(stage: str, out: Path, *, force: bool = False) -> list[Item]:
     if stage in ("tests", "host-tests"):
         which = "cuda" if stage == "tests" else "not cuda"
         pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", which)
-        files = sorted((ROOT / "tests").glob("test_*.py"))
-        files.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
+        texts = {path: path.read_text() for path in sorted((ROOT / "tests").glob("test_*.py"))}
+        # The longest first: those that compile take minutes whatever their size.
+        files = sorted(
+            texts, key=lambda path: ("fullgraph" in texts[path], len(texts[path])), reverse=True
+        )
+        files.sort(key=lambda path: path.name not in PARTS)
         if stage == "tests":  # the others need not be imported to know
-            files = [path for path in files if needs_a_gpu(path.read_text())]
+            files = [path for path in files if needs_a_gpu(texts[path])]
         check = Item("self-check", (python, "-m", "dnkd_ext", "info", "--check"))
         return [
             *([check] if stage == "tests" else []),
             *(
                 # Where a file's tests for a GPU are not even found, something is missing.
                 Item(
-                    path.name,
-                    (*pytest, f"tests/{path.name}"),
+                    path.name + (f", {part}" if part else ""),
+                    (*pytest, f"tests/{path.name}", *(("-k", part) if part else ())),
                     good=(0,) if stage == "tests" else (0, NO_TESTS),
                 )
                 for path in files
+                for part in (PARTS.get(path.name, ("",)) if stage == "tests" else ("",))
             ),
         ]
     if stage == "sanitize":
@@ -477,14 +488,20 @@ def _check(
         f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
     )
     asked = {*(arguments.stage or STAGES)}
-    if library_obstacle(ROOT / "dnkd_ext", "cuda", str(torch.__version__)) is not None:
+    of = (int(part) for part in capability.split("."))
+    obstacle = library_obstacle(
+        ROOT / "dnkd_ext", "cuda", str(torch.__version__), (next(of), next(of))
+    )
+    if obstacle is not None:
         asked.add("build")  # else the others would be of another library than their key says
     todo = []
     for stage in STAGES:
         if stage not in asked:
             continue
-        if arguments.force or stage == "build":  # which is nothing where it is up to date
+        if arguments.force or stage == "build":
             state.forget(stage)
+        if stage == "build" and obstacle is None and not (arguments.force or arguments.stage):
+            state.of(stage)["items"]["build"] = PASSED  # a library that came with the sources
         if status(state.of(stage), items(stage, out, force=arguments.force)) == PASSED:
             print(f"{stage} passed before with these sources on this GPU (--force does it again)")
         else:

@@ -484,8 +484,9 @@ def _steps(group: list[Row]) -> str:
     text = (
         f"\n### {first['models']}, batch {float(str(first['batch'])):.0f}, "
         f"{height}x{image_width(shape, height)}, {first['dtype']}, torch {first['torch']}\n\n"
-        f"{first['hardware']}, torch {first['torch']}; {first['date']}, dnkd_ext {first['version']} at "
-        f"{first['commit']}. {DETECTION_STEP if shape == 'detection' else STEP} The command:\n\n"
+        f"{first['hardware']}, torch {first['torch']}; {first['date']}, "
+        f"dnkd_ext {first['version']} at {first['commit']}. "
+        f"{DETECTION_STEP if shape == 'detection' else STEP} The command:\n\n"
         + command
         + "\n"
         + step_table(group)

@@ -36,7 +36,13 @@ def require_library(device: str) -> None:
         ResultsError: so it is.
     """
     info = dnkd_ext.build_info()
-    obstacle = library_obstacle(Path(dnkd_ext.__file__).parent, device, str(torch.__version__))
+    is_there = device == "cuda" and torch.cuda.is_available()
+    obstacle = library_obstacle(
+        Path(dnkd_ext.__file__).parent,
+        device,
+        str(torch.__version__),
+        torch.cuda.get_device_capability() if is_there else None,
+    )
     obstacle = obstacle or info["load_error"]
     if obstacle is None and device == "cuda" and info["cuda"] is None:
         obstacle = "the compiled library has no CUDA kernels"

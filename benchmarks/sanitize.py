@@ -75,14 +75,14 @@ def _draw(*shape: int) -> Tensor:
 _GENERATOR = torch.Generator()
 
 
-def nd_runs() -> Iterator[Run]:
+def nd_runs(device: str) -> Iterator[Run]:
     """The ND loss."""
     for width in ND_WIDTHS:
         yield from _nd_of_width(width)
     student, means, target = _draw(MANY_ROWS, 16), _draw(7, 16), torch.arange(MANY_ROWS) % 7
     # The upstream gradient is such that a mean over many rows is not too small for float16.
     yield _nd("many rows", [student, target, means], {"ignore_index": 3}, upstream=MANY_ROWS)
-    for width, rows in ((61, _rows(4 * 6)), (520, _rows(6))):
+    for width, rows in ((61, _rows(4 * 6, device)), (520, _rows(6, device))):
         student, means, target = _draw(rows, width), _draw(7, width), torch.arange(rows) % 7
         arguments = [student, target, means]
         what, options = f"{rows} rows, {width} wide", {"teacher_features": student * 2}
@@ -94,10 +94,11 @@ def nd_runs() -> Iterator[Run]:
             )  # fmt: skip
 
 
-def _rows(resident: float) -> int:
+def _rows(resident: float, device: str) -> int:
     """So many rows that every block takes several, of which a multiprocessor has this many."""
-    several = torch.cuda.is_available()
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count if several else 2
+    multiprocessors = 2
+    if device == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     return math.ceil(2 * resident * multiprocessors)
 
 
@@ -152,7 +153,7 @@ def _nd_of_width(width: int) -> Iterator[Run]:
         yield _nd(f"{what}, probabilities", [student, soft, table], {"teacher_features": teacher})
 
 
-def logit_runs(name: str) -> Iterator[Run]:
+def logit_runs(name: str, device: str) -> Iterator[Run]:
     """CE + KD or CE + DKD."""
     fused, reference = getattr(dnkd_ext, name), getattr(dnkd_ext.reference, name)
 
@@ -196,12 +197,12 @@ def logit_runs(name: str) -> Iterator[Run]:
             yield Run(what, unlike, reference, arguments, options, upstream=3.0)
     # Of every kind of block: warps, blocks, large blocks and clusters of 2, 4 and 8.
     for classes, rows in (
-        (61, _rows(4 * 6)),
-        (1001, _rows(6)),
-        (9001, _rows(2)),
-        (19_999, _rows(1.5)),
-        (32_767, _rows(0.75)),
-        (65_537, _rows(0.375)),
+        (61, _rows(4 * 6, device)),
+        (1001, _rows(6, device)),
+        (9001, _rows(2, device)),
+        (19_999, _rows(1.5, device)),
+        (32_767, _rows(0.75, device)),
+        (65_537, _rows(0.375, device)),
     ):
         arguments = [_draw(rows, classes), _draw(rows, classes), torch.arange(rows) % 7]
         yield run(f"{rows} rows, {classes} classes", arguments, {"ignore_index": 3})
@@ -210,9 +211,9 @@ def logit_runs(name: str) -> Iterator[Run]:
     yield run("many rows", [student, teacher, target], {"ignore_index": 3, "temperature": 1.0})
 
 
-def dist_runs() -> Iterator[Run]:
+def dist_runs(device: str) -> Iterator[Run]:
     """DIST."""
-    for rows, classes in (*DIST_SIZES, (_rows(4 * 6), 64)):
+    for rows, classes in (*DIST_SIZES, (_rows(4 * 6, device), 64)):
         student, teacher = 2 * _draw(rows, classes), 2 * _draw(rows, classes)
         for other, kind in ((teacher, "own"), (teacher.float(), "float32")):
             yield Run(
@@ -222,7 +223,7 @@ def dist_runs() -> Iterator[Run]:
             )  # fmt: skip
 
 
-def diagnostics_runs() -> Iterator[Run]:
+def diagnostics_runs(device: str) -> Iterator[Run]:
     """The diagnostics of features, and the class means, which are made of PyTorch operations."""
     for width in ND_WIDTHS:
         rows, classes = 6, 4
@@ -248,7 +249,7 @@ def diagnostics_runs() -> Iterator[Run]:
         )  # fmt: skip
 
 
-def scale_runs() -> Iterator[Run]:
+def scale_runs(device: str) -> Iterator[Run]:
     """The kernel that multiplies a gradient by the upstream one, aligned and not."""
     for count in (1, 1024, 1031):
         for offset in (0, 1):
@@ -269,10 +270,10 @@ def scale_runs() -> Iterator[Run]:
                 )  # fmt: skip
 
 
-LOSSES: dict[str, Callable[[], Iterator[Run]]] = {
+LOSSES: dict[str, Callable[[str], Iterator[Run]]] = {
     "nd_loss": nd_runs,
-    "ce_kd_loss": lambda: logit_runs("ce_kd_loss"),
-    "ce_dkd_loss": lambda: logit_runs("ce_dkd_loss"),
+    "ce_kd_loss": lambda device: logit_runs("ce_kd_loss", device),
+    "ce_dkd_loss": lambda device: logit_runs("ce_dkd_loss", device),
     "dist_loss": dist_runs,
     "diagnostics": diagnostics_runs,
     "scale": scale_runs,
@@ -322,7 +323,7 @@ def check(name: str, device: str, dtypes: Sequence[torch.dtype] = LOSS_DTYPES) -
     """Run a loss in all dtypes; how many runs differ from the reference."""
     failed = 0
     _GENERATOR.manual_seed(0)
-    for run in LOSSES[name]():
+    for run in LOSSES[name](device):
         for dtype in dtypes:
             bound = 1e-5 if dtype == torch.float32 else 1e-10
             if dtype.itemsize == 2:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -57,17 +58,22 @@ def library_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def library_obstacle(package: Path, device: str, torch: str) -> str | None:
+def library_obstacle(
+    package: Path, device: str, torch: str, capability: tuple[int, int] | None = None
+) -> str | None:
     """Why the compiled library of a package is not to be measured on a device; None where it may.
 
     Args:
         package: the folder that the build wrote to.
         device: ``"cpu"`` or ``"cuda"``.
         torch: the version of torch that is there.
+        capability: the GPU's compute capability, for which there must be machine code: what the
+            driver makes of PTX for an older one lacks the kernels that only newer ones have.
     """
     try:
         record = json.loads((package / "_build.json").read_text())
         built, cuda, of = (record.get(name) for name in ("sources", "cuda", "torch"))
+        architectures = str(record.get("architectures") or "")
     except (OSError, ValueError, AttributeError):
         return f"there is no compiled library; build it: {REBUILD}"
     if built != library_hash():
@@ -78,4 +84,12 @@ def library_obstacle(package: Path, device: str, torch: str) -> str | None:
         return (
             f"the compiled library has no CUDA kernels; build it with them: DNKD_CUDA=1 {REBUILD}"
         )
+    if device == "cuda" and capability is not None:
+        major, minor = capability
+        known = [(int(a), int(b)) for a, b in re.findall(r"(\d+)\.(\d)", architectures)]
+        if not any(own == major and least <= minor for own, least in known):
+            return (
+                f"the compiled library is for GPUs of {architectures}, here is {major}.{minor}; "
+                f"build it anew: TORCH_CUDA_ARCH_LIST={major}.{minor} DNKD_CUDA=1 {REBUILD}"
+            )
     return None

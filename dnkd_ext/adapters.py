@@ -7,11 +7,15 @@ attention" (arXiv 2012.12877).
 from __future__ import annotations
 
 import dis
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from dnkd_ext._export import exportable
 
 __all__ = [
     "DistilledFeatures",
@@ -22,6 +26,7 @@ __all__ = [
 ]
 
 
+@exportable
 class DistilledFeatures(NamedTuple):
     """What :func:`distilled_features` returns.
 
@@ -101,6 +106,7 @@ def features(
         TypeError: ``classifier`` is neither a name nor a module.
         ValueError: the layer cannot be found, or did not produce the model's output.
     """
+    _require_model(model)
     if classifier is None and torch.compiler.is_compiling() and _is_split(model):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
@@ -153,6 +159,7 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
         >>> of_token is logits  # as there is no distillation token
         True
     """
+    _require_model(model)
     heads = _find_heads(model)
     if heads is None:
         own, logits = features(model, images)
@@ -307,6 +314,11 @@ def _listen(
 
     ``run``: what is called, if not the model.
     """
+    if run is None and not torch.compiler.is_compiling() and _is_compiled(model):
+        raise ValueError(
+            f"{type(model).__name__} was compiled by itself and calls hooks by chance alone: "
+            "compile the function around features() instead"
+        )
     if classifier is None:
         classifier = find_classifier(model)
     elif isinstance(classifier, str):
@@ -324,14 +336,29 @@ def _listen(
     if not isinstance(logits, torch.Tensor):
         raise ValueError(f"the model returned {type(logits).__name__}, expected a tensor of logits")
     if len(seen) != 1 or not _is_same(seen[0][1], logits):
+        name = next(
+            (f" {name}" for name, m in model.named_modules() if m is classifier and name), ""
+        )
         raise ValueError(
-            f"{type(classifier).__name__} ran {len(seen)} times and did not produce the model's "
-            "output; pass the last linear layer as classifier= (a compiled model does not call "
-            "hooks: compile the function around features() instead)"
+            f"{type(classifier).__name__}{name} ran {len(seen)} times and did not produce the "
+            "model's output; pass the last linear layer as classifier= (where a part of the model "
+            "is compiled by itself it does not call hooks: compile the function around features() "
+            "instead)"
         )
     own = seen[0][0]
     # A convolution that classifies: what it reads has a width and a height of 1.
     return (own.flatten(1) if own.dim() == 4 and own.shape[2:] == (1, 1) else own), logits
+
+
+def _require_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile made it, or was called on it."""
+    compiled = (torch._dynamo.OptimizedModule,) if "torch._dynamo" in sys.modules else ()
+    return isinstance(model, compiled) or getattr(model, "_compiled_call_impl", None) is not None
 
 
 def _hear(
@@ -340,18 +367,32 @@ def _hear(
     """Call the model: input and output of every call of each layer, and the model's output."""
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     handles = []
+    has_gradients = torch.is_grad_enabled()
+    without: list[bool] = []
+    # A model may run in several threads at once, of which each hears the others' calls.
+    thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
     # Bound so, and not by a default: torch 2.11's compiler loses what is appended to that.
     def listener(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
         def remember(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if not torch.compiler.is_compiling() and thread not in (None, threading.get_ident()):
+                return
             calls.append((args[0] if args else next(iter(kwargs.values())), output))
+            if has_gradients and not torch.is_grad_enabled():
+                without.append(True)
 
         return remember
 
     try:
         for layer, calls in zip(layers, seen, strict=True):
             handles.append(layer.register_forward_hook(listener(calls), with_kwargs=True))
-        return seen, model(images)
+        output = model(images)
+        if without and isinstance(output, Tensor) and output.requires_grad:
+            raise ValueError(
+                "the classifier ran without gradients inside a model whose output has one, so that "
+                "its input has none: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        return seen, output
     finally:
         for handle in handles:
             handle.remove()

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from dnkd_ext import _extension
 from dnkd_ext._checks import accumulate_dtype, no_autocast, require_tensors
+from dnkd_ext._export import exportable
 from dnkd_ext.losses.nd_loss import check_nd_arguments, reference_rows, require_nd_options
 
 __all__ = ["FeatureDiagnostics", "feature_diagnostics", "feature_diagnostics_reference"]
 
 
+@exportable
 class FeatureDiagnostics(NamedTuple):
     """Three 0-dim tensors on the features' device, without a gradient.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dnkd_ext._checks import require_floating, require_same_device, require_sequence
+from dnkd_ext._export import exportable
 from dnkd_ext.adapters import run_head
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
@@ -196,6 +197,7 @@ def _require_width(value: object, name: str) -> None:
 # -- what models offer ----------------------------------------------------------------------------
 
 
+@exportable
 class StageMaps(NamedTuple):
     """What ReviewKD reads of a model.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import dnkd_ext
 from dnkd_ext import extract_features
@@ -592,6 +594,66 @@ def test_an_auxiliary_head_is_not_left_out(images):
         dnkd_ext.features(Auxiliary(), images)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_model_is_refused_whether_its_hooks_run_or_not(in_place, images):
+    """As long as it was never called without one they do."""
+    model = plain()
+    if in_place:
+        model.compile(backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(ValueError, match="compile the function around feat"):
+            dnkd_ext.features(model, images)
+        model(images)
+
+
+def test_several_threads_run_one_model(generator):
+    model = plain()
+    model = model.eval()
+    inputs = [torch.randn(64, 12, generator=generator) for _ in range(3)]
+
+    def run(images):
+        return all(torch.equal(features(model, images)[1], model(images)) for _ in range(100))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(run, inputs))
+
+
+def test_a_checkpoint_that_detaches_the_features_is_told(images):
+    class Checkpointed(nn.Module):
+        def __init__(self, is_reentrant):
+            super().__init__()
+            self.inner, self.is_reentrant = plain(), is_reentrant
+
+        def forward(self, images):
+            return checkpoint(self.inner, images, use_reentrant=self.is_reentrant)
+
+    images = images.clone().requires_grad_()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        features(Checkpointed(True), images)
+    assert features(Checkpointed(False), images)[0].requires_grad
+    with torch.no_grad():
+        assert not features(Checkpointed(True), images)[0].requires_grad
+
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = plain()
+
+        @torch.no_grad()
+        def forward(self, images):
+            return self.inner(images)
+
+    assert not features(Frozen(), images)[1].requires_grad
+
+
+@pytest.mark.parametrize("call", [features, distilled_features])
+def test_what_is_no_model_is_named(call, images):
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got Tensor"):
+        call(images, plain())
+
+
 def test_a_compiled_model_is_not_run_uncompiled():
     """Its parts would be, silently."""
     assert _is_split(Split())
@@ -1030,7 +1092,7 @@ def test_unknown_name(name, images):
 )
 def test_layer_that_does_not_give_the_output(classifier, times, images):
     model = plain()
-    message = f"Linear ran {times} times and did not produce the model's output"
+    message = rf"Linear( \d)? ran {times} times and did not produce the model's output"
     with pytest.raises(ValueError, match=message):
         extract_features(model, images, classifier=classifier)
     assert hooks(model) == []
@@ -1044,7 +1106,7 @@ def test_layer_that_runs_twice(images):
             super().forward(images * 2)
             return super().forward(images)
 
-    with pytest.raises(ValueError, match="Linear ran 2 times"):
+    with pytest.raises(ValueError, match=r"Linear head.fc ran 2 times"):
         extract_features(Twice(), images)
 
 

@@ -523,8 +523,15 @@ def test_a_library_of_something_else_is_none_to_measure(tmp_path, monkeypatch):
     built()
     assert "is for torch 2.11.0, here is 2.12.0" in obstacle(torch="2.12.0")
     assert "has no CUDA kernels" in obstacle("cuda")
-    built(cuda="13.0")
+    built(cuda="13.0", architectures="8.0;9.0+PTX")
     assert obstacle("cuda") is None
+    for capability, fits in (((9, 0), True), ((8, 6), True), ((7, 5), False), ((10, 0), False)):
+        found = sources.library_obstacle(package, "cuda", "2.11.0", capability)
+        assert (found is None) == fits
+        assert fits or f"here is {capability[0]}.{capability[1]}" in found
+    built(cuda="13.0", architectures="8.0+PTX")  # of which the driver would make something else
+    found = sources.library_obstacle(package, "cuda", "2.11.0", (9, 0))
+    assert "is for GPUs of 8.0+PTX, here is 9.0" in found
 
 
 def test_peers_follow_each_other_in_changing_order():

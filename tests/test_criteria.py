@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import warnings
 import weakref
 
 import numpy as np
@@ -1295,3 +1296,85 @@ def test_a_weight_on_another_device_is_named(kind, generator):
     student, teacher = torch.randn(2, 6, CLASSES, generator=generator)
     with pytest.raises(RuntimeError, match="kd_weight"):
         criterion(student, teacher, None, torch.arange(6))
+
+
+@pytest.mark.parametrize("first", [0.5, 1.0, 1])
+def test_a_ramp_that_was_1_early_does_not_compile_every_value(kind, first, generator):
+    """As validation without a ramp makes it."""
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def compiled(ramp):
+        return call(criterion, inputs, kd_ramp=ramp)
+
+    for ramp in (first, *(step / 20 for step in range(20)), 1.0):
+        torch.testing.assert_close(
+            tuple(compiled(ramp)), tuple(call(criterion, inputs, kd_ramp=ramp))
+        )
+    assert counter.frame_count <= 3
+
+
+def test_logits_of_student_and_teacher_that_are_swapped_are_told(kind, generator):
+    """The classifier would not be trained, without a word."""
+    inputs = bring(draw(generator), torch.float32)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+    names = "student_logits", "teacher_logits"
+    swapped = {**inputs, **dict(zip(names, (inputs[name] for name in names[::-1]), strict=True))}
+    assert inputs["student_logits"].requires_grad
+    with pytest.raises(ValueError, match="teacher_logits needs a gradient but student_logits"):
+        call(criterion, swapped)
+    with torch.no_grad():
+        call(criterion, swapped)
+    if WIDTH != CLASSES:
+        swapped = {**inputs, "student_logits": inputs["student_features"]}
+        swapped["student_features"] = inputs["student_logits"]
+        with pytest.raises(ValueError, match="the two seem to be swapped"):
+            call(criterion, swapped)
+
+
+def test_missing_class_means_are_told_where_they_count(kind):
+    means = dnkd_ext.ClassMeans(CLASSES, WIDTH)
+    means.update(torch.ones(1, WIDTH), torch.zeros(1, dtype=torch.long))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CRITERIA[kind](means, nd_weight=0)
+    with pytest.warns(UserWarning, match="no samples"):
+        CRITERIA[kind](means)
+
+
+def test_linearize(kind, generator):
+    """It records what the reference does, and there labels have no value to look at."""
+    inputs = bring(draw(generator), torch.float64)
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+
+    def loss(logits):
+        return call(criterion, {**inputs, "student_logits": logits}).loss
+
+    point = inputs["student_logits"].detach()
+    tangent = torch.randn(point.shape, generator=generator, dtype=torch.float64)
+    value, linear = torch.func.linearize(loss, point)
+    wanted, slope = torch.func.jvp(loss, (point,), (tangent,))
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(linear(tangent), slope)
+
+
+def test_an_exported_criterion_is_saved(kind, generator, tmp_path):
+    inputs = bring(draw(generator), torch.float32)
+    names = "student_logits", "teacher_logits", "student_features", "target"
+    given = tuple(inputs[name].detach() for name in names)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.criterion = CRITERIA[kind](inputs["means"], **OPTIONS[kind])
+
+        def forward(self, *args):
+            return self.criterion(*args)
+
+    torch.export.save(torch.export.export(Model(), given), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(tuple(loaded(*given)), tuple(Model()(*given)))
+    assert isinstance(loaded(*given), dnkd_ext.CriterionTerms)

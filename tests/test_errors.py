@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import numpy as np
 import pytest
@@ -125,9 +126,29 @@ class TestModule:
         assert "num_classes=5, num_features=8" in repr(criterion)
         assert list(criterion.parameters()) == []
 
+    def test_a_weight_made_for_inference(self, generator):
+        means = torch.randn(5, 8, generator=generator)
+        with torch.inference_mode():
+            criterion = dnkd_ext.NDLoss(means, loss_weight=torch.tensor(0.5))
+        features = torch.randn(3, 8, generator=generator, requires_grad=True)
+        criterion(features, torch.arange(3)).backward()
+        criterion.loss_weight.fill_(1.0)
+
+    def test_transposed_class_means_are_laid_out_once(self, generator):
+        means = torch.randn(8, 5, generator=generator).t()
+        criterion = dnkd_ext.NDLoss(means)
+        assert torch.equal(criterion.class_means, means)
+        assert criterion.class_means.is_contiguous()
+
     @pytest.mark.parametrize(
         ("arguments", "options", "error", "match"),
         [
+            (
+                (torch.zeros(3, 2),),
+                {"loss_weight": math.nan},
+                ValueError,
+                "must be finite",
+            ),
             ((torch.zeros(3),), {}, ValueError, r"class_means must be \(C, D\)"),
             ((torch.zeros(3, 2).long(),), {}, TypeError, "class_means must be float16"),
             (([[1.0]],), {}, TypeError, "class_means must be a torch.Tensor, got list"),

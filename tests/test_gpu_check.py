@@ -68,12 +68,29 @@ def test_the_files_with_tests_for_a_gpu_are_those_that_pytest_finds(tmp_path):
     )
     lines = [line for line in found.stdout.splitlines() if "::" in line]
     wanted = {line.split("::")[0].removeprefix("tests/") for line in lines}
-    planned = {item.name for item in gpu_check.items("tests", tmp_path)} - {"self-check"}
+    planned = {item.name.partition(",")[0] for item in gpu_check.items("tests", tmp_path)} - {
+        "self-check"
+    }
     assert "test_parity.py" in wanted
     assert wanted <= planned
     # Files that want a package that is not there are not even looked into.
     whole = all(map(importlib.util.find_spec, ("tyro", "timm", "torchvision", "pycocotools")))
     assert not whole or planned == wanted
+
+
+@pytest.mark.parametrize("name", gpu_check.PARTS)
+def test_the_parts_of_a_file_are_all_of_it(name):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    found = []
+    for chosen in ((), *(("-k", part) for part in gpu_check.PARTS[name])):
+        done = subprocess.run(
+            [*command, "-m", "cuda", f"tests/{name}", *chosen],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.append([line for line in done.stdout.splitlines() if "::" in line])
+    whole, *parts = found
+    assert sorted(line for part in parts for line in part) == sorted(whole)
+    assert min(map(len, parts)) > len(whole) / 6
 
 
 def test_tests_for_a_gpu_that_are_not_found_fail(tmp_path, state):
@@ -260,7 +277,8 @@ def step_rows():
     ]
 
 
-def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, capsys):
+def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: "there is none")
     out = tmp_path / "out"
     out.mkdir()
     results.append(here(gpu_rows()), out / "losses.csv")
@@ -277,13 +295,14 @@ def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, cap
     assert len([*out.iterdir()]) <= 8
     assert (out / "summary.txt").read_text() in printed
     # Again: nothing runs; with --force everything does.
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: None)
     steps.append_steps(here(step_rows()), out / "steps.csv")
     assert gpu_check.main(["--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "tests passed before" in printed
     assert "PASS         ImageNet-shape step with KD++" in printed
     assert "PASS         COCO-shape step: the loss part" in printed
-    assert ran(tmp_path / "build") == 2  # which is nothing where it is up to date
+    assert ran(tmp_path / "build") == 1
     assert ran(tmp_path / "tests") == 1
     assert gpu_check.main(["--out", str(out), "--force", "--stage", "tests"]) == 0
     assert (ran(tmp_path / "tests"), ran(tmp_path / "bench")) == (2, 1)

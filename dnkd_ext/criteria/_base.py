@@ -18,6 +18,7 @@ from dnkd_ext._checks import (
     require_tensor,
     require_weight,
 )
+from dnkd_ext._export import exportable
 from dnkd_ext.losses._logits import LogitTerms
 from dnkd_ext.losses.kd_loss import ce_kd_loss
 from dnkd_ext.losses.nd_loss import add_nd_loss, class_means_table
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["CriterionTerms", "LogitPlusPlus", "PlusPlus", "cross_entropy"]
 
 
+@exportable
 class CriterionTerms(NamedTuple):
     """What a criterion returns: 0-dim tensors on the logits' device.
 
@@ -79,7 +81,9 @@ class PlusPlus(nn.Module):
                 require_finite(weight, name)
                 setattr(self, name, float(weight))
         if class_means is not None:
-            class_means = class_means_table(class_means, stacklevel=4)
+            class_means = class_means_table(
+                class_means, stacklevel=4, warns_of_missing=self._has_nd()
+            )
         elif self._has_nd():
             raise ValueError("class_means must be given unless nd_weight is 0, got None")
         self.register_buffer("class_means", class_means)
@@ -172,6 +176,11 @@ class PlusPlus(nn.Module):
         classes, width = self.class_means.shape
         if student_features.dim() >= 1 and student_features.shape[-1] != width:
             own = student_features.shape[-1]
+            if own == classes and student_logits.shape[-1:] == (width,):
+                raise ValueError(
+                    f"class_means is {classes} classes by {width} features but student_logits is "
+                    f"{width} wide and student_features {own} wide: the two seem to be swapped"
+                )
             raise ValueError(
                 f"class_means is {width} wide but student_features is {own} wide; project the "
                 f"student's features to the width of the class means, as "
@@ -232,9 +241,24 @@ class LogitPlusPlus(PlusPlus):
     ) -> CriterionTerms:
         """The weighted loss and its terms; see the class."""
         kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)
+        require_student(student_logits, teacher_logits)
         terms = self._logit_terms(student_logits, teacher_logits, target, kd_weight)
         return self._with_nd(
             terms, student_features, target, teacher_features, teacher_norms, nd_weight
+        )
+
+
+def require_student(student_logits: Tensor, teacher_logits: object) -> None:
+    """ValueError where it is the teacher's logits alone that a gradient could reach."""
+    if (
+        isinstance(teacher_logits, Tensor)
+        and teacher_logits.requires_grad
+        and not student_logits.requires_grad
+        and torch.is_grad_enabled()
+    ):
+        raise ValueError(
+            "teacher_logits needs a gradient but student_logits needs none: the two seem to be "
+            "swapped (the teacher gets no gradient: detach its logits where that is meant)"
         )
 
 
@@ -260,9 +284,10 @@ def cross_entropy(
 
 
 def _ramped(weight: float | Tensor, ramp: float | Tensor, logits: Tensor) -> float | Tensor:
-    if torch.compiler.is_compiling() and not isinstance(ramp, Tensor) and ramp != 1:
+    if torch.compiler.is_compiling() and not isinstance(ramp, Tensor):
         # A float of an operator is a constant of the graph: each value of a ramp would be compiled,
-        # and past torch's limit nothing any more. A product is not, whatever the number.
+        # and past torch's limit nothing any more. A product is not, whatever the number; but a
+        # number that is compared with 1 here is one that every later graph is compiled for anew.
         ramp = ramp * logits.new_ones((), dtype=accumulate_dtype(logits.dtype))
     tensor, scale = product(weight, ramp)
     return scale if tensor is None else tensor * scale

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dnkd_ext._checks import accumulate_dtype, require_floating, require_same_device, require_weight
-from dnkd_ext.criteria._base import CriterionTerms, PlusPlus, cross_entropy
+from dnkd_ext.criteria._base import CriterionTerms, PlusPlus, cross_entropy, require_student
 from dnkd_ext.losses._logits import LogitTerms
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class HardKDPlusPlus(PlusPlus):
                     f"{name} must have the shape of student_logits "
                     f"{list(student_logits.shape)}, got shape {list(logits.shape)}"
                 )
+        require_student(student_logits, teacher_logits)
         ce = self._cross_entropy(student_logits, target)
         largest, labels = teacher_logits.detach().max(-1)
         # The index alone would hide a teacher without a decision: 0, or NaN where a row has NaN

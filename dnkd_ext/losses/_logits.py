@@ -28,6 +28,7 @@ from dnkd_ext._checks import (
     require_tensor,
     require_weight,
 )
+from dnkd_ext._export import exportable
 
 __all__ = ["Kind", "LogitTerms", "logit_loss", "logit_loss_reference"]
 
@@ -38,6 +39,7 @@ STANDARD_EPS = 1e-7
 COEFFICIENTS = 11
 
 
+@exportable
 class LogitTerms(NamedTuple):
     """A weighted loss and its terms.
 

@@ -18,6 +18,7 @@ from dnkd_ext._checks import (
     accumulate_dtype,
     check_target,
     no_autocast,
+    require_finite,
     require_floating,
     require_integer,
     require_number,
@@ -583,8 +584,10 @@ class NDLoss(nn.Module):
         self.eps = eps
         require_weight(loss_weight, "loss_weight", loss_weight, "itself")
         if isinstance(loss_weight, Tensor):
-            self.register_buffer("loss_weight", loss_weight.clone())
+            with torch.inference_mode(False):  # else it could never be filled anew
+                self.register_buffer("loss_weight", loss_weight.detach().clone())
         else:
+            require_finite(loss_weight, "loss_weight")
             self.loss_weight = float(loss_weight)
 
     def forward(
@@ -617,13 +620,15 @@ class NDLoss(nn.Module):
         )
 
 
-def class_means_table(class_means: Tensor | ClassMeans, *, stacklevel: int) -> Tensor:
+def class_means_table(
+    class_means: Tensor | ClassMeans, *, stacklevel: int, warns_of_missing: bool = True
+) -> Tensor:
     """The ``(C, D)`` table of a module, its own copy; ``stacklevel`` is that of the warning."""
     from dnkd_ext.class_means import ClassMeans
 
     if isinstance(class_means, ClassMeans):
         missing = class_means.missing
-        if missing:
+        if missing and warns_of_missing:
             shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             warnings.warn(
                 f"class_means has no samples for {len(missing)} of {class_means.num_classes} "
@@ -637,4 +642,5 @@ def class_means_table(class_means: Tensor | ClassMeans, *, stacklevel: int) -> T
     if class_means.dim() != 2:
         raise ValueError(f"class_means must be (C, D), got shape {list(class_means.shape)}")
     with torch.inference_mode(False):  # a buffer that training can save for backward
-        return class_means.detach().clone()
+        # Contiguous, or every call would copy a transposed one whole.
+        return class_means.detach().clone(memory_format=torch.contiguous_format)

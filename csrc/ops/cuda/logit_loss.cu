@@ -80,12 +80,11 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     options.has_label = p.probabilities == nullptr;
     options.standardize = p.standardize;
   }
+  __syncthreads();
   int rank = 0;
   if constexpr (kBlocks > 1) {
     begin_exchange(buffers);
     rank = cluster_rank();
-  } else {
-    __syncthreads();
   }
   const int power = power_of(p.has_ce, p.standardize, p.temperature);
 
@@ -169,6 +168,9 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
       write_gradient(out, data, next, has_next, terms.row, at_label,
                      label_gradients[threadIdx.x / kThreads], kDecoupled, probabilities, power,
                      p.standardize);
+      if constexpr (kThreads == kWarpSize) {
+        __syncwarp();  // another lane may write the next row's label gradient to the same place
+      }
     } else if (p.gradient != nullptr) {
       fill_gradient(out, data, is_bad ? nan : A(0));
     }

@@ -320,6 +320,7 @@ inline void run_block(int threads) {
 }  // namespace simt
 
 inline void __syncthreads() { simt::wait(simt::block_barrier); }
+inline void __syncwarp() { simt::wait(simt::warp_barriers[simt::current / simt::kWarp]); }
 inline void __threadfence() {}
 
 inline float __uint_as_float(unsigned bits) {
