@@ -484,14 +484,16 @@ def _check(
     state = State(out / STATE, key)
     state.held = (held,)
     heading = (
-        f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, built for "
-        f"{os.environ['TORCH_CUDA_ARCH_LIST']}, commit {commit()}"
+        f"{device} ({capability}), torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"commit {commit()}"
     )
     asked = {*(arguments.stage or STAGES)}
-    of = (int(part) for part in capability.split("."))
-    obstacle = library_obstacle(
-        ROOT / "dnkd_ext", "cuda", str(torch.__version__), (next(of), next(of))
-    )
+    major, minor = map(int, capability.split("."))
+
+    def missing() -> str | None:
+        return library_obstacle(ROOT / "dnkd_ext", "cuda", str(torch.__version__), (major, minor))
+
+    obstacle = missing()
     if obstacle is not None:
         asked.add("build")  # else the others would be of another library than their key says
     todo = []
@@ -503,7 +505,7 @@ def _check(
         if stage == "build" and obstacle is None and not (arguments.force or arguments.stage):
             state.of(stage)["items"]["build"] = PASSED  # a library that came with the sources
         if status(state.of(stage), items(stage, out, force=arguments.force)) == PASSED:
-            print(f"{stage} passed before with these sources on this GPU (--force does it again)")
+            print(f"{stage} is done with these sources on this GPU (--force does it again)")
         else:
             todo.append(stage)
     cancelled = threading.Event()
@@ -544,8 +546,9 @@ def _check(
                 _print_tail(out / LOGS[stage])
         lines, _ = summarise(out, state, device, heading)
         (out / SUMMARY).write_text("\n".join(lines) + "\n")
-        if "build" in now and words != [PASSED]:
-            print("nothing else is run on a library that could not be built", file=sys.stderr)
+        if "build" in now and (words != [PASSED] or (obstacle is not None and missing())):
+            why = f": {missing()}" if words == [PASSED] else ""
+            print(f"nothing else is run on a library that could not be built{why}", file=sys.stderr)
             break
     lines, good = summarise(out, state, device, heading)
     (out / SUMMARY).write_text("\n".join(lines) + "\n")

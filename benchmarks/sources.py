@@ -87,7 +87,8 @@ def library_obstacle(
     if device == "cuda" and capability is not None:
         major, minor = capability
         known = [(int(a), int(b)) for a, b in re.findall(r"(\d+)\.(\d)", architectures)]
-        if not any(own == major and least <= minor for own, least in known):
+        # (Names of architectures are taken as they are.)
+        if known and not any(own == major and least <= minor for own, least in known):
             return (
                 f"the compiled library is for GPUs of {architectures}, here is {major}.{minor}; "
                 f"build it anew: TORCH_CUDA_ARCH_LIST={major}.{minor} DNKD_CUDA=1 {REBUILD}"

@@ -15,6 +15,7 @@ import torch
 __all__ = ["build_info", "has_kernel_for", "is_loaded", "load_error"]
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+IN_PLACE = "pip install --no-build-isolation --no-deps -e ."
 
 _library: Any = None
 _load_error: str | None = None
@@ -83,14 +84,11 @@ def _load() -> None:
 _load()
 
 if _load_error is not None:
-    _in_place = (
-        "To use this source folder itself, run in it: python setup.py build_ext --inplace. "
-        if (FOLDER.parent / "csrc").is_dir()
-        else ""
-    )
+    # Inside a clone Python imports this folder, whatever is installed.
+    _rebuild = IN_PLACE if (FOLDER.parent / "csrc").is_dir() else REBUILD
     _message = (
         f"dnkd_ext runs without its compiled kernels, on the slower PyTorch reference: "
-        f"{_load_error}. {_in_place}To build them, run in the source folder: {REBUILD}"
+        f"{_load_error}. To build them, run in the source folder: {_rebuild}"
     )
     if os.environ.get("DNKD_REQUIRE_EXT", "0") not in {"", "0"}:
         raise ImportError(_message + " (an error because DNKD_REQUIRE_EXT is set)")

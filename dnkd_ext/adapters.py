@@ -7,7 +7,6 @@ attention" (arXiv 2012.12877).
 from __future__ import annotations
 
 import dis
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -103,10 +102,12 @@ def features(
         ``(features, logits)``: ``(N, D)`` and ``(N, C)``, both part of the autograd graph.
 
     Raises:
-        TypeError: ``classifier`` is neither a name nor a module.
-        ValueError: the layer cannot be found, or did not produce the model's output.
+        TypeError: ``model`` is no module, or ``classifier`` neither a name nor a module.
+        ValueError: the layer cannot be found, or did not produce the model's output; the model was
+            compiled by itself; or it keeps its features from having a gradient, by
+            ``torch.utils.checkpoint`` with ``use_reentrant=True``.
     """
-    _require_model(model)
+    _check_model(model)
     if classifier is None and torch.compiler.is_compiling() and _is_split(model):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
@@ -149,9 +150,10 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
         output of each. Without a distillation head the last two are one tensor.
 
     Raises:
-        ValueError: no head can be found, or the model returned neither both heads' outputs nor
-            their mean. Whether it is their mean is looked at on the CPU only, because it would
-            wait for a GPU.
+        TypeError: ``model`` is no module.
+        ValueError: as of :func:`features`; no head can be found, or the model returned neither both
+            heads' outputs nor their mean. Whether it is their mean is looked at on the CPU only,
+            because it would wait for a GPU.
 
     Example:
         >>> student = nn.Sequential(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5))
@@ -159,7 +161,7 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
         >>> of_token is logits  # as there is no distillation token
         True
     """
-    _require_model(model)
+    _check_model(model)
     heads = _find_heads(model)
     if heads is None:
         own, logits = features(model, images)
@@ -314,11 +316,6 @@ def _listen(
 
     ``run``: what is called, if not the model.
     """
-    if run is None and not torch.compiler.is_compiling() and _is_compiled(model):
-        raise ValueError(
-            f"{type(model).__name__} was compiled by itself and calls hooks by chance alone: "
-            "compile the function around features() instead"
-        )
     if classifier is None:
         classifier = find_classifier(model)
     elif isinstance(classifier, str):
@@ -350,15 +347,21 @@ def _listen(
     return (own.flatten(1) if own.dim() == 4 and own.shape[2:] == (1, 1) else own), logits
 
 
-def _require_model(model: object) -> None:
+def _check_model(model: object) -> None:
+    """TypeError for what is no model, ValueError for one that torch.compile made by itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile made it, or was called on it."""
-    compiled = (torch._dynamo.OptimizedModule,) if "torch._dynamo" in sys.modules else ()
-    return isinstance(model, compiled) or getattr(model, "_compiled_call_impl", None) is not None
+    inner: object = model
+    while isinstance(inner, nn.Module) and not torch.compiler.is_compiling():
+        if (
+            isinstance(inner, torch._dynamo.OptimizedModule)
+            or getattr(inner, "_compiled_call_impl", None) is not None
+        ):
+            raise ValueError(
+                f"{type(model).__name__} was compiled by itself and calls hooks by chance alone: "
+                "compile the function around features() instead"
+            )
+        inner = getattr(inner, "module", None)  # of a wrapper, as DistributedDataParallel
 
 
 def _hear(
@@ -374,11 +377,13 @@ def _hear(
 
     # Bound so, and not by a default: torch 2.11's compiler loses what is appended to that.
     def listener(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., None]:
-        def remember(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        def remember(module: nn.Module, args: tuple, *rest: Any) -> None:
             if not torch.compiler.is_compiling() and thread not in (None, threading.get_ident()):
-                return
-            calls.append((args[0] if args else next(iter(kwargs.values())), output))
-            if has_gradients and not torch.is_grad_enabled():
+                return  # torch may leave out kwargs there: the hook is being removed meanwhile
+            kwargs, output = rest
+            given = args[0] if args else next(iter(kwargs.values()))
+            calls.append((given, output))
+            if has_gradients and not torch.is_grad_enabled() and not given.requires_grad:
                 without.append(True)
 
         return remember

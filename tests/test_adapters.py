@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -601,7 +602,7 @@ def test_a_compiled_model_is_refused_whether_its_hooks_run_or_not(in_place, imag
     if in_place:
         model.compile(backend="eager")
     else:
-        model = torch.compile(model, backend="eager")
+        model = torch.optim.swa_utils.AveragedModel(torch.compile(model, backend="eager"))
     for _ in range(2):
         with torch.no_grad(), pytest.raises(ValueError, match="compile the function around feat"):
             dnkd_ext.features(model, images)
@@ -646,6 +647,43 @@ def test_a_checkpoint_that_detaches_the_features_is_told(images):
             return self.inner(images)
 
     assert not features(Frozen(), images)[1].requires_grad
+
+
+def test_a_hook_that_is_removed_while_another_thread_runs_is_left_alone(images):
+    """torch looks at the hooks once, and later at which of them take keyword arguments."""
+    model = plain().eval()
+    arrived, gone = threading.Barrier(2), threading.Barrier(2)
+
+    def meet(module, args, output):
+        if threading.current_thread() is not main:
+            arrived.wait(20)
+            gone.wait(20)
+        elif not arrived.broken:
+            arrived.wait(20)
+
+    main = threading.current_thread()
+    with ThreadPoolExecutor(1) as pool:
+        handle = model[-1].register_forward_hook(meet)
+        other = pool.submit(features, model, images)
+        own = features(model, images)
+        gone.wait(20)
+        handle.remove()
+        for given, wanted in zip(other.result(), own, strict=True):
+            assert torch.equal(given, wanted)
+
+
+def test_a_checkpoint_around_the_classifier_alone_is_none_to_refuse(images):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = plain()
+
+        def forward(self, images):
+            return checkpoint(self.inner[-1], self.inner[:-1](images), use_reentrant=True)
+
+    model = Checkpointed()
+    features(model, images)[0].sum().backward()
+    assert model.inner[1].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("call", [features, distilled_features])

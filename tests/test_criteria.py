@@ -11,6 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -1310,11 +1311,36 @@ def test_a_ramp_that_was_1_early_does_not_compile_every_value(kind, first, gener
     def compiled(ramp):
         return call(criterion, inputs, kd_ramp=ramp)
 
-    for ramp in (first, *(step / 20 for step in range(20)), 1.0):
+    for ramp in (None, first, *(step / 20 for step in range(20)), 1.0, None):
         torch.testing.assert_close(
             tuple(compiled(ramp)), tuple(call(criterion, inputs, kd_ramp=ramp))
         )
-    assert counter.frame_count <= 3
+    assert counter.frame_count <= 4
+    # Without one there is nothing to multiply.
+    nodes = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert not any("new_ones" in node for node in nodes)
+
+
+def test_a_teacher_with_a_graph_under_transforms(kind, generator):
+    """There a student's tensor does not tell that it needs a gradient."""
+    inputs = bring(draw(generator), torch.float64)
+    teacher = inputs["teacher_logits"].detach().requires_grad_()
+    criterion = CRITERIA[kind](inputs["means"], **WEIGHTS, **OPTIONS[kind])
+
+    def loss(logits):
+        return call(criterion, {**inputs, "student_logits": logits, "teacher_logits": teacher}).loss
+
+    point = inputs["student_logits"].detach()
+    (wanted,) = torch.autograd.grad(loss(point.clone().requires_grad_()), [teacher], None,
+                                    allow_unused=True)  # fmt: skip
+    assert wanted is None
+    tangent = torch.randn(point.shape, generator=generator, dtype=torch.float64)
+    _, slope = torch.func.jvp(loss, (point,), (tangent,))
+    batched = torch.func.vmap(loss)(torch.stack([point, point]))
+    torch.testing.assert_close(batched[0], loss(point.clone().requires_grad_()).detach())
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(point, tangent)))
+    torch.testing.assert_close(dual.tangent, slope)
 
 
 def test_logits_of_student_and_teacher_that_are_swapped_are_told(kind, generator):

@@ -78,6 +78,7 @@ def test_the_files_with_tests_for_a_gpu_are_those_that_pytest_finds(tmp_path):
     assert not whole or planned == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gpu_check.PARTS)
 def test_the_parts_of_a_file_are_all_of_it(name):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
@@ -90,7 +91,7 @@ def test_the_parts_of_a_file_are_all_of_it(name):
         found.append([line for line in done.stdout.splitlines() if "::" in line])
     whole, *parts = found
     assert sorted(line for part in parts for line in part) == sorted(whole)
-    assert min(map(len, parts)) > len(whole) / 6
+    assert all(parts)
 
 
 def test_tests_for_a_gpu_that_are_not_found_fail(tmp_path, state):
@@ -278,7 +279,8 @@ def step_rows():
 
 
 def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: "there is none")
+    there = lambda *given: None if ran(tmp_path / "build") else "there is none"  # noqa: E731
+    monkeypatch.setattr(gpu_check, "library_obstacle", there)
     out = tmp_path / "out"
     out.mkdir()
     results.append(here(gpu_rows()), out / "losses.csv")
@@ -295,11 +297,10 @@ def test_all_stages_leave_few_files_and_print_the_targets(pretend, tmp_path, mon
     assert len([*out.iterdir()]) <= 8
     assert (out / "summary.txt").read_text() in printed
     # Again: nothing runs; with --force everything does.
-    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: None)
     steps.append_steps(here(step_rows()), out / "steps.csv")
     assert gpu_check.main(["--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "tests passed before" in printed
+    assert "tests is done with these sources" in printed
     assert "PASS         ImageNet-shape step with KD++" in printed
     assert "PASS         COCO-shape step: the loss part" in printed
     assert ran(tmp_path / "build") == 1
@@ -324,10 +325,16 @@ def test_a_failing_stage_or_target_is_the_exit_status(pretend, tmp_path, capsys)
 
 
 def test_a_library_of_other_sources_is_built_first(pretend, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: "of other sources")
+    there = lambda *given: None if ran(tmp_path / "build") else "of other sources"  # noqa: E731
+    monkeypatch.setattr(gpu_check, "library_obstacle", there)
     out = tmp_path / "out"
     gpu_check.main(["--out", str(out), "--stage", "kernels"])
     assert (ran(tmp_path / "build"), ran(tmp_path / "kernels")) == (1, 1)
+    monkeypatch.setattr(gpu_check, "library_obstacle", lambda *given: "for other GPUs")
+    # One that the build does not mend, as TORCH_CUDA_ARCH_LIST says otherwise.
+    assert gpu_check.main(["--out", str(out), "--stage", "tests"]) == 1
+    assert "could not be built: for other GPUs" in capsys.readouterr().err
+    assert not ran(tmp_path / "tests")
     # Where that fails, nothing is said of the old one.
     pretend.add("build")
     assert gpu_check.main(["--out", str(out), "--stage", "tests", "--stage", "bench"]) == 1

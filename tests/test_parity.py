@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.cases import (
@@ -121,9 +121,6 @@ def test_any_shape_stride_and_dtype(case, data):
     variant = data.draw(st.sampled_from(sorted(case.variants)))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     rows = int(np.prod(shape))
-    # Columns are summed with their squares, in float64: where few float64 rows are alike by chance,
-    # that loses twice the digits they share (test_dist_loss.py).
-    assume(case.is_sum_of_rows or dtype != torch.float64 or not 2 <= rows <= 5)
     arguments = convert(case.variants[variant](g, rows, width, classes), dtype, "cpu")
 
     def lay_out(x):
@@ -157,6 +154,10 @@ def test_any_shape_stride_and_dtype(case, data):
     result = function(*args, **kwargs, reduction=reduction)
     (gradient,) = torch.autograd.grad(result.sum(), args[0])
     tolerance = TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32]
+    if not case.is_sum_of_rows and 2 <= rows <= 5 and kwargs.get("gamma") != 0:
+        # Columns are summed with their squares, in float64: where few float64 rows are alike by
+        # chance, that loses twice the digits they share.
+        tolerance = max(tolerance, 1e-6)
     unit = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0
     assert expected.loss_error(result) <= tolerance
     assert expected.gradient_error(gradient) <= tolerance + unit

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 from dnkd_ext._checks import (
@@ -106,14 +107,16 @@ class PlusPlus(nn.Module):
         self,
         student_logits: Tensor,
         student_features: Tensor | None,
-        kd_ramp: float | Tensor,
-        nd_ramp: float | Tensor,
+        kd_ramp: float | Tensor | None,
+        nd_ramp: float | Tensor | None,
     ) -> tuple[float | Tensor, float | Tensor]:
         """Check what all criteria are given; the weights of the distillation and the ND loss."""
         if self._has_nd():
             self._check_features(student_logits, student_features)
         require_tensor(student_logits, "student_logits")
         for ramp, name in ((kd_ramp, "kd_ramp"), (nd_ramp, "nd_ramp")):
+            if ramp is None:
+                continue
             require_weight(ramp, name, student_logits, "student_logits")
             if not isinstance(ramp, Tensor) and not torch.compiler.is_compiling():
                 require_finite(ramp, name)  # a traced float has no value to look at
@@ -236,8 +239,8 @@ class LogitPlusPlus(PlusPlus):
         *,
         teacher_features: Tensor | None = None,
         teacher_norms: Tensor | None = None,
-        kd_ramp: float | Tensor = 1.0,
-        nd_ramp: float | Tensor = 1.0,
+        kd_ramp: float | Tensor | None = None,
+        nd_ramp: float | Tensor | None = None,
     ) -> CriterionTerms:
         """The weighted loss and its terms; see the class."""
         kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)
@@ -249,12 +252,18 @@ class LogitPlusPlus(PlusPlus):
 
 
 def require_student(student_logits: Tensor, teacher_logits: object) -> None:
-    """ValueError where it is the teacher's logits alone that a gradient could reach."""
+    """ValueError where it is the teacher's logits alone that a gradient could reach.
+
+    While a graph is compiled or transformed, and in forward mode, tensors do not tell.
+    """
     if (
         isinstance(teacher_logits, Tensor)
         and teacher_logits.requires_grad
         and not student_logits.requires_grad
         and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     ):
         raise ValueError(
             "teacher_logits needs a gradient but student_logits needs none: the two seem to be "
@@ -283,8 +292,10 @@ def cross_entropy(
     )
 
 
-def _ramped(weight: float | Tensor, ramp: float | Tensor, logits: Tensor) -> float | Tensor:
-    if torch.compiler.is_compiling() and not isinstance(ramp, Tensor):
+def _ramped(weight: float | Tensor, ramp: float | Tensor | None, logits: Tensor) -> float | Tensor:
+    if ramp is None:
+        ramp = 1.0
+    elif torch.compiler.is_compiling() and not isinstance(ramp, Tensor):
         # A float of an operator is a constant of the graph: each value of a ramp would be compiled,
         # and past torch's limit nothing any more. A product is not, whatever the number; but a
         # number that is compared with 1 here is one that every later graph is compiled for anew.

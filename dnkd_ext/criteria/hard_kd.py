@@ -48,8 +48,8 @@ class HardKDPlusPlus(PlusPlus):
 
     Shape:
         ``criterion(student_logits, teacher_logits, student_features, target, *,
-        distillation_logits=None, teacher_features=None, teacher_norms=None, kd_ramp=1.0,
-        nd_ramp=1.0)``
+        distillation_logits=None, teacher_features=None, teacher_norms=None, kd_ramp=None,
+        nd_ramp=None)``
 
         - distillation_logits: ``(..., C)`` as student_logits, of any of the four dtypes; None
           stands for the student_logits.
@@ -102,8 +102,8 @@ class HardKDPlusPlus(PlusPlus):
         distillation_logits: Tensor | None = None,
         teacher_features: Tensor | None = None,
         teacher_norms: Tensor | None = None,
-        kd_ramp: float | Tensor = 1.0,
-        nd_ramp: float | Tensor = 1.0,
+        kd_ramp: float | Tensor | None = None,
+        nd_ramp: float | Tensor | None = None,
     ) -> CriterionTerms:
         """The weighted loss and its terms; see the class."""
         kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)

@@ -51,7 +51,7 @@ class KDPlusPlus(LogitPlusPlus):
 
     Shape:
         ``criterion(student_logits, teacher_logits, student_features, target, *,
-        teacher_features=None, teacher_norms=None, kd_ramp=1.0, nd_ramp=1.0)``
+        teacher_features=None, teacher_norms=None, kd_ramp=None, nd_ramp=None)``
 
         - student_logits, teacher_logits: ``(..., C)``, float16, bfloat16, float32 or float64; the
           teacher's get no gradient.
@@ -62,9 +62,9 @@ class KDPlusPlus(LogitPlusPlus):
         - teacher_features ``(..., D')``, or teacher_norms ``(...)``; without them the ND loss is
           direction-only.
         - kd_ramp: multiplies ``kd_weight``; the paper's is ``min(1, epoch / warm_up)`` with epochs
-          counted from 0. A float, of which ``torch.compile`` compiles the first, 1 and all others
-          once each, with ``dynamic=False`` each value (no scalar of NumPy, which it takes for an
-          array), or a 0-dim tensor on the logits' device, which neither recompiles nor has to be
+          counted from 0. None is 1. A float, of which ``torch.compile`` compiles the first and then
+          all others once, with ``dynamic=False`` each value (no scalar of NumPy, which it takes for
+          an array), or a 0-dim tensor on the logits' device, which neither recompiles nor has to be
           captured again when it changes.
         - nd_ramp: multiplies ``nd_weight``, as ``kd_ramp`` does ``kd_weight``; the paper's ImageNet
           experiments with DKD++ ramp both. At 0 the ND loss has a gradient of zeros.

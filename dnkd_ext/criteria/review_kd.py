@@ -57,7 +57,7 @@ class ReviewKDPlusPlus(PlusPlus):
 
     Shape:
         ``criterion(student_maps, teacher_maps, student_logits, student_features, target, *,
-        teacher_features=None, teacher_norms=None, kd_ramp=1.0, nd_ramp=1.0)``
+        teacher_features=None, teacher_norms=None, kd_ramp=None, nd_ramp=None)``
 
         - student_maps: one ``(N, C_i, H_i, W_i)`` per stage, the shallowest first; the embedding,
           ``(N, D)`` or ``(N, D, 1, 1)``, last. :func:`dnkd_ext.stage_maps` gives such a list. The
@@ -142,7 +142,12 @@ class ReviewKDPlusPlus(PlusPlus):
                 channels to the class; or models of different numbers of stages.
         """
         if class_means is not None:
-            class_means = class_means_table(class_means, stacklevel=3)
+            weight = options.get("nd_weight", 1.0)
+            class_means = class_means_table(
+                class_means,
+                stacklevel=3,
+                warns_of_missing=isinstance(weight, Tensor) or weight != 0,
+            )
         channels = stage_channels(student), stage_channels(teacher)
         if len(channels[0]) != len(channels[1]):
             raise ValueError(
@@ -163,8 +168,8 @@ class ReviewKDPlusPlus(PlusPlus):
         *,
         teacher_features: Tensor | None = None,
         teacher_norms: Tensor | None = None,
-        kd_ramp: float | Tensor = 1.0,
-        nd_ramp: float | Tensor = 1.0,
+        kd_ramp: float | Tensor | None = None,
+        nd_ramp: float | Tensor | None = None,
     ) -> CriterionTerms:
         """The weighted loss and its terms; see the class."""
         kd_weight, nd_weight = self._begin(student_logits, student_features, kd_ramp, nd_ramp)

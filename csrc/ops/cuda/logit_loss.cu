@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     options.has_label = p.probabilities == nullptr;
     options.standardize = p.standardize;
   }
-  __syncthreads();
+  __syncthreads();  // the cluster's barrier would do, but racecheck is not known to see it
   int rank = 0;
   if constexpr (kBlocks > 1) {
     begin_exchange(buffers);

@@ -133,7 +133,7 @@ class DetectorDistillation(nn.Module):
             seen.labels,
             teacher_features=wanted.features if needs_boxes else None,
             kd_ramp=ramp,
-            nd_ramp=ramp if self.nd_ramp else 1.0,
+            nd_ramp=ramp if self.nd_ramp else None,
         )
         # Without a distillation the criterion's own, to which the loss gives no weight, is no term.
         kd = torch.zeros_like(terms.kd) if self.method == "ce" else terms.kd
