@@ -625,6 +625,7 @@ def test_only_the_library_of_these_sources_is_measured(
 def test_a_library_without_cuda_is_none_for_a_gpu(needs_extension, monkeypatch, capsys):
     """Of which the losses would be the reference's."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(run, "library_obstacle", lambda *given: None)
     info = {**dnkd_ext.build_info(), "cuda": None}
     monkeypatch.setattr(dnkd_ext, "build_info", lambda: info)
