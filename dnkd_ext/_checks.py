@@ -26,19 +26,6 @@ def require_tensor(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def require_tensors(
-    first: object, first_name: str, second: object, second_name: str, **optional: object
-) -> None:
-    """TypeError unless all are tensors, those by keyword or None."""
-    if not isinstance(first, Tensor):
-        require_tensor(first, first_name)
-    if not isinstance(second, Tensor):
-        require_tensor(second, second_name)
-    for name, value in optional.items():
-        if value is not None and not isinstance(value, Tensor):
-            require_tensor(value, name)
-
-
 def require_sequence(values: object, name: str) -> None:
     """TypeError unless the value holds tensors by number; a tensor itself does not count."""
     is_mapping = isinstance(values, Mapping)

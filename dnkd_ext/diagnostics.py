@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from dnkd_ext import _extension
-from dnkd_ext._checks import accumulate_dtype, no_autocast, require_tensors
+from dnkd_ext._checks import accumulate_dtype, no_autocast
 from dnkd_ext._export import exportable
-from dnkd_ext.losses.nd_loss import check_nd_arguments, reference_rows, require_nd_options
+from dnkd_ext.losses.nd_loss import (
+    check_nd_arguments,
+    reference_rows,
+    require_nd_options,
+    require_nd_tensors,
+)
 
 __all__ = ["FeatureDiagnostics", "feature_diagnostics", "feature_diagnostics_reference"]
 
@@ -94,14 +99,7 @@ def feature_diagnostics(
             ignore_index=ignore_index,
             eps=eps,
         )
-    require_tensors(
-        target,
-        "target",
-        class_means,
-        "class_means",
-        teacher_features=teacher_features,
-        teacher_norms=teacher_norms,
-    )
+    require_nd_tensors(target, class_means, teacher_features, teacher_norms)
     require_nd_options(ignore_index, "mean", eps)
     return FeatureDiagnostics(
         *_operator(

@@ -131,8 +131,11 @@ class TestModule:
         with torch.inference_mode():
             criterion = dnkd_ext.NDLoss(means, loss_weight=torch.tensor(0.5))
         features = torch.randn(3, 8, generator=generator, requires_grad=True)
-        criterion(features, torch.arange(3)).backward()
+        loss = criterion(features, torch.arange(3))
+        loss.backward()
+        assert features.grad.abs().sum() > 0
         criterion.loss_weight.fill_(1.0)
+        torch.testing.assert_close(criterion(features, torch.arange(3)), 2 * loss)
 
     def test_transposed_class_means_are_laid_out_once(self, generator):
         means = torch.randn(8, 5, generator=generator).t()

@@ -25,7 +25,6 @@ from dnkd_ext._checks import (
     require_reduction,
     require_same_device,
     require_tensor,
-    require_tensors,
     require_weight,
 )
 
@@ -123,14 +122,7 @@ def nd_loss(
         )
     if weight is None and type(scale) is not float:
         require_weight(scale, "loss_weight", student_features, "student_features")
-    require_tensors(
-        target,
-        "target",
-        class_means,
-        "class_means",
-        teacher_features=teacher_features,
-        teacher_norms=teacher_norms,
-    )
+    require_nd_tensors(target, class_means, teacher_features, teacher_norms)
     require_nd_options(ignore_index, reduction, eps)
     return _operator(
         student_features,
@@ -204,6 +196,20 @@ def add_nd_loss(
 
 
 # -- reference ------------------------------------------------------------------------------------
+
+
+def require_nd_tensors(
+    target: object, class_means: object, teacher_features: object, teacher_norms: object
+) -> None:
+    """TypeError by name for what is no tensor; the operators would tell it by their schema."""
+    if not isinstance(target, Tensor):
+        require_tensor(target, "target")
+    if not isinstance(class_means, Tensor):
+        require_tensor(class_means, "class_means")
+    if teacher_features is not None:
+        require_tensor(teacher_features, "teacher_features")
+    if teacher_norms is not None:
+        require_tensor(teacher_norms, "teacher_norms")
 
 
 def require_nd_options(ignore_index: object, reduction: object, eps: object) -> None:

@@ -44,6 +44,14 @@ class Truth:
     magnitude: np.ndarray
     # Of a loss that returns its terms: each without its weight.
     terms: tuple[Truth, ...] = ()
+    # Of a loss that takes sums of squares for those of deviations, in float64: the largest ratio of
+    # the two, which multiplies what float64 rounds.
+    squares: float = 0.0
+
+    @property
+    def float64_noise(self) -> float:
+        """Relative error that float64's rounding of those sums may leave."""
+        return 64 * 2.0**-53 * self.squares
 
     def loss_error(self, loss: Tensor) -> float:
         """Largest difference relative to the largest size of the terms that make up a loss."""

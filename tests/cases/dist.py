@@ -21,10 +21,16 @@ EPS = 1e-8
 # -- definition -----------------------------------------------------------------------------------
 
 
-def _pearson(y: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+# So many values may be alike to some digits by chance.
+FEW = 8
+
+
+def _pearson(
+    y: np.ndarray, other: np.ndarray, *, may_be_alike: bool = False
+) -> tuple[float, np.ndarray, np.ndarray]:
     """The correlation, its gradient by y, and the size of the gradient's terms.
 
-    Those are of values and means, not of deviations: where values are alike to some digits, no
+    Those are of deviations; of values and means where values may be alike to some digits: no
     arithmetic knows their deviations better than what those digits leave.
     """
     mean, other_mean = y.mean(), other.mean()
@@ -35,9 +41,16 @@ def _pearson(y: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray, np.nd
     long_a, long_b, product = np.linalg.norm(a), np.linalg.norm(b), float(a @ b)
     cross = 1 / (long_a * long_b + EPS)
     own = product * long_b / long_a * cross**2 if long_a > 0 else 0.0
-    varies, other_varies = float(long_a > 0), float(long_b > 0)
-    size = cross * other_varies * (other + other_mean) + abs(own) * varies * (y + mean)
+    size = cross * np.abs(b) + abs(own) * np.abs(a)
+    if may_be_alike and long_a > 0 and long_b > 0:
+        size = cross * (other + other_mean) + abs(own) * (y + mean)
     return product * cross, cross * b - own * a, size
+
+
+def _squares(y: np.ndarray) -> float:
+    """The sum of squares over that of the deviations: what a difference of sums loses."""
+    deviation = float(((y - y.mean()) ** 2).sum())
+    return float((y**2).sum()) / deviation if deviation > 1e-30 else 0.0
 
 
 def oracle(
@@ -70,20 +83,29 @@ def oracle(
         by_y[i] -= tau**2 * beta * slope / rows
         sizes[i] += tau**2 * abs(beta) * size / rows
         by_y_t[i] -= tau**2 * beta * _pearson(y_t[i], y_s[i])[1] / rows
+    squares = 0.0
     for k in range(classes):
-        rho, slope, size = _pearson(y_s[:, k], y_t[:, k])
+        rho, slope, size = _pearson(y_s[:, k], y_t[:, k], may_be_alike=rows < FEW)
         intra += (1 - rho) / classes
         by_y[:, k] -= tau**2 * gamma * slope / classes
         sizes[:, k] += tau**2 * abs(gamma) * size / classes
         by_y_t[:, k] -= tau**2 * gamma * _pearson(y_t[:, k], y_s[:, k])[1] / classes
+        squares = max(squares, _squares(y_s[:, k]), _squares(y_t[:, k])) if gamma else 0.0
     gradient = y_s * (by_y - (y_s * by_y).sum(1, keepdims=True)) / tau
     magnitude = y_s * (sizes + (y_s * sizes).sum(1, keepdims=True)) / tau
     loss = tau**2 * (beta * inter + gamma * intra)
-    # A sum of numbers near 1, each 1 less a correlation; and what independent relative errors of
-    # the probabilities add up to.
+    # A sum of numbers near 1, each 1 less a correlation; and where values may be alike, what
+    # independent relative errors of the probabilities add up to.
     size = tau**2 * (abs(beta) + abs(gamma))
-    size = max(size, np.linalg.norm(by_y * y_s), np.linalg.norm(by_y_t * y_t))
-    return Truth(np.array(loss), np.array(size), gradient.reshape(shape), magnitude.reshape(shape))
+    if rows < FEW:
+        size = max(size, np.linalg.norm(by_y * y_s), np.linalg.norm(by_y_t * y_t))
+    return Truth(
+        np.array(loss),
+        np.array(size),
+        gradient.reshape(shape),
+        magnitude.reshape(shape),
+        squares=squares,
+    )
 
 
 def _same_dtype(
