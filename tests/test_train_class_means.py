@@ -26,12 +26,34 @@ from dnkd_ext.train.data import sources
 from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.models import create_model, load_weights
+from dnkd_ext.train.networks import weights_digest
 from dnkd_ext.train.teacher import load_teacher
 from tests.float64 import in_float64
 from tests.runs import by_two_in_float64, same, weights
 from tests.stripes import ALONE, CLASSES, SKIPPED, TRAIN, of, options, refused, run
 
 pytestmark = SKIPPED
+
+
+KEPT = Path(__file__).parents[1] / "benchmarks" / "results" / "cifar100" / "h100" / "resnet56"
+
+
+@pytest.mark.skipif(
+    not (KEPT / "best.safetensors").exists(),
+    reason="the results are in a checkout, not in an archive",
+)
+def test_the_kept_class_means_are_those_of_the_kept_teacher():
+    model = create_model("cifar_resnet56", num_classes=100)
+    load_weights(model, KEPT / "best.safetensors")
+    means = ClassMeans.load(KEPT / "class_means.safetensors")
+    assert (
+        means.metadata["teacher"] == f"cifar_resnet56 {weights_digest(KEPT / 'best.safetensors')}"
+    )
+    assert means.counts.tolist() == [500] * 100
+    # The mean of a class's features is of that class: in its order, and through this classifier.
+    with torch.no_grad():
+        found = model.eval().fc(means.compute()).argmax(1)
+    assert torch.equal(found, torch.arange(100))
 
 
 def test_class_means_command(images, teacher, tmp_path, capsys):
