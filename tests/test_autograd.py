@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 
 from tests.cases import CASES, convert, finite, replaced, rows_of, tensors_of, truth
 
@@ -157,6 +158,23 @@ def test_activation_checkpointing(case, reentrant, device, generator):
     (checkpoint(run, args[0], use_reentrant=reentrant) * 3).backward()
     expected = torch.autograd.grad(case.reference(args[0] * 2, *args[1:], **kwargs) * 3, args[0])[0]
     torch.testing.assert_close(args[0].grad, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_compiled_autograd(case, dtype, reduction, device, generator):
+    """A backward pass that torch.compile traces as it runs, of a forward pass that is eager."""
+    args, kwargs = arguments(case, generator, dtype, device)
+
+    def gradient():
+        args[0].grad = None
+        (3 * case.fused(*args, **kwargs, reduction=reduction).float().sum()).backward()
+        return args[0].grad
+
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        traced = [gradient() for _ in range(2)]
+    assert torch.equal(traced[0], gradient())
+    assert torch.equal(traced[1], gradient())
 
 
 @pytest.mark.parametrize("one", [case for case in CASES if case.forms_gradient_forward], ids=repr)

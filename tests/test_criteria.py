@@ -14,6 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -622,6 +623,20 @@ def test_second_derivatives(kind, target, generator):
     leaves = [inputs["student_logits"], inputs["student_features"]]
     assert torch.autograd.gradcheck(loss, leaves)
     assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("ramp", [1.0, 0.5])
+def test_compiled_autograd(kind, ramp, device, generator):
+    """A backward pass that torch.compile traces as it runs, of a forward pass that is eager."""
+    inputs = draw(generator)
+    truth = expected(kind, inputs, kd_ramp=ramp, nd_ramp=ramp)
+    given = bring(inputs, torch.float64, device)
+    criterion = CRITERIA[kind](given["means"], **WEIGHTS, **OPTIONS[kind])
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        terms = call(criterion, given, kd_ramp=ramp, nd_ramp=ramp)
+        terms.loss.backward()
+    assert not any(term.requires_grad for term in terms[1:])
+    check(terms, given, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -373,10 +373,12 @@ Tensor shaped(const Tensor& term, const Tensor& student) {
   return term.dim() == 1 && student.dim() != 2 ? term.reshape_symint(row_shape(student)) : term;
 }
 
+// Gives the loss; its terms, which nothing is differentiated by, go past the engine into `terms`.
+// As outputs that are marked so, compiled autograd would refuse them.
 class LogitLoss : public torch::autograd::Function<LogitLoss> {
  public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                const Tensor& student, const Arguments* a) {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        const Arguments* a, std::pair<Tensor, Tensor>* terms) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Prepared in = prepare(*a);
     auto [loss, ce, kd, saved] = call_forward(in, *a, /*needs_gradient=*/true);
@@ -390,12 +392,10 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
         {std::string(a->kind), a->temperature, a->ce_weight, a->kd_weight, a->alpha, a->beta,
          a->label_smoothing, a->ignore_index, std::string(a->reduction), a->standardize,
          version_of(a->teacher), has_saved_tensor_hooks()});
-    torch::autograd::variable_list terms = {shaped(loss, student), shaped(ce, student),
-                                            shaped(kd, student)};
-    ctx->mark_non_differentiable({terms[1], terms[2]});
-    // Of the terms no gradient ever comes; without this the engine would make zeros for them.
+    // An upstream gradient that never comes is not made zeros.
     ctx->set_materialize_grads(false);
-    return terms;
+    *terms = {shaped(ce, student), shaped(kd, student)};
+    return shaped(loss, student);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -412,7 +412,7 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     }
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) {
-      return {Tensor(), Tensor()};
+      return {Tensor(), Tensor(), Tensor()};
     }
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     const auto check_teacher = [&] {
@@ -426,12 +426,13 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
       arguments.insert(arguments.end(), options.begin(), options.begin() + 10);
       return {differentiable_gradient("dnkd_ext::_logit_loss_reference", std::move(arguments),
                                       student, upstream),
-              Tensor()};
+              Tensor(), Tensor()};
     }
     const Reduction reduction = to_reduction(options[8].toStringRef());
     if (!keeps_coefficients(student.scalar_type(), reduction)) {
       const Tensor gradient = chain(saved, upstream, options[11].toBool());
-      return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
+      return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor(),
+              Tensor()};
     }
     check_teacher();
     const Arguments a{student,
@@ -456,7 +457,7 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     const Tensor gradient =
         op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream, in.student, in.teacher,
                 in.label, in.probabilities, saved, a.kind, a.temperature, a.standardize);
-    return {gradient.view_symint(student.sym_sizes()), Tensor()};
+    return {gradient.view_symint(student.sym_sizes()), Tensor(), Tensor()};
   }
 };
 
@@ -496,8 +497,9 @@ Terms logit_loss_autograd(const Tensor& student, const Tensor& teacher,
     return {loss, shaped(std::get<1>(terms), student), shaped(std::get<2>(terms), student)};
   }
   if (at::GradMode::is_enabled() && student.requires_grad()) {
-    const auto terms = LogitLoss::apply(student, &a);
-    return {terms[0], terms[1], terms[2]};
+    std::pair<Tensor, Tensor> terms;
+    Tensor loss = LogitLoss::apply(student, &a, &terms);
+    return {std::move(loss), std::move(terms.first), std::move(terms.second)};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto terms = call_forward(prepare(a), a, /*needs_gradient=*/false);

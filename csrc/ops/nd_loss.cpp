@@ -348,29 +348,29 @@ class NdLoss : public NdFunction<NdLoss> {
   }
 };
 
-// Gives (base + loss, nd). `base` is that of the arguments, here for the engine to see.
+// Gives base + loss; nd, which nothing is differentiated by, goes past the engine, as the terms of
+// LogitLoss do. `base` is that of the arguments, here for the engine to see.
 class NdLossAdded : public NdFunction<NdLossAdded> {
  public:
-  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
-                                                const Tensor& student, const Tensor& base,
-                                                const Arguments* a) {
-    const auto [loss, nd, saved] = run(ctx, student, a);
-    ctx->mark_non_differentiable({nd});
-    // Of nd no gradient ever comes; without this the engine would make zeros for it.
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
+                        const Tensor& base, const Arguments* a, Tensor* nd) {
+    // An upstream gradient that never comes is not made zeros.
     ctx->set_materialize_grads(false);
-    return {loss, nd};
+    auto results = run(ctx, student, a);
+    *nd = std::move(std::get<1>(results));
+    return std::get<0>(results);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list upstreams) {
     const Tensor& upstream = upstreams[0];
     if (upstream.defined() && ctx->needs_input_grad(0)) {
-      return {gradient(ctx, upstream), upstream, Tensor()};
+      return {gradient(ctx, upstream), upstream, Tensor(), Tensor()};
     }
     if (is_last_backward()) {
       ctx->saved_data.clear();  // the teacher's tensors among it
     }
-    return {Tensor(), upstream, Tensor()};
+    return {Tensor(), upstream, Tensor(), Tensor()};
   }
 };
 
@@ -413,8 +413,9 @@ std::tuple<Tensor, Tensor> nd_loss_added_autograd(const Tensor& base, const Tens
   const bool is_forward_mode = has_tangent(student) || has_tangent(base) || has_tangent(weight);
   if (!is_forward_mode && at::GradMode::is_enabled() &&
       (student.requires_grad() || base.requires_grad())) {
-    const auto losses = NdLossAdded::apply(student, base, &a);
-    return {losses[0], losses[1]};
+    Tensor nd;
+    Tensor loss = NdLossAdded::apply(student, base, &a, &nd);
+    return {std::move(loss), std::move(nd)};
   }
   Tensor sum;
   if (is_forward_mode) {  // the reference's, which has a tangent; nd has none
