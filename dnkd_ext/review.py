@@ -21,6 +21,13 @@ __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_
 Size = tuple[int, int]
 
 
+class _Convolution(nn.Conv2d):
+    """With ReviewKD's initial weights, which modules made on the meta device get later, too."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=1)
+
+
 class FusionBlock(nn.Module):
     """One stage's attention based fusion (ABF).
 
@@ -43,17 +50,15 @@ class FusionBlock(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, fuse: bool) -> None:
         super().__init__()
         self.reduce = nn.Sequential(
-            nn.Conv2d(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels)
+            _Convolution(in_channels, mid_channels, 1, bias=False), nn.BatchNorm2d(mid_channels)
         )
         self.attention = (
             nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
         )
         self.expand = nn.Sequential(
-            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False),
+            _Convolution(mid_channels, out_channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(out_channels),
         )
-        for layer in (self.reduce[0], self.expand[0]):
-            nn.init.kaiming_uniform_(layer.weight, a=1)
 
     def forward(self, maps: Tensor, carried: Tensor | None, size: Size) -> tuple[Tensor, Tensor]:
         """The stage's map for the loss, and what is carried to the next shallower stage."""

@@ -878,3 +878,22 @@ def test_blocks_alone(generator):
     fusion = ReviewFusion(STUDENT, TEACHER)
     assert [one.attention is None for one in fusion.blocks] == [False, False, True]
     assert "mid_channels=6" in repr(fusion)
+
+
+def test_blocks_made_on_the_meta_device_get_the_same_initial_weights():
+    """As FSDP2 wants models: without memory first, then reset_parameters() of every module."""
+    torch.manual_seed(0)
+    made = ReviewFusion((8, 16), (24, 32))
+    with torch.device("meta"):
+        later = ReviewFusion((8, 16), (24, 32))
+    later.to_empty(device="cpu")
+    for module in later.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for fusion in (made, later):
+        for block in fusion.blocks:
+            for layer in (block.reduce[0], block.expand[0]):
+                assert layer.bias is None
+                # Uniform with a variance of 1 / fan-in.
+                bound = (3 / layer.weight[0].numel()) ** 0.5
+                assert 0.9 * bound < layer.weight.abs().max() <= bound

@@ -84,7 +84,9 @@ class Train:
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
     at_once: int = 1
-    """How many of several runs are trained at a time, in processes of their own on one device."""
+    """How many of several runs are trained at a time, in processes of their own on one device; on a
+    GPU side by side where NVIDIA's multi-process service runs (nvidia-cuda-mps-control -d), else
+    taking turns."""
     resume: bool = False
     """Go on with what --out holds, exactly where it stopped; begin where there is nothing."""
     overwrite: bool = False
