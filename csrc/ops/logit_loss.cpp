@@ -16,6 +16,7 @@
 
 #include <cmath>
 #include <string>
+#include <utility>
 
 #include "common/allocate.h"
 #include "common/autograd.h"
