@@ -206,6 +206,31 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
     assert not out.exists()
 
 
+def test_missing_weights_are_told_before_images_are_read(
+    images, teacher, tmp_path, monkeypatch, capsys
+):
+    """Which may take minutes."""
+    read = []
+    monkeypatch.setattr(dnkd_ext.train.tasks, "open_data", lambda *_: read.append("train"))
+    monkeypatch.setattr(
+        dnkd_ext.train.commands, "open_source", lambda *_, **__: read.append("eval")
+    )
+    out, empty = str(tmp_path / "run"), tmp_path / "empty"
+    empty.mkdir()
+    train = [*options(images, out), *of(teacher, "kd", 1.0)]
+    given = ["--data", str(images), "--device", "cpu", "--model", "cifar_resnet20", "--weights"]
+    for command, message in (
+        ([*train, "--teacher-weights", str(empty)], "is a folder without best.safetensors"),
+        ([*train, "--teacher-weights", str(empty / "no")], "no weights at"),
+        ([*train, "--class-means", str(empty / "no")], "no class-means file at"),
+        (["class-means", "--out", out, *given, str(empty)], "is a folder without best.safetensors"),
+        (["eval", *given, str(empty / "no")], "no weights at"),
+    ):
+        assert message in refused(command, capsys), command
+        assert not read, command
+        assert not Path(out).exists()
+
+
 def test_weights_of_images_normalised_otherwise(images, tmp_path, capsys):
     """Told wherever they are used, by the options with which they are used rightly."""
     as_they_were = ("--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.5", "0.5")

@@ -79,5 +79,6 @@ namespace dnkd::avx512 {
     }                                                   \
   }()
 #else
-#define DNKD_CALL_ISA(isa, function, ...) ::dnkd::baseline::function(__VA_ARGS__)
+#define DNKD_CALL_ISA(isa, function, ...) \
+  (static_cast<void>(isa), ::dnkd::baseline::function(__VA_ARGS__))
 #endif

@@ -18,7 +18,7 @@ from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.files import CONFIG, CURVES, LOG
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
-from dnkd_ext.train.networks import PRETRAINED, try_out, weights_file
+from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out, weights_file
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
@@ -48,6 +48,8 @@ def run_class_means(
     with world.together():
         config.check_data()
         config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
+        if weights != PRETRAINED:
+            find_weights(weights)  # not after minutes of decoding
     with world.first_alone():
         if world.is_first:
             _look_at_means(out, overwrite, resume)
@@ -117,6 +119,8 @@ def run_eval(
     with world.together():
         config.check_data()
         config = dataclasses.replace(config, run=resolve(config.run, world, config.data.task))
+        if weights != PRETRAINED:
+            find_weights(weights)  # not after minutes of decoding
         if detections is not None and not tasks.is_detection(config):
             raise ValueError(f"--detections is for --task detection, got {detections}")
         if detections is not None and detections.is_dir():

@@ -42,7 +42,7 @@ from dnkd_ext.train.files import (
     write_json,
 )
 from dnkd_ext.train.gather import remove_parts
-from dnkd_ext.train.networks import PRETRAINED, weights_file
+from dnkd_ext.train.networks import PRETRAINED, find_weights
 from dnkd_ext.train.plots import plot_curves, plot_features
 from dnkd_ext.train.shared import Shared
 from dnkd_ext.train.signals import Interrupted
@@ -306,6 +306,11 @@ def _checked(job: Job, world: World) -> Job:
         raise ModuleNotFoundError(
             "--wandb needs Weights & Biases; install it with pip install wandb"
         )
+    model = job.config.model
+    if model.teacher_weights not in (None, PRETRAINED):
+        find_weights(model.teacher_weights)  # not after minutes of decoding
+    if model.class_means is not None and not Path(model.class_means).is_file():
+        raise FileNotFoundError(f"no class-means file at {model.class_means}")
     options = resolve(job.config.run, world, job.config.data.task)
     config = dataclasses.replace(job.config, run=options)
     return dataclasses.replace(job, config=config)
@@ -358,7 +363,7 @@ def _check_overwritten(jobs: list[Job]) -> None:
         for option, given in read.items():
             if given is None or (given == PRETRAINED and option != "class-means"):
                 continue
-            path = weights_file(given) if option == "teacher-weights" else Path(given)
+            path = find_weights(given) if option == "teacher-weights" else Path(given)
             path = path.resolve()
             if path.name in OWN_FILES and path.parent in folders:
                 raise ValueError(

@@ -22,6 +22,7 @@ __all__ = [
     "build_model",
     "build_student",
     "feature_width",
+    "find_weights",
     "fit_image_size",
     "load_weights_for",
     "try_out",
@@ -112,13 +113,22 @@ def weights_file(path: str) -> Path:
     Raises:
         FileNotFoundError: neither is there.
     """
+    found, folder = find_weights(path), Path(path)
+    if (folder / CONFIG).is_file() and not (folder / RESULT).is_file():
+        warnings.warn(
+            f"the run in {path} has not ended: its best weights so far are taken", stacklevel=2
+        )
+    return found
+
+
+def find_weights(path: str) -> Path:
+    """:func:`weights_file` without the warning.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
     place = Path(path)
     if place.is_dir():
-        if (place / CONFIG).is_file() and not (place / RESULT).is_file():
-            warnings.warn(
-                f"the run in {path} has not ended: its best weights so far are taken",
-                stacklevel=2,
-            )
         place = place / "best.safetensors"
         if not place.is_file():
             raise FileNotFoundError(f"{path} is a folder without best.safetensors")
