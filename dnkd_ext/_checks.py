@@ -36,9 +36,16 @@ def require_sequence(values: object, name: str) -> None:
         )
 
 
+def require_dense(tensor: Tensor, name: str) -> None:
+    """TypeError unless the tensor is neither sparse nor nested with rows of several lengths."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
 def require_floating(tensor: Tensor, name: str) -> None:
     """TypeError unless the value is a tensor of one of the four floating dtypes."""
     require_tensor(tensor, name)
+    require_dense(tensor, name)
     if tensor.dtype not in LOSS_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 

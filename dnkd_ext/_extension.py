@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ IN_PLACE = "pip install --no-build-isolation --no-deps -e ."
 _library: Any = None
 _load_error: str | None = None
 _has_cuda = False
+_runs_on_gpu: dict[int, bool] = {}
 
 
 FOLDER = Path(__file__).parent
@@ -46,6 +48,16 @@ def _damage(record: dict[str, Any]) -> str | None:
                 return f"{library.name} has {size} bytes, but the build wrote {built}"
             return None
     return None
+
+
+def _rebuild() -> str:
+    # Inside a clone Python imports this folder, whatever is installed.
+    return IN_PLACE if (FOLDER.parent / "csrc").is_dir() else REBUILD
+
+
+def _is_required() -> bool:
+    """Whether running without kernels is to be an error."""
+    return os.environ.get("DNKD_REQUIRE_EXT", "0") not in {"", "0"}
 
 
 def _minor(version: str) -> str:
@@ -84,13 +96,11 @@ def _load() -> None:
 _load()
 
 if _load_error is not None:
-    # Inside a clone Python imports this folder, whatever is installed.
-    _rebuild = IN_PLACE if (FOLDER.parent / "csrc").is_dir() else REBUILD
     _message = (
         f"dnkd_ext runs without its compiled kernels, on the slower PyTorch reference: "
-        f"{_load_error}. To build them, run in the source folder: {_rebuild}"
+        f"{_load_error}. To build them, run in the source folder: {_rebuild()}"
     )
-    if os.environ.get("DNKD_REQUIRE_EXT", "0") not in {"", "0"}:
+    if _is_required():
         raise ImportError(_message + " (an error because DNKD_REQUIRE_EXT is set)")
     warnings.warn(_message, UserWarning, stacklevel=3)
 
@@ -105,15 +115,59 @@ def load_error() -> str | None:
     return _load_error
 
 
+def _covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures, as in TORCH_CUDA_ARCH_LIST, runs on such a GPU."""
+    for name in architectures.replace(";", " ").split():
+        parts = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if parts is None:
+            return True  # the name of a family: not known here
+        least = (int(parts[1]), int(parts[2]))
+        if parts[3] == "a":
+            fits = least == capability
+        else:
+            fits = least[0] == capability[0] and least <= capability
+        if fits or (parts[4] and not parts[3] and least <= capability):
+            return True
+    return False
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(index: int) -> bool:
+    """Whether the CUDA kernels run on this GPU; a warning, once, where they do not."""
+    if index not in _runs_on_gpu:
+        try:
+            capability = torch.cuda.get_device_capability(index)
+        except (RuntimeError, AssertionError):  # a fake tensor may be of a GPU that is not there
+            return True
+        architectures = _library.build_info()["cuda_architectures"]
+        runs = _covers(architectures, capability)
+        if not runs:
+            own = ".".join(map(str, capability))
+            message = (
+                f"the CUDA kernels of dnkd_ext were compiled for GPUs of {architectures} and do "
+                f"not run on cuda:{index}, which is of {own}. To build them for it, run in the "
+                f"source folder: TORCH_CUDA_ARCH_LIST={own} DNKD_CUDA=1 {_rebuild()}"
+            )
+            if _is_required():
+                raise RuntimeError(message + " (an error because DNKD_REQUIRE_EXT is set)")
+            warnings.warn(
+                message + ". Until then the slower PyTorch reference runs there",
+                UserWarning,
+                stacklevel=4,
+            )
+        _runs_on_gpu[index] = runs
+    return _runs_on_gpu[index]
+
+
 def has_kernel_for(tensor: torch.Tensor) -> bool:
     """Whether the compiled operators take this tensor.
 
-    Devices without kernels and the transforms of torch.func (which cannot see into a C++ autograd
-    function) are left to the reference.
+    Devices without kernels, GPUs that these were not compiled for, and the transforms of torch.func
+    (which cannot see into a C++ autograd function) are left to the reference.
     """
     return (
         _library is not None
-        and (tensor.is_cpu or (_has_cuda and tensor.is_cuda))
+        and (tensor.is_cpu or (_has_cuda and tensor.is_cuda and _runs_on(tensor.device.index)))
         and not torch._C._are_functorch_transforms_active()
     )
 

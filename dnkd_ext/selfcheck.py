@@ -29,7 +29,7 @@ def self_check() -> bool:
         for device in devices:
             for dtype in LOSS_DTYPES:
                 if not _extension.has_kernel_for(torch.empty(0, device=device)):
-                    print(f"skip {name} {device}: built without CUDA kernels")
+                    print(f"skip {name} {device}: there are no kernels for it")
                     break
                 error = max(
                     _error(loss, args, kwargs, dtype, device)

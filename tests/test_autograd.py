@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch._dynamo import compiled_autograd
@@ -158,6 +160,46 @@ def test_activation_checkpointing(case, reentrant, device, generator):
     (checkpoint(run, args[0], use_reentrant=reentrant) * 3).backward()
     expected = torch.autograd.grad(case.reference(args[0] * 2, *args[1:], **kwargs) * 3, args[0])[0]
     torch.testing.assert_close(args[0].grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_activation_checkpointing_frees_the_teacher(case, dtype, needs_extension, generator):
+    """It frees what it sees: what is recomputed need not be kept until backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    given = arguments(case, generator, dtype)
+    teacher = tensors_of(given)[case.teacher]
+    seen = []
+
+    def run(x):
+        own = teacher * 1
+        seen.append(weakref.ref(own))
+        args, kwargs = replaced(given, {case.teacher: own})
+        return case.fused(x, *args[1:], **kwargs)
+
+    loss = checkpoint(run, given[0][0], use_reentrant=False)
+    assert [reference() for reference in seen] == [None]
+    expected = torch.autograd.grad(case.fused(*given[0], **given[1]), given[0][0])[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, given[0][0])[0], expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_mutation_of_saved_tensors_can_be_allowed(case, reduction, device, generator):
+    """torch's context keeps copies of what is overwritten, the teacher among it."""
+    given = arguments(case, generator, device=device)
+    expected = torch.autograd.grad(case.reference(*given[0], **given[1]), given[0][0])[0]
+    teacher = tensors_of(given)[case.teacher].clone()
+    args, kwargs = replaced(given, {case.teacher: teacher})
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        loss = case.fused(*args, **kwargs, reduction=reduction)
+        loss = loss.sum() if reduction == "none" else loss
+        teacher.zero_()
+        (gradient,) = torch.autograd.grad(loss, args[0])
+    if reduction == "mean":
+        torch.testing.assert_close(gradient, expected)
+    else:
+        reference = case.reference(*given[0], **given[1], reduction="none").sum()
+        torch.testing.assert_close(gradient, torch.autograd.grad(reference, given[0][0])[0])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -348,6 +390,22 @@ def test_cuda_graph(case, dtype, generator):
         expected = truth(case, (args, kwargs), "mean")
         assert expected.loss_error(loss) <= 1e-5
         assert expected.gradient_error(gradient) <= 1e-5 + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.cuda
+def test_a_backward_pass_captured_apart_may_be_replayed_again(case, generator):
+    """torch.cuda.make_graphed_callables() captures it by itself: each replay scales the same."""
+    args, kwargs = arguments(case, generator, torch.float32, "cuda", rows=64, width=256)
+    graphed = torch.cuda.make_graphed_callables(
+        lambda student: case.fused(student, *args[1:], **kwargs), (args[0],)
+    )
+    student = args[0].detach().clone().requires_grad_()
+    (expected,) = torch.autograd.grad(case.fused(student, *args[1:], **kwargs), student)
+    loss = graphed(student)
+    for factor in (3.0, 0.0, 1.0, 5.0):
+        upstream = torch.tensor(factor, device="cuda")
+        (gradient,) = torch.autograd.grad(loss, student, upstream, retain_graph=True)
+        torch.testing.assert_close(gradient, factor * expected)
 
 
 @pytest.mark.cuda

@@ -1293,6 +1293,20 @@ def test_a_label_that_is_the_only_class_costs_nothing(dtype, generator):
     assert gradient[1].abs().max() == 0
 
 
+@pytest.mark.parametrize("filler", [torch.nan, -torch.inf, torch.inf])
+def test_ignored_rows_do_not_enter_the_cross_entropy_whatever_they_hold(filler, generator):
+    student = torch.randn(4, CLASSES, generator=generator)
+    student[2] = filler
+    student.requires_grad_()
+    target = torch.tensor([0, 3, -100, 1])
+    criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0.0, kd_weight=0.0)
+    of_token = torch.randn(4, CLASSES, generator=generator)
+    terms = criterion(student, of_token, None, target, distillation_logits=of_token)
+    wanted = F.cross_entropy(student, target)
+    torch.testing.assert_close(terms.ce, wanted.detach())
+    torch.testing.assert_close(terms.loss, wanted)
+
+
 def test_a_target_that_is_no_tensor_is_named(generator):
     criterion = dnkd_ext.HardKDPlusPlus(None, nd_weight=0.0)
     logits = torch.randn(2, CLASSES, generator=generator)

@@ -249,6 +249,82 @@ def test_cross_entropy_is_that_of_pytorch(joined, implementation, reduction, dev
 
 
 @IMPLEMENTATIONS
+@REDUCTIONS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [2, 7, 40])
+def test_a_row_that_allows_the_label_alone(
+    implementation, reduction, dtype, classes, device, generator
+):
+    """Masked actions: all other classes at -inf. There is nothing to learn there, nor to compare."""
+    student, teacher, target = draw(generator, 6, classes, dtype)
+    student, teacher = student.detach().to(device), teacher.to(device)
+    target = target.to(device)
+    others = torch.arange(classes, device=device) != target[:, None]
+    alone = torch.tensor([False, True, False, False, True, False], device=device)
+    student[alone[:, None] & others] = teacher[alone[:, None] & others] = -torch.inf
+    student.requires_grad_()
+    for case, options in ((DKD_LOSS, {}), (CE_DKD_LOSS, {"ce_weight": 0.5})):
+        run = getattr(case, implementation)
+        rows = run(student, teacher, target, reduction="none", **options)
+        assert rows[alone].tolist() == [0.0, 0.0]
+        without = student.detach()[~alone].requires_grad_()
+        of_others = run(without, teacher[~alone], target[~alone], reduction="none", **options)
+        torch.testing.assert_close(rows[~alone], of_others)
+        loss = run(student, teacher, target, reduction=reduction, **options).sum()
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient[alone].abs().max() == 0
+        (expected,) = torch.autograd.grad(of_others.sum(), without)
+        share = 1 / 6 if reduction == "mean" else 1
+        tolerance = {"rtol": 2e-3, "atol": 1e-4} if dtype == torch.float16 else {}
+        torch.testing.assert_close(gradient[~alone], expected * share, **tolerance)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_the_label_alone_in_one_of_them(implementation, who, device, generator):
+    """A teacher sure of the label asks for -log p; a student that is, of another, for infinity."""
+    student, teacher, target = (x.detach().to(device) for x in draw(generator, 3, 7, torch.float64))
+    others = torch.arange(7, device=device) != target[:, None]
+    (teacher if who == "teacher" else student)[1, others[1]] = -torch.inf
+    student.requires_grad_()
+    run = getattr(DKD_LOSS, implementation)
+    options = {"temperature": 2.0, "alpha": 1.5, "beta": 3.0, "reduction": "none"}
+    rows = run(student, teacher, target, **options)
+    (gradient,) = torch.autograd.grad(rows.sum(), student)
+    assert gradient.isfinite().all()
+    if who == "student":
+        assert rows.isinf().tolist() == [False, True, False]
+        return
+    wanted = 1.5 * 4 * F.cross_entropy(student / 2.0, target, reduction="none")
+    torch.testing.assert_close(rows[1], wanted[1])
+    torch.testing.assert_close(gradient[1], torch.autograd.grad(wanted[1], student)[0][1])
+
+
+@JOINED
+@IMPLEMENTATIONS
+@REDUCTIONS
+@pytest.mark.parametrize("weight", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_a_term_without_weight_may_be_infinite(
+    joined, implementation, reduction, weight, device, generator
+):
+    """What the teacher holds possible and the student does not is no cross entropy's business."""
+    student, teacher, target = draw(generator, 5, 9)
+    student = student.detach().to(device)
+    student[1, 4] = -torch.inf
+    student.requires_grad_()
+    target[1] = 3
+    weight = weight.to(device) if isinstance(weight, torch.Tensor) else weight
+    result = terms_of(joined, implementation)(
+        student, teacher.to(device), target.to(device), kd_weight=weight, reduction=reduction
+    )
+    assert result.kd.isinf().any()
+    expected = F.cross_entropy(student, target.to(device), reduction=reduction)
+    torch.testing.assert_close(result.loss, expected)
+    gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (result.loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("standardize", [False, True])
 def test_decoupling(implementation, standardize, device, generator):
     """KD = TCKD + (1 - q_label) NCKD, per row."""

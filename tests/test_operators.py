@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.library import opcheck
 
 from tests.cases import CASES, ND_LOSS, convert, finite, replaced, tensors_of
@@ -182,6 +184,30 @@ def test_compiled_training_step(case, backend, device, generator):
     eager, compiled = train(False), train(True)
     assert eager[-1] < eager[0]
     assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+def test_mixtures_of_class_means_are_exact_in_a_compiled_graph(needs_extension, device, generator):
+    """A matrix product that the compiler sees is TF32 where the user allows that; eager is not."""
+    import dnkd_ext
+
+    student, means = (torch.randn(n, 8, generator=generator).to(device) for n in (6, 5))
+    target = torch.randn(6, 5, generator=generator).softmax(-1).to(device)
+    student.requires_grad_()
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    for run in (dnkd_ext.nd_loss, dnkd_ext.feature_diagnostics):
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=keep)
+        torch.compile(run, fullgraph=True, backend=backend)(student, target, means)
+    assert len(graphs) >= 2
+    called = [{str(node.target) for node in graph.graph.nodes} for graph in graphs]
+    products = [names & {"aten.mm.default", "aten.matmul.default"} for names in called]
+    assert not any(products), products
+    assert sum("dnkd_ext._nd_mixtures.default" in names for names in called) >= 1
 
 
 def test_module_compiles(device, generator):

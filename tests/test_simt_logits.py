@@ -463,6 +463,28 @@ def test_closed_classes(harness, columns, kind, saves):
         assert_close(*result, torch.float32)
 
 
+@pytest.mark.parametrize("columns", [7, 64, 2304])
+@pytest.mark.parametrize("saves", ["gradient", "coefficients"])
+@pytest.mark.parametrize("kind", ["dkd", "ce_dkd"])
+def test_the_label_alone(harness, columns, kind, saves):
+    """All other classes at -inf, in both, in the teacher, in the student."""
+
+    def change(student, teacher, labels):
+        for row, masked in ((1, (student, teacher)), (2, (teacher,))):
+            for logits in masked:
+                label = logits[row, labels[row]].item()
+                logits[row] = float("-inf")
+                logits[row, labels[row]] = label
+
+    result = run_logit_loss(
+        harness, dtype=torch.float32, columns=columns, kind=kind, change=change, saves=saves,
+        reduction="none" if saves == "coefficients" else "mean", upstream=torch.tensor(2.0),
+    )  # fmt: skip
+    assert all(loss.isfinite().all() for loss in result[0][0])
+    assert result[0][1][1].abs().max() == 0
+    assert_close(*result, torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["kd", "ce_kd", "dkd", "ce_dkd"])
 def test_impossible_class(harness, kind):
     (losses, _), _ = run_logit_loss(
@@ -522,6 +544,22 @@ def test_ignored_rows_may_hold_anything(harness, kind):
         assert result[0][0][2].isnan() == (kind == "ce_kd")
         assert result[0][0][1].isfinite()
         assert_close(*result, torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("columns", [64, 2304])
+def test_a_term_without_weight_may_be_infinite(harness, columns, reduction):
+    def change(student, teacher, labels):
+        student[1, 5] = float("-inf")
+        labels[1] = 3
+
+    (losses, gradient), (expected, _) = run_logit_loss(
+        harness, dtype=torch.float32, columns=columns, kind="ce_kd", change=change,
+        weights=(1.5, 0.0), reduction=reduction, saves="gradient" if reduction == "mean" else "nothing",
+    )  # fmt: skip
+    assert losses[2].isinf().any()
+    torch.testing.assert_close(losses[0].double(), 1.5 * expected[1], rtol=1e-5, atol=0)
+    assert gradient is None or gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])

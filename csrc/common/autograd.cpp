@@ -59,6 +59,36 @@ bool is_last_backward() { return !torch::autograd::get_current_graph_task_keep_g
 
 bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
+bool saves_through_hooks(const std::optional<at::Tensor>& tensor) {
+  return tensor.has_value() && has_saved_tensor_hooks() && !tensor->is_inference();
+}
+
+std::optional<at::Tensor> take_kept(torch::autograd::AutogradContext* ctx, const char* name) {
+  const auto found = ctx->saved_data.find(name);
+  if (found == ctx->saved_data.end()) {
+    return std::nullopt;
+  }
+  at::Tensor tensor = found->second.toTensor();
+  if (is_last_backward()) {
+    ctx->saved_data.erase(found);
+  }
+  return tensor;
+}
+
+int64_t capture_of(const at::Tensor& tensor) {
+#ifdef DNKD_WITH_CUDA
+  // A fake tensor may be of a device that is not there.
+  if (tensor.is_cuda() && !at::areAnyTensorSubclassLike({tensor})) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(
+        c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream(), &status, &id));
+    return status == cudaStreamCaptureStatusNone ? 0 : static_cast<int64_t>(id);
+  }
+#endif
+  return 0;
+}
+
 at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is_shared) {
   if (is_shared || !is_last_backward() || upstream.is_neg() || upstream._is_zerotensor() ||
       at::areAnyTensorSubclassLike({gradient, upstream})) {

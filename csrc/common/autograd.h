@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/stack.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
 
@@ -37,5 +38,20 @@ bool is_last_backward();
 
 // Whether hooks see the tensors that are saved for backward at present.
 bool has_saved_tensor_hooks();
+
+// Whether a tensor that is no input by which the loss is differentiated is to be saved for backward
+// all the same, for hooks to see: activation checkpointing frees what they see. Without hooks such
+// a tensor is kept in saved_data, because it may be overwritten where only second derivatives need
+// it; an inference tensor always is, because it cannot be saved.
+bool saves_through_hooks(const std::optional<at::Tensor>& tensor);
+
+// What is kept in saved_data under a name, if anything; the last backward pass lets go of it.
+std::optional<at::Tensor> take_kept(torch::autograd::AutogradContext* ctx, const char* name);
+
+// Which capture into a CUDA graph the current stream of a tensor's device takes part in, 0 outside
+// of one. A backward pass that is captured apart from its forward pass, as by
+// torch.cuda.make_graphed_callables(), may be replayed several times for each replay of that: what
+// the forward pass formed `is_shared` then, for chain().
+int64_t capture_of(const at::Tensor& tensor);
 
 }  // namespace dnkd

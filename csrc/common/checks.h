@@ -17,8 +17,14 @@ inline bool is_loss_dtype(at::ScalarType type) {
   return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
+inline void check_dense(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
+                   tensor.layout());
+}
+
 inline void check_floating(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined(), name, " must be a torch.Tensor, got NoneType");
+  check_dense(tensor, name);
   TORCH_CHECK_TYPE(is_loss_dtype(tensor.scalar_type()), name,
                    " must be float16, bfloat16, float32 or float64, got ",
                    c10::toString(tensor.scalar_type()));

@@ -204,10 +204,10 @@ int64_t resident_clusters(int cluster, int threads, int shared_bytes) {
   }
   int count = 0, can_cluster = 0;
   cudaFuncAttributes attributes = {};
-  if (cudaDeviceGetAttribute(&can_cluster, cudaDevAttrClusterLaunch, device) == cudaSuccess &&
-      can_cluster != 0 &&
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)) == cudaSuccess &&
-      attributes.ptxVersion >= 90) {
+  bool is_known =
+      succeeds(cudaDeviceGetAttribute(&can_cluster, cudaDevAttrClusterLaunch, device)) &&
+      succeeds(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)));
+  if (is_known && can_cluster != 0 && attributes.ptxVersion >= 90) {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -218,14 +218,10 @@ int64_t resident_clusters(int cluster, int threads, int shared_bytes) {
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.attrs = &attribute;
     config.numAttrs = 1;
-    if (cudaOccupancyMaxActiveClusters(&count, kKernel, &config) != cudaSuccess) {
-      count = 0;
-    }
+    is_known = succeeds(cudaOccupancyMaxActiveClusters(&count, kKernel, &config));
+    count = is_known ? count : 0;
   }
-  if (count == 0) {
-    cudaGetLastError();  // if there was an error, it is not the caller's
-  }
-  if (is_kept) {
+  if (is_kept && is_known) {
     known[device].store(key + count, std::memory_order_relaxed);
   }
   return count;

@@ -562,20 +562,32 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* str
   return launch_sharing(kernel, blocks, threads, 0, stream, arguments...);
 }
 
+// Whether a query succeeded. An error that is not passed on must not be left to the next launch's
+// check, either.
+inline bool succeeds(cudaError_t error) {
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+  }
+  return error == cudaSuccess;
+}
+
 constexpr int kMaxDevices = 64;
 constexpr int kMaxBlocksPerMultiprocessor = 32;
 
-// `value` of the current device, asked for once per device and process.
+// `value` of the current device, asked for once per device and process; one of 0 or less is what
+// could not be learned, and is asked for again.
 template <typename Ask>
 int remembered(std::atomic<int> (&known)[kMaxDevices], const Ask& ask) {
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kMaxDevices) {
     return ask(device);
   }
-  int value = known[device].load(std::memory_order_relaxed);
+  int value = known[device].load(std::memory_order_acquire);
   if (value == 0) {
     value = ask(device);
-    known[device].store(value, std::memory_order_relaxed);
+    if (value > 0) {
+      known[device].store(value, std::memory_order_release);
+    }
   }
   return value;
 }
@@ -583,12 +595,13 @@ int remembered(std::atomic<int> (&known)[kMaxDevices], const Ask& ask) {
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   static std::atomic<int> known[kMaxDevices];
-  return remembered(known, [](int device) {
-    int count = 0;
-    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess
-               ? count
-               : 1;
+  const int count = remembered(known, [](int device) {
+    int answer = 0;
+    return succeeds(cudaDeviceGetAttribute(&answer, cudaDevAttrMultiProcessorCount, device))
+               ? answer
+               : 0;
   });
+  return count > 0 ? count : 1;
 }
 
 // Blocks of a kernel that the current device holds at once, each with shared_bytes of dynamic
@@ -606,12 +619,12 @@ int64_t resident_blocks(int threads, int shared_bytes = 0) {
     }
   }
   int count = 0;
-  const auto error =
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, shared_bytes);
-  count = error != cudaSuccess || count < 1     ? 1
+  const bool is_known = succeeds(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, threads, shared_bytes));
+  count = !is_known || count < 1                ? 1
           : count < kMaxBlocksPerMultiprocessor ? count
                                                 : kMaxBlocksPerMultiprocessor;
-  if (is_kept) {
+  if (is_kept && is_known) {
     known[device].store(key + count, std::memory_order_relaxed);
   }
   return static_cast<int64_t>(multiprocessors()) * count;
@@ -635,23 +648,25 @@ constexpr int kSharedWithoutAsking = 48 << 10;
 template <auto kKernel, int kBlocks = 2>
 int dynamic_shared_limit() {
   static std::atomic<int> known[kMaxDevices];
-  return remembered(known, [](int device) {
+  constexpr int kWithoutAsking = kSharedWithoutAsking - kOtherShared;
+  const int limit = remembered(known, [](int device) {
     int most = 0, per_multiprocessor = 0;
-    if (cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-            cudaSuccess ||
-        cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-                               device) != cudaSuccess) {
-      return kSharedWithoutAsking - kOtherShared;
+    if (!succeeds(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) ||
+        !succeeds(cudaDeviceGetAttribute(&per_multiprocessor,
+                                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))) {
+      return 0;
     }
     const int share = per_multiprocessor / kBlocks;
-    const int limit = (most < share ? most : share) - kOtherShared;
-    if (limit <= kSharedWithoutAsking - kOtherShared) {
-      return limit;
+    const int wanted = (most < share ? most : share) - kOtherShared;
+    if (wanted <= kWithoutAsking) {
+      return wanted;
     }
-    const auto error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
-    return error == cudaSuccess ? limit : kSharedWithoutAsking - kOtherShared;
+    return succeeds(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, wanted))
+               ? wanted
+               : 0;
   });
+  return limit > 0 ? limit : kWithoutAsking;
 }
 
 }  // namespace dnkd

@@ -323,12 +323,15 @@ class DistLoss : public torch::autograd::Function<DistLoss> {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     const Prepared in = prepare(student, a->teacher);
     const Forward result = call_forward(in, *a, /*needs_gradient=*/true);
-    ctx->save_for_backward({student, result.rows, result.columns});
-    // Not saved for backward, which takes no inference tensor. Itself, not the rows formed of it,
-    // unless those are a converted copy: only itself counts how often it is overwritten.
+    // Itself, not the rows formed of it, unless those are a converted copy: only itself counts how
+    // often it is overwritten.
     const bool is_converted = in.teacher.scalar_type() != a->teacher.scalar_type();
     const Tensor& kept = is_converted ? in.teacher : a->teacher;
-    ctx->saved_data["teacher"] = kept;
+    const bool is_hooked = saves_through_hooks(kept);
+    ctx->save_for_backward({student, result.rows, result.columns, is_hooked ? kept : Tensor()});
+    if (!is_hooked) {
+      ctx->saved_data["teacher"] = kept;
+    }
     ctx->saved_data["options"] = c10::ivalue::Tuple::create(
         {a->beta, a->gamma, a->tau, version_of(kept), a->rows.has_value()});
     return result.loss;
@@ -338,13 +341,11 @@ class DistLoss : public torch::autograd::Function<DistLoss> {
                                                  torch::autograd::variable_list upstreams) {
     const auto variables = ctx->get_saved_variables();
     const Tensor &student = variables[0], &rows = variables[1], &columns = variables[2];
-    const Tensor teacher = ctx->saved_data["teacher"].toTensor();
-    if (is_last_backward()) {
-      ctx->saved_data.erase("teacher");
-    }
+    const Tensor teacher =
+        variables[3].defined() ? variables[3] : take_kept(ctx, "teacher").value();
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     const double beta = options[0].toDouble(), tau = options[2].toDouble();
-    TORCH_CHECK(version_of(teacher) == options[3].toInt(),
+    TORCH_CHECK(variables[3].defined() || version_of(teacher) == options[3].toInt(),
                 "teacher_logits were modified by an inplace operation between the loss and its "
                 "gradient");
     if (is_differentiated(upstreams[0])) {

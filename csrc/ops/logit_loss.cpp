@@ -76,13 +76,15 @@ void check_target(const Tensor& target, const Tensor& student) {
                       shape_of(student), ", got shape ", shape_of(target));
     return;
   }
+  check_dense(target, "target");
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
                    "target must hold int64 or int32 class indices or floating class "
                    "probabilities, got ",
                    c10::toString(target.scalar_type()));
   TORCH_CHECK_VALUE(is_row_shape(target, student),
                     "target of class indices must have the leading shape of student_logits ",
-                    shape_of(student), ", got shape ", shape_of(target));
+                    shape_of(student), ", got shape ", shape_of(target),
+                    "; classes come last, and class probabilities are floating");
 }
 
 void check_weight(const OptionalTensor& weight, const char* name, const Tensor& student) {
@@ -385,14 +387,17 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     auto [loss, ce, kd, saved] = call_forward(in, *a, /*needs_gradient=*/true);
     // The logits are saved even where the gradient is already formed: changing them in place before
     // backward is then an error, as for PyTorch's own losses.
+    const bool is_hooked = saves_through_hooks(a->teacher);
     ctx->save_for_backward({student, a->target.value_or(Tensor()), a->ce_scale.value_or(Tensor()),
-                            a->kd_scale.value_or(Tensor()), saved});
-    // The teacher may be an inference tensor, which cannot be saved for backward.
-    ctx->saved_data["teacher"] = a->teacher;
+                            a->kd_scale.value_or(Tensor()), saved,
+                            is_hooked ? a->teacher : Tensor()});
+    if (!is_hooked) {
+      ctx->saved_data["teacher"] = a->teacher;
+    }
     ctx->saved_data["options"] = c10::ivalue::Tuple::create(
         {std::string(a->kind), a->temperature, a->ce_weight, a->kd_weight, a->alpha, a->beta,
          a->label_smoothing, a->ignore_index, std::string(a->reduction), a->standardize,
-         version_of(a->teacher), has_saved_tensor_hooks()});
+         version_of(a->teacher), has_saved_tensor_hooks(), capture_of(student)});
     // An upstream gradient that never comes is not made zeros.
     ctx->set_materialize_grads(false);
     *terms = {shaped(ce, student), shaped(kd, student)};
@@ -407,17 +412,15 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
       return variables[i].defined() ? OptionalTensor(variables[i]) : std::nullopt;
     };
     const OptionalTensor target = given(1), ce_scale = given(2), kd_scale = given(3);
-    const Tensor teacher = ctx->saved_data["teacher"].toTensor();
-    if (is_last_backward()) {
-      ctx->saved_data.erase("teacher");
-    }
+    const Tensor teacher =
+        variables[5].defined() ? variables[5] : take_kept(ctx, "teacher").value();
     const Tensor& upstream = upstreams[0];
     if (!upstream.defined()) {
       return {Tensor(), Tensor(), Tensor()};
     }
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
     const auto check_teacher = [&] {
-      TORCH_CHECK(version_of(teacher) == options[10].toInt(),
+      TORCH_CHECK(variables[5].defined() || version_of(teacher) == options[10].toInt(),
                   "the teacher's logits were modified by an inplace operation between the loss "
                   "and its backward");
     };
@@ -431,7 +434,8 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
     }
     const Reduction reduction = to_reduction(options[8].toStringRef());
     if (!keeps_coefficients(student.scalar_type(), reduction)) {
-      const Tensor gradient = chain(saved, upstream, options[11].toBool());
+      const Tensor gradient =
+          chain(saved, upstream, options[11].toBool() || capture_of(saved) != options[12].toInt());
       return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor(),
               Tensor()};
     }

@@ -2,9 +2,11 @@
 
 #include <ATen/Context.h>
 #include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -39,13 +41,15 @@ void check_nd_arguments(const Tensor& student, const Tensor& target, const Tenso
         " classes and the leading shape of student_features ", shape_of(student), ", got shape ",
         shape_of(target));
   } else {
+    check_dense(target, "target");
     TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
                      "target must hold int64 or int32 class indices or floating class "
                      "probabilities, got ",
                      c10::toString(target.scalar_type()));
     TORCH_CHECK_VALUE(is_row_shape(target, student),
                       "target of class indices must have the leading shape of student_features ",
-                      shape_of(student), ", got shape ", shape_of(target));
+                      shape_of(student), ", got shape ", shape_of(target),
+                      "; class probabilities are floating");
   }
   TORCH_CHECK_VALUE(!teacher_features.has_value() || !teacher_norms.has_value(),
                     "teacher_features and teacher_norms were both given; pass one of them");
@@ -102,6 +106,13 @@ Tensor norms_of(const Tensor& features, at::ScalarType accumulate) {
   return result;
 }
 
+// The direction of mixtures of classes, normalise(sum_k p_k c_k), before it is normalised. An
+// operator, because a matrix product in a compiled graph would be run without the guard.
+Tensor nd_mixtures(const Tensor& target, const Tensor& class_means) {
+  const at::NoTF32Guard exact;
+  return target.matmul(class_means);
+}
+
 }  // namespace
 
 NdArguments prepare_nd(const Tensor& student, const Tensor& target, const Tensor& class_means,
@@ -116,9 +127,10 @@ NdArguments prepare_nd(const Tensor& student, const Tensor& target, const Tensor
   TORCH_CHECK_VALUE(student.sym_size(-1) > 0, "student_features must have at least one feature");
   result.student = as_rows(student);
   if (at::isFloatingType(target.scalar_type())) {
-    const at::NoTF32Guard exact;
-    // The direction of a mixture of classes: normalise(sum_k p_k c_k), one per row.
-    result.directions = cast(as_rows(target), accumulate).matmul(cast(class_means, accumulate));
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::_nd_mixtures", "")
+                               .typed<Tensor(const Tensor&, const Tensor&)>();
+    result.directions = op.call(cast(as_rows(target), accumulate), cast(class_means, accumulate));
   } else {
     result.target = flat(target);
     const auto means_type = class_means.scalar_type();
@@ -179,5 +191,16 @@ void check_nd_target(const NdInputs& p, const Tensor& target) {
   TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", on_cpu[position].item<int64_t>(),
                     " is out of range for ", p.classes, " rows of class_means");
 }
+
+TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
+  // (target (N, C), class_means (C, D)) -> (N, D), all of the accumulate type
+  m.def("_nd_mixtures(Tensor target, Tensor class_means) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) { m.impl("_nd_mixtures", nd_mixtures); }
+
+#ifdef DNKD_WITH_CUDA
+TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) { m.impl("_nd_mixtures", nd_mixtures); }
+#endif
 
 }  // namespace dnkd

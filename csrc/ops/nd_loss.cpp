@@ -269,19 +269,21 @@ class NdFunction : public torch::autograd::Function<Function> {
         keeps_coefficients(student.scalar_type(), to_reduction(a->reduction));
     // The features are saved even where the gradient is already formed: changing them in place
     // before backward is then an error, as for PyTorch's own losses.
-    ctx->save_for_backward({student, a->target, a->class_means, a->weight.value_or(Tensor()), saved,
-                            keeps_mixtures ? in.directions : Tensor()});
-    // The teacher is only needed for second derivatives. It may be an inference tensor, and may be
-    // overwritten before backward.
-    if (a->teacher_features.has_value()) {
+    ctx->save_for_backward(
+        {student, a->target, a->class_means, a->weight.value_or(Tensor()), saved,
+         keeps_mixtures ? in.directions : Tensor(),
+         saves_through_hooks(a->teacher_features) ? *a->teacher_features : Tensor(),
+         saves_through_hooks(a->teacher_norms) ? *a->teacher_norms : Tensor()});
+    // The teacher is only needed for second derivatives.
+    if (a->teacher_features.has_value() && !saves_through_hooks(a->teacher_features)) {
       ctx->saved_data["teacher_features"] = *a->teacher_features;
     }
-    if (a->teacher_norms.has_value()) {
+    if (a->teacher_norms.has_value() && !saves_through_hooks(a->teacher_norms)) {
       ctx->saved_data["teacher_norms"] = *a->teacher_norms;
     }
-    ctx->saved_data["options"] =
-        c10::ivalue::Tuple::create({a->loss_weight, a->ignore_index, std::string(a->reduction),
-                                    a->eps, teacher_version(*a), has_saved_tensor_hooks()});
+    ctx->saved_data["options"] = c10::ivalue::Tuple::create(
+        {a->loss_weight, a->ignore_index, std::string(a->reduction), a->eps, teacher_version(*a),
+         has_saved_tensor_hooks(), capture_of(student)});
     return results;
   }
 
@@ -291,21 +293,16 @@ class NdFunction : public torch::autograd::Function<Function> {
     const Tensor &student = variables[0], &target = variables[1], &class_means = variables[2],
                  &saved = variables[4], &mixtures = variables[5];
     const auto options = ctx->saved_data["options"].toTupleRef().elements().asArrayRef();
-    const auto kept = [&](const char* name) {
-      const auto found = ctx->saved_data.find(name);
-      const auto tensor = found == ctx->saved_data.end() ? OptionalTensor()
-                                                         : OptionalTensor(found->second.toTensor());
-      if (tensor.has_value() && is_last_backward()) {
-        ctx->saved_data.erase(found);
-      }
-      return tensor;
+    const auto kept = [&](int i, const char* name) {
+      return variables[i].defined() ? OptionalTensor(variables[i]) : take_kept(ctx, name);
     };
-    const OptionalTensor features = kept("teacher_features"), norms = kept("teacher_norms");
+    const OptionalTensor features = kept(6, "teacher_features"), norms = kept(7, "teacher_norms");
     if (is_differentiated(upstream)) {
       const OptionalTensor weight =
           variables[3].defined() ? OptionalTensor(variables[3]) : std::nullopt;
       const Arguments a{student, target, class_means, features, norms, weight, 0, 0, "", 0};
-      TORCH_CHECK(teacher_version(a) == options[4].toInt(),
+      const bool is_hooked = variables[6].defined() || variables[7].defined();
+      TORCH_CHECK(is_hooked || teacher_version(a) == options[4].toInt(),
                   "the teacher's features or norms were modified by an inplace operation between "
                   "the loss and its second derivative");
       return differentiable_gradient("dnkd_ext::_nd_loss_reference",
@@ -315,7 +312,8 @@ class NdFunction : public torch::autograd::Function<Function> {
     }
     const Reduction reduction = to_reduction(options[2].toStringRef());
     if (!keeps_coefficients(student.scalar_type(), reduction)) {
-      const Tensor gradient = chain(saved, upstream, options[5].toBool());
+      const Tensor gradient =
+          chain(saved, upstream, options[5].toBool() || capture_of(saved) != options[6].toInt());
       return student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes());
     }
     OptionalTensor labels;

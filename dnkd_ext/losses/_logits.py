@@ -20,6 +20,7 @@ from dnkd_ext._checks import (
     no_autocast,
     product,
     require_flag,
+    require_dense,
     require_floating,
     require_integer,
     require_number,
@@ -200,6 +201,7 @@ def _check(
                     f"got shape {list(target.shape)}"
                 )
         else:
+            require_dense(target, "target")
             if target.dtype not in (torch.int64, torch.int32):
                 raise TypeError(
                     "target must hold int64 or int32 class indices or floating class "
@@ -208,7 +210,8 @@ def _check(
             if target.shape != rows:
                 raise ValueError(
                     "target of class indices must have the leading shape of student_logits "
-                    f"{shape}, got shape {list(target.shape)}"
+                    f"{shape}, got shape {list(target.shape)}; classes come last, and class "
+                    "probabilities are floating"
                 )
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and greater than 0, got {temperature}")
@@ -249,17 +252,23 @@ def _nan_unless(is_named: Tensor, logits: Tensor) -> Tensor:
 def _decoupled(u: Tensor, v: Tensor, is_label: Tensor, alpha: float, beta: float) -> Tensor:
     """alpha * TCKD + beta * NCKD per row, the label's logit excluded from the second exactly."""
     log_rest, is_named = [], is_label.any(-1)
-    odds = []  # log odds of the label against all other classes
+    odds, alone = [], []  # log odds of the label against all other classes; whether it has none
     for logits in (u, v):
         others = logits.masked_fill(is_label, -math.inf)
         # Relative to the largest, of which a sum of large logits would keep few digits.
-        shift = others.detach().amax(-1, keepdim=True)
+        largest = others.detach().amax(-1, keepdim=True)
+        is_alone = largest == -math.inf  # the label is the only class that is possible
+        shift = torch.where(is_alone, 0, largest)
         logits, others = logits - shift, others - shift
-        total = others.logsumexp(-1)
-        log_rest.append(others - total.unsqueeze(-1))
-        odd = torch.where(is_label, logits, 0).sum(-1) - total
+        # Of nothing but -inf logsumexp has no derivative.
+        total = torch.where(is_alone, 0, others).logsumexp(-1, keepdim=True)
+        total = torch.where(is_alone, -math.inf, total)
+        log_rest.append(torch.where(is_alone, -math.inf, others - total))
+        alone.append(is_alone.squeeze(-1))
+        label = torch.where(is_label, logits, 0).sum(-1)
+        odd = label - total.squeeze(-1)
         # An infinite logit at the label is in no sum that would show it.
-        odds.append(odd + torch.where(odd == math.inf, math.nan, 0))
+        odds.append(odd + torch.where(label == math.inf, math.nan, 0))
     student, teacher = odds
     tckd = 0.0
     for sign in (1, -1):  # the label, and everything else
@@ -267,6 +276,7 @@ def _decoupled(u: Tensor, v: Tensor, is_label: Tensor, alpha: float, beta: float
         log_ratio = F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student)
         tckd = tckd + torch.where(q == 0, 0, q * log_ratio)
     nckd = _divergence(log_rest[1], torch.where(is_label, 0, log_rest[0]))
+    nckd = torch.where(alone[0] | alone[1], 0, nckd)  # nothing to compare
     return alpha * tckd + beta * nckd + _nan_unless(is_named, u)
 
 
@@ -351,8 +361,19 @@ def logit_loss_reference(
             ones = counted.sum().clamp_min(1)
             ce = ce / ones
             kd = kd / (ones if is_decoupled else max(rows.numel(), 1))
-        loss = loss_weight * (ce_weight * ce + kd_weight * kd)
+        ce_weight, kd_weight, loss_weight = (
+            weight.to(dtype) if isinstance(weight, Tensor) else weight
+            for weight in (ce_weight, kd_weight, loss_weight)
+        )
+        loss = loss_weight * ce_weight * ce + _weighted_kd(loss_weight * kd_weight, kd)
         return LogitTerms(loss.to(dtype), ce.detach().to(dtype), kd.detach().to(dtype))
+
+
+def _weighted_kd(weight: float | Tensor, kd: Tensor) -> Tensor:
+    """With a weight of 0 the term is not there: it may be infinite."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0, weight * kd)
+    return weight * (kd if weight else kd.nan_to_num(0.0, 0.0, 0.0))
 
 
 # -- what torch has to know about the operators ---------------------------------------------------

@@ -19,6 +19,7 @@ from dnkd_ext._checks import (
     check_target,
     no_autocast,
     require_finite,
+    require_dense,
     require_floating,
     require_integer,
     require_number,
@@ -260,6 +261,7 @@ def check_nd_arguments(
                 f"got shape {list(target.shape)}"
             )
     else:
+        require_dense(target, "target")
         if target.dtype not in (torch.int64, torch.int32):
             raise TypeError(
                 "target must hold int64 or int32 class indices or floating class probabilities, "
@@ -268,7 +270,7 @@ def check_nd_arguments(
         if target.shape != rows:
             raise ValueError(
                 "target of class indices must have the leading shape of student_features "
-                f"{shape}, got shape {list(target.shape)}"
+                f"{shape}, got shape {list(target.shape)}; class probabilities are floating"
             )
     if teacher_features is not None and teacher_norms is not None:
         raise ValueError("teacher_features and teacher_norms were both given; pass one of them")
@@ -458,6 +460,10 @@ def _fake(
     return student_features.new_empty(shape, dtype=accumulate_dtype(student_features.dtype))
 
 
+def _fake_mixtures(target, class_means):
+    return target.new_empty((target.shape[0], class_means.shape[1]))
+
+
 def _require_base(base, student_features):
     """As the operator itself does."""
     dtype, device = accumulate_dtype(student_features.dtype), student_features.device
@@ -514,6 +520,7 @@ if _extension.is_loaded():
     _library.impl("_nd_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::nd_loss", _fake, lib=_library)
     torch.library.register_fake("dnkd_ext::_nd_loss_added", _fake_added, lib=_library)
+    torch.library.register_fake("dnkd_ext::_nd_mixtures", _fake_mixtures, lib=_library)
     torch.library.register_fake("dnkd_ext::_nd_loss_forward", _fake_forward, lib=_library)
     torch.library.register_fake(
         "dnkd_ext::_nd_loss_added_forward", _fake_added_forward, lib=_library

@@ -476,6 +476,20 @@ def _bad_inputs(has_ce: bool, decoupled: bool) -> tuple[BadInput, ...]:
                 r"got shape \[12\]",
             ),
             BadInput(
+                "target is an integer one-hot",
+                put(2, lambda x: torch.eye(8, dtype=torch.long)[x]),
+                ValueError,
+                r"target of class indices must have the leading shape of student_logits \[6, 8\], "
+                r"got shape \[6, 8\]; classes come last, and class probabilities are floating",
+            ),
+            BadInput(
+                "target is sparse",
+                put(2, lambda x: x.to_sparse()),
+                TypeError,
+                "target must be a dense tensor, got layout",
+                is_traceable=False,
+            ),
+            BadInput(
                 "target of too few probabilities",
                 put(2, lambda x: torch.rand(len(x), 2)),
                 ValueError,

@@ -238,6 +238,19 @@ ND_BAD_INPUTS = (
         "target of class indices must have the leading shape",
     ),
     BadInput(
+        "target is an integer one-hot",
+        put(1, lambda x: torch.eye(10, dtype=torch.long)[x]),
+        ValueError,
+        "target of class indices must have the leading shape .*; class probabilities are floating",
+    ),
+    BadInput(
+        "features are sparse",
+        put(0, lambda x: x.detach().to_sparse()),
+        TypeError,
+        "student_features must be a dense tensor, got layout",
+        is_traceable=False,
+    ),
+    BadInput(
         "target of too few probabilities",
         put(1, lambda x: torch.rand(len(x), 2)),
         ValueError,
@@ -318,6 +331,7 @@ def _nd_inner_operators(
         base = torch.ones((), device=device)
         options = (None, None, 2.0, -100, 1e-12, needs_gradient)
         yield "_nd_loss_added_forward", (base, student, target, means, student * 2, *options)
+    yield "_nd_mixtures", (torch.eye(6, device=device), means)
     coefficients = torch.randn(6, 2, generator=g).to(device)
     upstream = torch.ones(6, device=device)
     yield "_nd_loss_backward", (upstream, student, target, means, coefficients)

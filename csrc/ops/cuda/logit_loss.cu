@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
       if (is_none) {
         // Not 0 * weight, which is NaN for an infinite weight.
         const A ce = p.has_ce && !is_ignored ? terms.ce * static_cast<A>(weights[0]) : A(0);
-        const A kd = kDecoupled && is_ignored ? A(0) : terms.kd * static_cast<A>(weights[1]);
+        const A kd =
+            kDecoupled && is_ignored ? A(0) : weighted_kd(static_cast<A>(weights[1]), terms.kd);
         static_cast<A*>(p.loss)[row] = ce + kd;
         static_cast<A*>(p.ce)[row] = terms.ce;
         static_cast<A*>(p.kd)[row] = terms.kd;
@@ -186,7 +187,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   double sums[2] = {is_first ? total[0] : 0, is_first ? total[1] : 0};
   if (add_blocks<kBlockThreads>(sums, scratch, kBlocks) && threadIdx.x == 0) {
     const double ce = sums[0] / counts[0], kd = sums[1] / counts[1];
-    *static_cast<A*>(p.loss) = static_cast<A>(weights[0] * ce + weights[1] * kd);
+    *static_cast<A*>(p.loss) = static_cast<A>(weights[0] * ce + weighted_kd(weights[1], kd));
     *static_cast<A*>(p.ce) = static_cast<A>(ce);
     *static_cast<A*>(p.kd) = static_cast<A>(kd);
   }
@@ -280,7 +281,12 @@ struct ForwardLaunch {
     return static_cast<double>(slots + kRegisters) >= part * static_cast<double>(wanted);
   }
   int bytes() const { return static_cast<int>(slots) * kSlotBytes; }
-  int64_t clusters() const { return resident_clusters<kKernel>(kBlocks, kBlockThreads, bytes()); }
+  // No more than row_scratch_bytes() has room for, whatever the driver holds to be resident.
+  int64_t clusters() const {
+    const int64_t resident = resident_clusters<kKernel>(kBlocks, kBlockThreads, bytes());
+    const int64_t most = static_cast<int64_t>(multiprocessors()) * kMaxBlocksPerMultiprocessor;
+    return resident < most ? resident : most;
+  }
 
   int operator()(const LogitLossParams& p, const RowScratch& scratch, void* stream) const {
     if constexpr (kBlocks > 1) {

@@ -269,8 +269,8 @@ DNKD_INLINE LogitSums<A> sum_row(Row& data, int label, const A* probabilities, i
   }
 
   LogitSums<A> sum = {};
-  sum.shift = top[0];
-  sum.teacher_shift = top[1];
+  sum.shift = shift_of<kDecoupled>(top[0]);
+  sum.teacher_shift = shift_of<kDecoupled>(top[1]);
   sum.scale = sum.teacher_scale = 1 / options.temperature;
   if (options.standardize) {
     A means[2] = {0, 0};
