@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dis
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,12 +76,16 @@ def find_classifier(model: nn.Module) -> nn.Module:
 
 
 def features(
-    model: nn.Module, images: Tensor, *, classifier: str | nn.Module | None = None
+    model: nn.Module,
+    images: Tensor | Mapping[str, Tensor],
+    *,
+    classifier: str | nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a classifier once and return what its last linear layer read, and the logits.
 
     Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own,
-    in DistributedDataParallel or not. It is called as ``model(images)`` with a hook on the layer,
+    those of transformers that return an object with ``logits``, in DistributedDataParallel or not.
+    It is called as ``model(images)`` with a hook on the layer,
     so that wrappers and others' hooks keep working; a model that ``torch.compile`` has already
     compiled does not call it: compile the function around this one. There a bare model with timm's
     interface, whose ``forward_head`` has no more than the layer behind ``pre_logits``, is run by
@@ -94,7 +98,7 @@ def features(
 
     Args:
         model: the classifier.
-        images: its input.
+        images: its input; a mapping, such as a tokenizer's, is given as keyword arguments.
         classifier: the last linear layer or its dotted name; where not given, the layer that
             timm's ``get_classifier()`` names, else the last linear one.
 
@@ -108,7 +112,12 @@ def features(
             ``torch.utils.checkpoint`` with ``use_reentrant=True``.
     """
     _check_model(model)
-    if classifier is None and torch.compiler.is_compiling() and _is_split(model):
+    if (
+        classifier is None
+        and torch.compiler.is_compiling()
+        and isinstance(images, Tensor)
+        and _is_split(model)
+    ):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
     heads = _find_heads(model) if classifier is None else None
@@ -308,7 +317,7 @@ def run_head(model: nn.Module, last: Tensor) -> tuple[Tensor, Tensor]:
 
 def _listen(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Mapping[str, Tensor],
     classifier: str | nn.Module | None,
     run: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -329,9 +338,13 @@ def _listen(
         raise TypeError(
             f"classifier must be a name or an nn.Module, got {type(classifier).__name__}"
         )
-    (seen,), logits = _hear(run or model, images, [classifier])
-    if not isinstance(logits, torch.Tensor):
-        raise ValueError(f"the model returned {type(logits).__name__}, expected a tensor of logits")
+    (seen,), output = _hear(run or model, images, [classifier])
+    logits = _logits_of(output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model returned {type(output).__name__}, expected a tensor of logits, or an "
+            "object that has one as its attribute logits"
+        )
     if len(seen) != 1 or not _is_same(seen[0][1], logits):
         name = next(
             (f" {name}" for name, m in model.named_modules() if m is classifier and name), ""
@@ -364,8 +377,14 @@ def _check_model(model: object) -> None:
         inner = getattr(inner, "module", None)  # of a wrapper, as DistributedDataParallel
 
 
+def _logits_of(output: object) -> object:
+    return output if isinstance(output, Tensor) else getattr(output, "logits", None)
+
+
 def _hear(
-    model: Callable[[Tensor], object], images: Tensor, layers: Sequence[nn.Module]
+    model: Callable[..., object],
+    images: Tensor | Mapping[str, Tensor],
+    layers: Sequence[nn.Module],
 ) -> tuple[list[list[tuple[Tensor, Tensor]]], object]:
     """Call the model: input and output of every call of each layer, and the model's output."""
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
@@ -391,8 +410,9 @@ def _hear(
     try:
         for layer, calls in zip(layers, seen, strict=True):
             handles.append(layer.register_forward_hook(listener(calls), with_kwargs=True))
-        output = model(images)
-        if without and isinstance(output, Tensor) and output.requires_grad:
+        output = model(**images) if isinstance(images, Mapping) else model(images)
+        logits = _logits_of(output)
+        if without and isinstance(logits, Tensor) and logits.requires_grad:
             raise ValueError(
                 "the classifier ran without gradients inside a model whose output has one, so that "
                 "its input has none: use torch.utils.checkpoint with use_reentrant=False"
@@ -458,7 +478,7 @@ def _is_distilled_vit(model: nn.Module) -> bool:
 
 
 def _run_heads(
-    model: nn.Module, images: Tensor, heads: Heads
+    model: nn.Module, images: Tensor | Mapping[str, Tensor], heads: Heads
 ) -> tuple[DistilledFeatures, Tensor | None]:
     """Features and both logits; and the model's output, where it is the mean of the logits."""
     if _is_distilled_vit(model):

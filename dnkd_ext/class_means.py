@@ -8,7 +8,7 @@ import numbers
 import operator
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -418,8 +418,9 @@ class ClassMeans:
             model: any classifier; :func:`dnkd_ext.features` tells how its features are
                 found. The training mode of each of its modules is restored afterwards: one that
                 goes on as a teacher must be put into evaluation mode by its owner.
-            loader: yields ``(images, target)``; for the paper's method the training set without
-                augmentation.
+            loader: yields ``(images, target)``, the images a tensor or, for models that take
+                keyword arguments, a mapping of tensors; for the paper's method the training set
+                without augmentation.
             num_classes: ``C``; by default the width of the model's logits.
             classifier: the last linear layer or its name, where it cannot be found.
             device: where to move the batches; by default where the model's parameters are.
@@ -446,7 +447,7 @@ class ClassMeans:
                 for batch in progress_bar(loader, "class means", enabled=progress):
                     images, target = _pair(batch)
                     features, logits = extract_features(
-                        model, images.to(device, non_blocking=True), classifier=classifier
+                        model, _moved(images, device), classifier=classifier
                     )
                     if means is None:
                         classes = logits.shape[-1] if num_classes is None else num_classes
@@ -687,12 +688,24 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+def _moved(
+    images: Tensor | Mapping[str, Tensor], device: torch.device | str
+) -> Tensor | dict[str, Tensor]:
+    if isinstance(images, Mapping):
+        return {name: _moved(part, device) for name, part in images.items()}
+    return images.to(device, non_blocking=True)
+
+
+def _pair(batch: Any) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
     """Images and target of a loader's batch."""
     if (
         not isinstance(batch, (tuple, list))
         or len(batch) != 2
-        or not all(callable(getattr(part, "to", None)) for part in batch)
+        or not all(
+            callable(getattr(part, "to", None))
+            for images in batch[:1]
+            for part in (*(images.values() if isinstance(images, Mapping) else [images]), batch[1])
+        )
     ):
         kinds = type(batch).__name__
         if isinstance(batch, (tuple, list)):

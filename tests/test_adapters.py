@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -1175,3 +1176,67 @@ def test_bad_classifier_argument(classifier, error):
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
     with pytest.raises(error, match="classifier"):
         extract_features(model, torch.zeros(2, 4), classifier=classifier)
+
+
+# -- models of keyword arguments, with logits in an object -----------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    """As the models of transformers return."""
+
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class OfTokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, input_ids, attention_mask):
+        mask = attention_mask[..., None]
+        pooled = (self.embedding(input_ids) * mask).sum(1) / mask.sum(1)
+        return Output(None, self.classifier(pooled))
+
+
+def tokens(generator, rows=4):
+    mask = torch.arange(5) < torch.randint(1, 6, (rows, 1), generator=generator)
+    ids = torch.randint(11, (rows, 5), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask.float()}
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda run: run, functools.partial(torch.compile, backend="eager")]
+)
+def test_keyword_arguments_and_logits_in_an_object(wrap, generator):
+    torch._dynamo.reset()
+    model, inputs = OfTokens(), tokens(generator)
+    features, logits = wrap(lambda given: dnkd_ext.features(model, given))(inputs)
+    expected = model(**inputs)
+    torch.testing.assert_close(logits, expected.logits)
+    torch.testing.assert_close(model.classifier(features), expected.logits)
+    features.sum().backward()
+    assert model.embedding.weight.grad.abs().sum() > 0
+
+
+def test_an_object_without_logits_is_named():
+    class Other(OfTokens):
+        def forward(self, input_ids, attention_mask):
+            return [super().forward(input_ids, attention_mask).logits]
+
+    inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long), "attention_mask": torch.ones(1, 1)}
+    with pytest.raises(ValueError, match="returned list, expected a tensor of logits, or an o"):
+        dnkd_ext.features(Other(), inputs)
+
+
+def test_class_means_over_batches_of_keyword_arguments(generator):
+    model = OfTokens()
+    batches = [(tokens(generator), torch.tensor([0, 1, 2, 1])) for _ in range(3)]
+    means = dnkd_ext.ClassMeans.from_model(model, batches, progress=False).compute()
+    with torch.no_grad():
+        pooled = torch.cat([dnkd_ext.features(model, inputs)[0] for inputs, _ in batches])
+    targets = torch.cat([target for _, target in batches])
+    for k in range(3):
+        torch.testing.assert_close(means[k], pooled[targets == k].mean(0))

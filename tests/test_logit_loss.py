@@ -255,7 +255,7 @@ def test_cross_entropy_is_that_of_pytorch(joined, implementation, reduction, dev
 def test_a_row_that_allows_the_label_alone(
     implementation, reduction, dtype, classes, device, generator
 ):
-    """Masked actions: all other classes at -inf. There is nothing to learn there, nor to compare."""
+    """Masked actions: all other classes at -inf. There is nothing to learn or to compare."""
     student, teacher, target = draw(generator, 6, classes, dtype)
     student, teacher = student.detach().to(device), teacher.to(device)
     target = target.to(device)

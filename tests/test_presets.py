@@ -185,6 +185,7 @@ IMAGENET_SHARED = {
     "mixup": 0.0,
     "cutmix": 0.0,
     "drop_path": 0.0,
+    "zero_init_last": False,
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
@@ -250,6 +251,7 @@ def test_the_published_numbers_of_deit(method, nd, published):
         "schedule": "cosine",
         "lr_warm_up": 20,
         "lr_end": 1e-6,
+        "cosine_after_warm_up": True,
         "label_smoothing": 0.1,
         "interpolation": "bicubic",
         "auto_augment": "rand-m9-mstd0.5-inc1",
@@ -631,7 +633,8 @@ settings:
    weight_decay: 0.1, decay_vectors: true, schedule: multistep, milestones: [1], lr_decay: 0.1,
    kd_warm_up: 1, temperature: 1, nd_ramp: false, label_smoothing: 0, image_size: 8,
    scale: [0.1, 1], crop_pct: 0.9, interpolation: bicubic, hflip: 0.5, auto_augment: "",
-   random_erasing: 0, mixup: 0, cutmix: 0, drop_path: 0, mean: [0.5], std: [0.5],
+   random_erasing: 0, mixup: 0, cutmix: 0, drop_path: 0, zero_init_last: true, mean: [0.5],
+   std: [0.5],
    betas: {value: [0.9, 0.99], inferred: true, reason: Usual.}}
 conflicts: [They differ.]
 methods:
@@ -649,7 +652,8 @@ pairs:
     ce: {published: 5}
     kd: {published: 6}
   b-a:
-    settings: {lr: 1, optimizer: adamw, schedule: cosine, lr_warm_up: 1, lr_end: 0}
+    settings: {lr: 1, optimizer: adamw, schedule: cosine, lr_warm_up: 1, lr_end: 0,
+       cosine_after_warm_up: false}
     without: [kd]
     ce: {source: a third, conflicts: [Of the cell.]}
 """

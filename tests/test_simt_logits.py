@@ -555,7 +555,8 @@ def test_a_term_without_weight_may_be_infinite(harness, columns, reduction):
 
     (losses, gradient), (expected, _) = run_logit_loss(
         harness, dtype=torch.float32, columns=columns, kind="ce_kd", change=change,
-        weights=(1.5, 0.0), reduction=reduction, saves="gradient" if reduction == "mean" else "nothing",
+        weights=(1.5, 0.0), reduction=reduction,
+        saves="gradient" if reduction == "mean" else "nothing",
     )  # fmt: skip
     assert losses[2].isinf().any()
     torch.testing.assert_close(losses[0].double(), 1.5 * expected[1], rtol=1e-5, atol=0)

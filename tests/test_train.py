@@ -182,6 +182,17 @@ def test_learning_rate_and_ramp():
     )
     cosine = replace(TrainConfig(), {"lr": 0.2, "epochs": 4, "schedule": "cosine"}).optim
     assert [learning_rate(cosine, t) for t in (0, 2, 4)] == pytest.approx([0.2, 0.1, 0])
+    long = {"lr": 0.2, "epochs": 300, "schedule": "cosine", "lr_warm_up": 20.0}
+    slow = replace(TrainConfig(), long).optim
+    late = replace(TrainConfig(), {**long, "cosine_after_warm_up": True}).optim
+    half = 0.2 * (1 + math.cos(math.pi / 2)) / 2
+    assert [learning_rate(late, t) for t in (10, 20, 160, 300)] == pytest.approx(
+        [0.1, 0.2, half, 0]
+    )
+    assert learning_rate(slow, 150) == pytest.approx(half)
+    assert learning_rate(slow, 20) < 0.2
+    with pytest.raises(ValueError, match="--cosine-after-warm-up wants --schedule cosine, got mul"):
+        replace(TrainConfig(), {"data": "d", "cosine_after_warm_up": True}).check()
     assert [ramp(4, epoch) for epoch in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert ramp(0, 0) == 1
 

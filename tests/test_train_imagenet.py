@@ -140,6 +140,17 @@ def test_every_layout_trains_and_goes_on(data, teacher, whole, tmp_path, monkeyp
     assert (result["train_images"], result["test_images"]) == (4 * TRAIN, 4 * VAL)
 
 
+def test_residual_blocks_may_begin_as_torchvisions():
+    """timm's ResNets begin as identities; what has no residual blocks takes the option as well."""
+    kept = build_model("resnet18", 10, 3)
+    other = build_model("resnet18", 10, 3, zero_init_last=False)
+    assert kept.layer3[1].bn2.weight.abs().max() == 0
+    assert other.layer3[1].bn2.weight.min() == 1
+    assert build_model("vit_tiny_patch16_224", 10, 3, zero_init_last=False) is not None
+    with pytest.raises(ValueError, match="--drop-path is for models that have it"):
+        build_model("vgg11", 10, 3, zero_init_last=False, drop_path=0.1)
+
+
 def test_shards_gone_on_with_by_more_workers_are_other_images(
     data, whole, tmp_path, monkeypatch, recwarn
 ):

@@ -102,6 +102,9 @@ class ModelOptions:
     """Of the projector, which is there where student and class means differ in width."""
     drop_path: float = 0.0
     """Rate of stochastic depth in the student, for models of timm that have it."""
+    zero_init_last: bool = True
+    """Let the student's residual blocks begin as identities where timm does so (its ResNets): the
+    last BatchNorm of each has a weight of 0 at first, otherwise of 1 as in torchvision."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,9 @@ class OptimOptions:
     """Learning rate at the start of the warm-up."""
     lr_end: float = 0.0
     """Learning rate at the end of the cosine."""
+    cosine_after_warm_up: bool = False
+    """Let the cosine begin where the warm-up ends; otherwise it spans all epochs, and the warm-up
+    takes the place of its beginning."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay per step, and evaluate it,
     too."""
@@ -321,6 +327,10 @@ class TrainConfig:
                 f"--lr-warm-up must be below --epochs {self.optim.epochs}, got "
                 f"{self.optim.lr_warm_up}"
             )
+        if self.optim.cosine_after_warm_up and self.optim.schedule != "cosine":
+            raise ValueError(
+                f"--cosine-after-warm-up wants --schedule cosine, got {self.optim.schedule}"
+            )
         is_sgd = self.optim.optimizer == "sgd"
         if is_sgd and self.optim.nesterov and self.optim.momentum == 0:
             raise ValueError("--nesterov wants a --momentum greater than 0, got 0")
@@ -398,7 +408,12 @@ class TrainConfig:
             raise ValueError(f"--method {self.method.method} has no part in --task detection")
         if self.method.label_smoothing:
             raise ValueError("--label-smoothing has no part in --task detection")
-        ours = ((self.model, "drop_path"), (self.model, "dropout"), (self.method, "gamma"))
+        ours = (
+            (self.model, "zero_init_last"),
+            (self.model, "drop_path"),
+            (self.model, "dropout"),
+            (self.method, "gamma"),
+        )
         for group, name in ours:
             value = getattr(group, name)
             if value != getattr(type(group)(), name):

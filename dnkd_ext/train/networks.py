@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,8 +42,11 @@ def build_model(
     *,
     pretrained: bool = False,
     drop_path: float = 0.0,
+    zero_init_last: bool = True,
 ) -> nn.Module:
     """A model with fresh weights: one of ours by its name ``cifar_*``, or one of timm's.
+
+    ``zero_init_last``: False for residual blocks that do not begin as identities.
 
     Raises:
         ValueError: no such model or tag, no published weights of it, or no stochastic depth in it.
@@ -69,10 +73,16 @@ def build_model(
             f"no weights {tag!r} of {plain}, as {name} asks for; timm has "
             f"{', '.join(known) or 'none'}"
         )
-    options = {"num_classes": num_classes, "in_chans": channels}
+    options: dict[str, Any] = {"num_classes": num_classes, "in_chans": channels}
     if drop_path:
         options["drop_path_rate"] = drop_path
     if not pretrained:
+        if not zero_init_last:
+            try:
+                return timm.create_model(name, zero_init_last=False, **options)
+            except TypeError as error:
+                if "zero_init_last" not in str(error) and "drop_path_rate" not in str(error):
+                    raise
         try:
             return timm.create_model(name, **options)
         except TypeError as error:
@@ -101,7 +111,11 @@ def build_student(config: TrainConfig, source: Source) -> nn.Module:
     """
     options = config.model
     student = build_model(
-        options.student, len(source.classes), source.channels, drop_path=options.drop_path
+        options.student,
+        len(source.classes),
+        source.channels,
+        drop_path=options.drop_path,
+        zero_init_last=options.zero_init_last,
     )
     fit_image_size(student, source.image_size)
     return student

@@ -275,6 +275,8 @@ IMAGENET: dict[str, tuple[Callable[[Any], Any], str]] = {
     "schedule": (_choice(("multistep", "cosine")), "one of multistep, cosine"),
     "lr_warm_up": _NUMBER,
     "lr_end": _NUMBER,
+    "cosine_after_warm_up": _TRUTH,
+    "zero_init_last": _TRUTH,
     "image_size": _INTEGER,
     "scale": (_pair, "a list of two numbers"),
     "crop_pct": _NUMBER,
@@ -315,7 +317,10 @@ OF_TASKS = {
     "imagenet": set(IMAGENET),
     "detection": {"flip", "mid_channels", "lr_warm_up", *DETECTION},
 }
-OF_SCHEDULES = {"multistep": {"milestones", "lr_decay"}, "cosine": {"lr_warm_up", "lr_end"}}
+OF_SCHEDULES = {
+    "multistep": {"milestones", "lr_decay"},
+    "cosine": {"lr_warm_up", "lr_end", "cosine_after_warm_up"},
+}
 
 
 def _wanted(settings: dict[str, Any]) -> set[str]:
