@@ -5,14 +5,30 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import shutil
+import struct
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["TEMPORARY", "replacing", "sync"]
+__all__ = ["TEMPORARY", "UNREADABLE", "replacing", "sync"]
 
 TEMPORARY = ".unfinished"
+
+# What torch.load and zipfile raise of a file that is damaged or something else.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,31 @@ def test_checkpoints_keep_the_one_before_and_run_nothing(tmp_path):
     (tmp_path / "checkpoint.previous.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read.*previous"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["byte", "text", "bytes", "zip"])
+def test_a_checkpoint_with_a_damaged_byte_is_not_taken(tmp_path, kind):
+    """torch.load looks at no checksum, and what is no zip file may raise anything."""
+    for number in range(2):
+        tensor = torch.full((5000,), float(number))
+        save_checkpoint(tmp_path, {"number": number, "tensor": tensor})
+    newest = tmp_path / "checkpoint.pt"
+    content = bytearray(newest.read_bytes())
+    if kind == "byte":
+        content[content.index(tensor.numpy().tobytes()) + 9001] ^= 1
+    elif kind == "text":
+        content = b"epoch,time,lr,train_loss\n1,2.0,0.1,3.5\n"
+    elif kind == "bytes":
+        content[:512] = bytes(range(256)) * 2
+    else:
+        with zipfile.ZipFile(newest, "w") as file:
+            file.writestr("something", "else")
+        content = newest.read_bytes()
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"checkpoint\.pt cannot be read: .*going on from"):
+        state = load_checkpoint(tmp_path)
+    assert state["number"] == 0
+    assert state["tensor"].eq(0).all()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,19 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     for option, value in (("--teacher-weights", "x"), ("--count", "2"), ("--device", "cpu")):
         told = refused(["plot", *folders, "--out", str(out), option, value], capsys)
         assert f"{option} is for the boxes of --task detection, got {value}" in told
+    # Nothing is written before all is looked at, nor into the current folder by an empty name.
+    (out / "curves.png").write_bytes(b"the old one")
+    told = refused(["plot", folders[0], "--out", str(out), "--task", "detection"], capsys)
+    assert "is a run of --task cifar, not of detection" in told
+    assert (out / "curves.png").read_bytes() == b"the old one"
+    for command in (["plot", folders[0]], options(images, tmp_path)[:3]):
+        assert "--out must name where to write to" in refused([*command, "--out", ""], capsys)
+    for name, content in (("config.json", "[1, 2]"), ("log.csv", "epoch\n1,2\n")):
+        kept = (tmp_path / "run" / "seed-0" / name).read_text()
+        (tmp_path / "run" / "seed-0" / name).write_text(content)
+        told = refused(["plot", folders[0], "--out", str(out)], capsys)
+        assert "a damaged config.json or log.csv" in told
+        (tmp_path / "run" / "seed-0" / name).write_text(kept)
 
 
 def test_runs_in_a_picture_are_told_apart(tmp_path, monkeypatch):
@@ -98,6 +112,7 @@ def test_runs_in_a_picture_are_told_apart(tmp_path, monkeypatch):
         "second": {**base, "method": "dkd", "lr": 1.0},
         "third": {**base, "method": "dkd", "lr": 2.0},
         "preset": {**preset, "method": "kd", "nd_weight": 2.0},
+        "own": {**preset, "method": "kd", "nd_weight": 2.0, "student": "cifar_resnet20"},
         "weight": {**preset, "method": "kd", "nd_weight": 1.5},
         "other": {**preset, "method": "dkd"},
         "teacher": {**base, "preset": "cifar100/teacher/resnet56", "method": "ce"},
@@ -120,11 +135,12 @@ def test_runs_in_a_picture_are_told_apart(tmp_path, monkeypatch):
             f"cifar_shufflenetv2, dkd, seed 0 ({tmp_path / name})"
             for name in ("first", "second", "third")
         ),
+        "cifar100/resnet56-resnet20/kd++, cifar_shufflenetv2, seed 0",
         "cifar100/resnet56-resnet20/kd++, seed 0",
-        "cifar100/resnet56-resnet20/kd++, kd, nd 1.5, seed 0",
-        "cifar100/resnet56-resnet20/kd++, dkd, seed 0",
-        "cifar100/teacher/resnet56, seed 0",
-        "cifar100/no-more/kd, kd, seed 0",
+        "cifar100/resnet56-resnet20/kd++, cifar_shufflenetv2, kd, nd 1.5, seed 0",
+        "cifar100/resnet56-resnet20/kd++, cifar_shufflenetv2, dkd, seed 0",
+        "cifar100/teacher/resnet56, cifar_shufflenetv2, seed 0",
+        "cifar100/no-more/kd, cifar_shufflenetv2, kd, seed 0",
         "cifar_resnet20, seed 1",
     ]
 
@@ -285,6 +301,24 @@ def test_before_runs_at_once_all_is_read_once_and_given_back(
     assert {path.name for path in (tmp_path / "other").iterdir()} == {"run"}
     assert main(options(images, tmp_path / "no" / "other", *more, "--batch-size", "999")) == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_the_last_of_several_at_once_has_its_share_of_the_cores(images, tmp_path, monkeypatch):
+    """Resumed alone, too: what it computes depends on the number of threads."""
+    seen = []
+
+    def train(jobs, number, hand_over):
+        seen.append(([job.out.name for job in jobs], number))
+        raise KeyboardInterrupt
+
+    more = ("--epochs", "1", "--seeds", "0,1,2")
+    assert main(options(images, tmp_path, *more)) == 0
+    shutil.rmtree(tmp_path / "run" / "seed-2")
+    monkeypatch.setattr("dnkd_ext.train.jobs.train_at_once", train)
+    assert main(options(images, tmp_path, *more, "--at-once", "2", "--resume")) == 130
+    assert seen == [(["seed-2"], 2)]
+    assert main(options(images, tmp_path, *more, "--at-once", "9", "--resume")) == 130
+    assert seen[1:] == [(["seed-2"], 3)]
 
 
 def begin_nothing(*arguments, **options):

@@ -15,7 +15,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from dnkd_ext.train.commands import run_class_means, run_eval, run_pictures, run_plot
+from dnkd_ext.train.commands import (
+    read_run,
+    run_class_means,
+    run_eval,
+    run_pictures,
+    run_plot,
+)
 from dnkd_ext.train.config import (
     OF_METHODS,
     DataOptions,
@@ -340,11 +346,18 @@ def _read_train(
     return arguments, [(config, _published(config)) for config in configs], seeds
 
 
+def _named(out: str) -> Path:
+    """The path of --out; an empty one, as of an unset variable, would be the current folder."""
+    if not out.strip():
+        raise ValueError(f"--out must name where to write to, got {out!r}")
+    return Path(out)
+
+
 def train(argv: Sequence[str]) -> int:
     """``dnkd train``."""
     with told_once():
         arguments, configs, seeds = _read_train(argv)
-    out = Path(arguments.out)
+    out = _named(arguments.out)
 
     def work(world: World) -> None:
         # Where a node was replaced, its torchrun has restarted nothing yet.
@@ -418,8 +431,10 @@ def class_means(argv: Sequence[str]) -> int:
     with told_once():
         if arguments.seed and arguments.data.task != "detection":
             raise ValueError(f"--seed is for --task detection, got {arguments.seed}")
+        if arguments.resume and arguments.overwrite:
+            raise ValueError("--resume goes on and --overwrite begins anew; pass one of them")
     config = replace(_config(arguments), {"seed": arguments.seed})
-    out = Path(arguments.out)
+    out = _named(arguments.out)
 
     def work(world: World) -> None:
         means = run_class_means(
@@ -471,7 +486,12 @@ def plot(argv: Sequence[str]) -> int:
             if value != drawn[name]:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} is for the boxes of --task detection, got {value}")
-    folders, out = [Path(run) for run in arguments.runs], Path(arguments.out)
+    folders, out = [Path(run) for run in arguments.runs], _named(arguments.out)
+    if arguments.task == "detection":
+        for folder in folders:  # before anything is written
+            task = read_run(folder)[0].get("task")
+            if task != arguments.task:
+                raise ValueError(f"{folder} is a run of --task {task}, not of detection")
     print(run_plot(folders, out))
     if arguments.task == "curves":
         return 0

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dnkd_ext._files import TEMPORARY, replacing, sync
+from dnkd_ext._files import TEMPORARY, UNREADABLE, replacing, sync
 from dnkd_ext.train.sharding import check_shards
 from dnkd_ext.train.world import World
 
@@ -26,6 +26,7 @@ __all__ = [
     "NAME",
     "PREVIOUS",
     "load_checkpoint",
+    "load_whole",
     "remove_unnamed",
     "save_checkpoint",
     "shard_folders",
@@ -34,6 +35,22 @@ __all__ = [
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 FORMAT = "dnkd_ext checkpoint 1"
+
+
+def load_whole(path: Path) -> Any:
+    """What torch.save wrote, on the CPU, and nothing but tensors and plain values.
+
+    Its checksums are compared first, which torch.load does not.
+
+    Raises:
+        UNREADABLE: it is damaged or something else.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -78,7 +95,7 @@ def load_checkpoint(folder: Path, world: World | None = None) -> dict[str, Any] 
         if path.exists():
             try:
                 state = _read(path, world)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            except UNREADABLE as error:
                 first = str(error).splitlines()[0] if str(error) else type(error).__name__
                 problem = f"{path} cannot be read: {first}"
         problems = [problem] if world is None else world.gather(problem)
@@ -95,7 +112,7 @@ def load_checkpoint(folder: Path, world: World | None = None) -> dict[str, Any] 
 
 
 def _read(path: Path, world: World | None) -> dict[str, Any]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = load_whole(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"it is no {FORMAT!r}")
     shards = state.get("shards")
@@ -130,7 +147,7 @@ def remove_unnamed(folder: Path) -> None:
                 # Mapped: of its tensors nothing is read.
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 named.add((state.get("shards") or {}).get("folder"))
-            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError):
+            except UNREADABLE:
                 return
     for place in found:
         if place.name not in named:

@@ -161,26 +161,31 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 {name: float(value) for name, value in row.items() if value}
                 for row in csv.DictReader(file)
             ]
-    except ValueError as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds a {type(config).__name__}")
+    except (ValueError, TypeError) as error:  # the latter of a row with too many cells
         raise ValueError(f"{folder}: a damaged {CONFIG} or {LOG}: {error}") from error
     return config, rows
 
 
 def _run_name(config: dict[str, Any]) -> str:
     preset, method, nd = (config.get(name) for name in ("preset", "method", "nd_weight"))
-    words = [preset or str(config.get("student"))]
-    if method and not (preset and _is_of_preset(preset, method, nd)):
-        words += [method, *([f"nd {nd:g}"] if nd else [])]
+    student = config.get("student")
+    own = _settings_of(preset)
+    words = [str(preset or student)]
+    if preset and student != own.get("student"):
+        words.append(str(student))
+    if method and (method, nd) != (own.get("method"), own.get("nd_weight")):
+        words += [str(method), *([f"nd {nd}"] if nd else [])]
     return ", ".join([*words, f"seed {config.get('seed')}"])
 
 
-def _is_of_preset(preset: str, method: str, nd: float) -> bool:
-    """Whether these are the preset's own, which its name tells then."""
+def _settings_of(preset: Any) -> dict[str, Any]:
+    """A preset's own, which its name tells; none of another version's, or where there is none."""
     try:
-        settings = load_preset(preset).settings
-    except ValueError:  # of another version
-        return False
-    return (settings.get("method"), settings.get("nd_weight")) == (method, nd)
+        return load_preset(preset).settings if isinstance(preset, str) and preset else {}
+    except ValueError:
+        return {}
 
 
 def run_plot(folders: list[Path], out: Path) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import signal
 import time
 import warnings
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dnkd_ext._files import replacing
+from dnkd_ext._files import UNREADABLE, replacing
 from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.progress import Progress
+from dnkd_ext.train.checkpoint import load_whole
 from dnkd_ext.train.config import FREE, TrainConfig
 from dnkd_ext.train.data.sources import Source
 from dnkd_ext.train.signals import Interrupted, Signals
@@ -95,11 +95,11 @@ def _load(path: Path, origin: str) -> tuple[int, dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = load_whole(path)
         if held["origin"] == origin:
             return int(held["next"]), held["means"]
         reason = "it is of another teacher, other data or other options"
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     warnings.warn(f"{path} is no use, class means begin anew: {reason}", stacklevel=3)
     return None

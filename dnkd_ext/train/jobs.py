@@ -162,7 +162,8 @@ def run_jobs(
         world: the processes.
         resume: go on with what the folders hold.
         overwrite: replace it.
-        at_once: how many at a time, each in a process of its own; no more than are left to do.
+        at_once: how many at a time, each in a process of its own and with its share of the CPU's
+            cores, which is the same when few are left: figures depend on the number of threads.
 
     Returns:
         What the ``result.json`` of every job holds.
@@ -201,7 +202,8 @@ def run_jobs(
                     )
                 states = [_look(job, resume, overwrite) for job in ready]
         states = world.from_first(states)
-        at_once = min(at_once, sum(state.result is None for state in states))
+        is_done = all(state.result is not None for state in states)
+        at_once = 1 if is_done else min(at_once, len(states))
         options = (out, world, own, resume, overwrite, at_once)
         if at_once > 1:
             with _decoded_once(ready, out) as borrowing:

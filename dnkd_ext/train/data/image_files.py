@@ -230,6 +230,8 @@ def _read_cache(path: Path, key: str) -> ImageSet | None:
                 return None
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        if path.is_dir():
+            raise ValueError(f"--cache must be a file, {path} is a folder") from error
         raise ValueError(f"cache {path} cannot be read ({error}); remove it") from error
     return image_set(
         notes["name"],

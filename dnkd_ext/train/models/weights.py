@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from dnkd_ext._files import UNREADABLE
 
 __all__ = ["load_weights", "read_notes", "read_weights"]
 
@@ -116,7 +117,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         # timm's checkpoints hold the options of their run, which are plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is not a PyTorch file of weights alone: {_why(error)}") from error
     for key in KEYS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
