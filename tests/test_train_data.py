@@ -541,5 +541,5 @@ def test_a_cache_that_is_something_else(tmp_path):
         with pytest.raises(ValueError, match=r"cache .* cannot be read .*; remove it"):
             load_images(tmp_path, cache=cache, progress=False)
         assert cache.read_bytes() == content
-    with pytest.raises(ValueError, match="--cache must be a file, .* is a folder"):
+    with pytest.raises(ValueError, match=r"--cache must be a file, .* is a folder"):
         load_images(tmp_path, cache=tmp_path, progress=False)
