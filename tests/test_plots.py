@@ -200,7 +200,7 @@ def test_what_runs_do_not_have_is_left_out(tmp_path, figures):
 
 
 def test_a_term_that_a_run_does_not_use_is_no_line(tmp_path, figures):
-    """What is 0 in every epoch; not what begins at 0, nor an accuracy of 0."""
+    """What is 0 in every epoch, but no accuracy. An ND loss of 0 tells that its weight was."""
     logs = {"ce": rows(0), "kd": rows(1), "kd++": rows(2)}
     for row in logs["ce"]:
         row.update(kd=0.0, nd=0.0, test_top1=0.0)
@@ -210,7 +210,8 @@ def test_a_term_that_a_run_does_not_use_is_no_line(tmp_path, figures):
     plots.plot_curves(logs, tmp_path / "curves.png")
     drawn = panels(figures[0])
     (nd,) = drawn["Feature direction and norm"].get_lines()
-    np.testing.assert_array_equal(nd.get_ydata(), [row["nd"] for row in logs["kd++"]])
+    wanted = [math.nan, *(row["nd"] for row in logs["kd++"][1:])]
+    np.testing.assert_array_equal(nd.get_ydata(), wanted)
     assert len(drawn["Distillation"].get_lines()) == 2
     of_colour = {line.get_color() for line in drawn["Accuracy"].get_lines()}
     assert len(of_colour) == 3
@@ -252,6 +253,12 @@ def test_features_and_accuracies(tmp_path, figures):
     assert sorted(label.split(" (")[0] for label in labels) == ["kd", "kd++", "teacher"]
     assert f"teacher (mean {norms['teacher'].mean():.2f})" in labels
     assert len(list(tmp_path.iterdir())) == 2
+    # A few that are far beyond all others would press those into a bar.
+    norms["kd"][7] = 500.0
+    plots.plot_features(norms, norms, "title", tmp_path / "features.png")
+    left = figures[-1].axes[0]
+    assert left.get_xlim()[1] < 10
+    assert left.get_xlabel() == "feature norm, the largest left out (up to 500)"
 
 
 def test_pyplot_is_left_alone(tmp_path):

@@ -71,14 +71,21 @@ def plot_accuracy(
 
 
 def plot_features(norms: dict[str, Any], cosines: dict[str, Any], title: str, path: Path) -> None:
-    """Distributions of the feature norm and of the cosine to the class mean, per model."""
+    """Distributions of the feature norm and of the cosine to the class mean, per model.
+
+    Where few values are far beyond all others, they are left out, which the axis says.
+    """
     figure, (left, right) = new_figure(10.5, 4.2, columns=2)
     for axes, values, label in (
         (left, norms, "feature norm"),
         (right, cosines, "cosine to the mean teacher feature of the class"),
     ):
         everything = np.concatenate([np.asarray(v) for v in values.values()])
-        bins = np.linspace(everything.min(), everything.max(), 50)
+        low, high = everything.min(), everything.max()
+        usual = max(np.quantile(np.asarray(v), 0.99, method="lower") for v in values.values())
+        if high - low > 2 * (usual - low) > 0:
+            high, label = usual, f"{label}, the largest left out (up to {high:.3g})"
+        bins = np.linspace(low, high, 50)
         students = [name for name in values if name != "teacher"]
         for name, value in values.items():
             is_teacher = name == "teacher"
@@ -154,7 +161,8 @@ def plot_curves(
     A panel per quantity: the weighted loss, its terms, the accuracy, with the best epoch's marked
     and in the legend below, and the learning rate. Where a moving average of the weights was
     evaluated it is drawn, too, and the best is its. A panel that no run has a value for is left
-    out; a term of the loss that is 0 in every epoch of a run is none of that run's.
+    out; a term of the loss that is 0 in every epoch of a run is none of that run's, and an ND loss
+    of 0 in an epoch, whose weight is 0 there, leaves a gap.
 
     Args:
         rows_by_run: per name of a run its logged rows, one per epoch and in any order. A row has
@@ -275,7 +283,8 @@ def _make_room(figure: Any, heading: Any, handles: list[Any]) -> None:
 def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """The rows by epoch as one float64 array per column, NaN where nothing is.
 
-    A term of the loss that is 0 throughout is one that the run does not use, and is NaN, too.
+    A term of the loss that is 0 throughout is one that the run does not use, and is NaN, too, as is
+    an ND loss of 0 in an epoch: there its weight is, as at the beginning of a ramp.
     """
     rows = list(rows)
     names = [name for panel in PANELS for name in panel[3]]
@@ -298,6 +307,7 @@ def _columns(run: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, np.ndarra
     for name in OF_TRAINING:
         if not found[name][np.isfinite(found[name])].any():
             found[name][:] = np.nan
+    found["nd"][found["nd"] == 0] = np.nan
     return found
 
 
