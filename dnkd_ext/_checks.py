@@ -38,6 +38,8 @@ def require_sequence(values: object, name: str) -> None:
 
 def require_dense(tensor: Tensor, name: str) -> None:
     """TypeError unless the tensor is neither sparse nor nested with rows of several lengths."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 

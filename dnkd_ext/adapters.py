@@ -7,6 +7,7 @@ attention" (arXiv 2012.12877).
 from __future__ import annotations
 
 import dis
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -98,7 +99,8 @@ def features(
 
     Args:
         model: the classifier.
-        images: its input; a mapping, such as a tokenizer's, is given as keyword arguments.
+        images: its input; a mapping whose names are arguments of the model, such as a tokenizer's,
+            is given as these.
         classifier: the last linear layer or its dotted name; where not given, the layer that
             timm's ``get_classifier()`` names, else the last linear one.
 
@@ -377,6 +379,26 @@ def _check_model(model: object) -> None:
         inner = getattr(inner, "module", None)  # of a wrapper, as DistributedDataParallel
 
 
+def _kind_of(model: Callable[..., object]) -> type:
+    """Of the model inside of wrappers such as DistributedDataParallel."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return type(model)
+
+
+@torch.compiler.assume_constant_result
+def _takes_names(kind: type, names: tuple[str, ...]) -> bool:
+    """Whether a model takes these as arguments; one that takes a mapping as such has others."""
+    forward = getattr(kind, "forward", None)
+    if forward is None:
+        return False
+    try:
+        inspect.signature(forward).bind(None, **dict.fromkeys(names))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _logits_of(output: object) -> object:
     return output if isinstance(output, Tensor) else getattr(output, "logits", None)
 
@@ -410,7 +432,8 @@ def _hear(
     try:
         for layer, calls in zip(layers, seen, strict=True):
             handles.append(layer.register_forward_hook(listener(calls), with_kwargs=True))
-        output = model(**images) if isinstance(images, Mapping) else model(images)
+        named = isinstance(images, Mapping) and _takes_names(_kind_of(model), tuple(images))
+        output = model(**images) if named else model(images)
         logits = _logits_of(output)
         if without and isinstance(logits, Tensor) and logits.requires_grad:
             raise ValueError(

@@ -688,10 +688,15 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _parts(images: Any) -> list[Any]:
+    is_plain = isinstance(images, Mapping) and not hasattr(images, "to")
+    return [*images.values()] if is_plain else [images]
+
+
 def _moved(
     images: Tensor | Mapping[str, Tensor], device: torch.device | str
 ) -> Tensor | dict[str, Tensor]:
-    if isinstance(images, Mapping):
+    if not hasattr(images, "to"):
         return {name: _moved(part, device) for name, part in images.items()}
     return images.to(device, non_blocking=True)
 
@@ -704,7 +709,7 @@ def _pair(batch: Any) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
         or not all(
             callable(getattr(part, "to", None))
             for images in batch[:1]
-            for part in (*(images.values() if isinstance(images, Mapping) else [images]), batch[1])
+            for part in (*_parts(images), batch[1])
         )
     ):
         kinds = type(batch).__name__

@@ -1221,6 +1221,20 @@ def test_keyword_arguments_and_logits_in_an_object(wrap, generator):
     assert model.embedding.weight.grad.abs().sum() > 0
 
 
+def test_a_model_that_takes_a_mapping_as_such(generator):
+    class OfBatch(OfTokens):
+        def forward(self, batch):
+            return super().forward(batch["input_ids"], batch["attention_mask"]).logits
+
+    model, inputs = OfBatch(), tokens(generator)
+    features, logits = dnkd_ext.features(model, inputs)
+    torch.testing.assert_close(logits, model(inputs))
+    torch.testing.assert_close(model.classifier(features), logits)
+    wrapped = nn.Module()
+    wrapped.module, wrapped.forward = model, model.forward
+    torch.testing.assert_close(dnkd_ext.features(wrapped, inputs)[1], logits)
+
+
 def test_an_object_without_logits_is_named():
     class Other(OfTokens):
         def forward(self, input_ids, attention_mask):

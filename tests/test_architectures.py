@@ -49,7 +49,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(_extension, "_library", library)
         monkeypatch.setattr(_extension, "_has_cuda", True)
         monkeypatch.setattr(_extension, "_runs_on_gpu", {})
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
         device = types.SimpleNamespace(index=3)
         return types.SimpleNamespace(is_cpu=False, is_cuda=True, device=device)
 

@@ -184,9 +184,10 @@ def test_activation_checkpointing_frees_the_teacher(case, dtype, needs_extension
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_mutation_of_saved_tensors_can_be_allowed(case, reduction, device, generator):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_mutation_of_saved_tensors_can_be_allowed(case, dtype, reduction, device, generator):
     """torch's context keeps copies of what is overwritten, the teacher among it."""
-    given = arguments(case, generator, device=device)
+    given = arguments(case, generator, dtype, device)
     expected = torch.autograd.grad(case.reference(*given[0], **given[1]), given[0][0])[0]
     teacher = tensors_of(given)[case.teacher].clone()
     args, kwargs = replaced(given, {case.teacher: teacher})

@@ -1305,6 +1305,12 @@ def test_ignored_rows_do_not_enter_the_cross_entropy_whatever_they_hold(filler, 
     wanted = F.cross_entropy(student, target)
     torch.testing.assert_close(terms.ce, wanted.detach())
     torch.testing.assert_close(terms.loss, wanted)
+    (gradient,) = torch.autograd.grad(terms.loss, student)
+    assert gradient[2].abs().max() == 0
+    (expected,) = torch.autograd.grad(
+        F.cross_entropy(student[[0, 1, 3]], target[[0, 1, 3]]), student
+    )
+    torch.testing.assert_close(gradient[[0, 1, 3]], expected[[0, 1, 3]])
 
 
 def test_a_target_that_is_no_tensor_is_named(generator):

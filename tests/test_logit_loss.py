@@ -300,30 +300,6 @@ def test_the_label_alone_in_one_of_them(implementation, who, device, generator):
     torch.testing.assert_close(gradient[1], torch.autograd.grad(wanted[1], student)[0][1])
 
 
-@JOINED
-@IMPLEMENTATIONS
-@REDUCTIONS
-@pytest.mark.parametrize("weight", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
-def test_a_term_without_weight_may_be_infinite(
-    joined, implementation, reduction, weight, device, generator
-):
-    """What the teacher holds possible and the student does not is no cross entropy's business."""
-    student, teacher, target = draw(generator, 5, 9)
-    student = student.detach().to(device)
-    student[1, 4] = -torch.inf
-    student.requires_grad_()
-    target[1] = 3
-    weight = weight.to(device) if isinstance(weight, torch.Tensor) else weight
-    result = terms_of(joined, implementation)(
-        student, teacher.to(device), target.to(device), kd_weight=weight, reduction=reduction
-    )
-    assert result.kd.isinf().any()
-    expected = F.cross_entropy(student, target.to(device), reduction=reduction)
-    torch.testing.assert_close(result.loss, expected)
-    gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (result.loss, expected)]
-    torch.testing.assert_close(*gradients)
-
-
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("standardize", [False, True])
 def test_decoupling(implementation, standardize, device, generator):

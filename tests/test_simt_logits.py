@@ -546,23 +546,6 @@ def test_ignored_rows_may_hold_anything(harness, kind):
         assert_close(*result, torch.float32)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("columns", [64, 2304])
-def test_a_term_without_weight_may_be_infinite(harness, columns, reduction):
-    def change(student, teacher, labels):
-        student[1, 5] = float("-inf")
-        labels[1] = 3
-
-    (losses, gradient), (expected, _) = run_logit_loss(
-        harness, dtype=torch.float32, columns=columns, kind="ce_kd", change=change,
-        weights=(1.5, 0.0), reduction=reduction,
-        saves="gradient" if reduction == "mean" else "nothing",
-    )  # fmt: skip
-    assert losses[2].isinf().any()
-    torch.testing.assert_close(losses[0].double(), 1.5 * expected[1], rtol=1e-5, atol=0)
-    assert gradient is None or gradient.isfinite().all()
-
-
 @pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
 def test_counts_many_rows(harness, kind):
     """Several blocks of the count kernel, each block of the row kernel with many rows."""

@@ -79,10 +79,14 @@ int64_t capture_of(const at::Tensor& tensor) {
 #ifdef DNKD_WITH_CUDA
   // A fake tensor may be of a device that is not there.
   if (tensor.is_cuda() && !at::areAnyTensorSubclassLike({tensor})) {
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream();
+    if (stream == nullptr) {  // the default one, which cannot be captured
+      return 0;
+    }
+    const c10::cuda::CUDAGuard device(tensor.device());
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     unsigned long long id = 0;
-    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(
-        c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream(), &status, &id));
+    C10_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
     return status == cudaStreamCaptureStatusNone ? 0 : static_cast<int64_t>(id);
   }
 #endif

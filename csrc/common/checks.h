@@ -18,6 +18,7 @@ inline bool is_loss_dtype(at::ScalarType type) {
 }
 
 inline void check_dense(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(!tensor.is_nested(), name, " must be a dense tensor, got a nested one");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " must be a dense tensor, got layout ",
                    tensor.layout());
 }

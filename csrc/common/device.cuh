@@ -595,13 +595,12 @@ int remembered(std::atomic<int> (&known)[kMaxDevices], const Ask& ask) {
 // Multiprocessors of the current device.
 inline int multiprocessors() {
   static std::atomic<int> known[kMaxDevices];
-  const int count = remembered(known, [](int device) {
-    int answer = 0;
-    return succeeds(cudaDeviceGetAttribute(&answer, cudaDevAttrMultiProcessorCount, device))
-               ? answer
-               : 0;
+  return remembered(known, [](int device) {
+    int count = 0;
+    // An answer of 1 stays, too: scratch and grid go by the same number.
+    return succeeds(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device)) ? count
+                                                                                            : 1;
   });
-  return count > 0 ? count : 1;
 }
 
 // Blocks of a kernel that the current device holds at once, each with shared_bytes of dynamic

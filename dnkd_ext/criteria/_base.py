@@ -21,6 +21,7 @@ from dnkd_ext._checks import (
 )
 from dnkd_ext._export import exportable
 from dnkd_ext.losses._logits import LogitTerms
+from dnkd_ext.losses.dkd_loss import ce_dkd_loss
 from dnkd_ext.losses.kd_loss import ce_kd_loss
 from dnkd_ext.losses.nd_loss import add_nd_loss, class_means_table
 
@@ -280,9 +281,12 @@ def cross_entropy(
 ) -> LogitTerms:
     """The fused operator with nothing but its cross entropy."""
     require_tensor(target, "target")
-    return ce_kd_loss(
+    # The KD from the student itself is 0, and DKD does not look at ignored rows, which KD counts.
+    can_ignore = not target.dtype.is_floating_point and logits.shape[-1] > 1
+    loss = ce_dkd_loss if can_ignore else ce_kd_loss
+    return loss(
         logits,
-        logits.detach(),  # the KD from the student itself is 0
+        logits.detach(),
         target,
         temperature=1.0,
         ce_weight=weight,

@@ -361,19 +361,8 @@ def logit_loss_reference(
             ones = counted.sum().clamp_min(1)
             ce = ce / ones
             kd = kd / (ones if is_decoupled else max(rows.numel(), 1))
-        ce_weight, kd_weight, loss_weight = (
-            weight.to(dtype) if isinstance(weight, Tensor) else weight
-            for weight in (ce_weight, kd_weight, loss_weight)
-        )
-        loss = loss_weight * ce_weight * ce + _weighted_kd(loss_weight * kd_weight, kd)
+        loss = loss_weight * (ce_weight * ce + kd_weight * kd)
         return LogitTerms(loss.to(dtype), ce.detach().to(dtype), kd.detach().to(dtype))
-
-
-def _weighted_kd(weight: float | Tensor, kd: Tensor) -> Tensor:
-    """With a weight of 0 the term is not there: it may be infinite."""
-    if isinstance(weight, Tensor):
-        return torch.where(weight == 0, 0, weight * kd)
-    return weight * (kd if weight else kd.nan_to_num(0.0, 0.0, 0.0))
 
 
 # -- what torch has to know about the operators ---------------------------------------------------

@@ -61,8 +61,7 @@ void forward(const LogitLossParams& p) {
   });
   auto* loss = static_cast<Scalar*>(p.loss);
   const auto total = [&](double ce, double kd) {
-    return static_cast<Scalar>((p.has_ce ? ce_weight * ce : 0) +
-                               baseline::weighted_kd(kd_weight, kd));
+    return static_cast<Scalar>((p.has_ce ? ce_weight * ce : 0) + kd_weight * kd);
   };
   if (is_none) {
     for (int64_t i = 0; i < p.rows; ++i) {

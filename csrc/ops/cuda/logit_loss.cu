@@ -150,8 +150,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
       if (is_none) {
         // Not 0 * weight, which is NaN for an infinite weight.
         const A ce = p.has_ce && !is_ignored ? terms.ce * static_cast<A>(weights[0]) : A(0);
-        const A kd =
-            kDecoupled && is_ignored ? A(0) : weighted_kd(static_cast<A>(weights[1]), terms.kd);
+        const A kd = kDecoupled && is_ignored ? A(0) : terms.kd * static_cast<A>(weights[1]);
         static_cast<A*>(p.loss)[row] = ce + kd;
         static_cast<A*>(p.ce)[row] = terms.ce;
         static_cast<A*>(p.kd)[row] = terms.kd;
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   double sums[2] = {is_first ? total[0] : 0, is_first ? total[1] : 0};
   if (add_blocks<kBlockThreads>(sums, scratch, kBlocks) && threadIdx.x == 0) {
     const double ce = sums[0] / counts[0], kd = sums[1] / counts[1];
-    *static_cast<A*>(p.loss) = static_cast<A>(weights[0] * ce + weighted_kd(weights[1], kd));
+    *static_cast<A*>(p.loss) = static_cast<A>(weights[0] * ce + weights[1] * kd);
     *static_cast<A*>(p.ce) = static_cast<A>(ce);
     *static_cast<A*>(p.kd) = static_cast<A>(kd);
   }
