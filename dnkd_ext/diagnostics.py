@@ -89,7 +89,11 @@ def feature_diagnostics(
         >>> print(f"norms {now.norm_ratio.item():.2f}, cosine {now.cosine.item():.2f}")
         norms ..., cosine ...
     """
-    if not isinstance(student_features, Tensor) or not _extension.has_kernel_for(student_features):
+    if (
+        not isinstance(student_features, Tensor)
+        or student_features.layout != torch.strided
+        or not _extension.has_kernel_for(student_features)
+    ):
         return feature_diagnostics_reference(
             student_features,
             target,
