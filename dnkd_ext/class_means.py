@@ -689,6 +689,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _parts(images: Any) -> list[Any]:
+    """The tensors of a mapping that does not move itself; else what there is."""
     is_plain = isinstance(images, Mapping) and not hasattr(images, "to")
     return [*images.values()] if is_plain else [images]
 
@@ -706,11 +707,7 @@ def _pair(batch: Any) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
     if (
         not isinstance(batch, (tuple, list))
         or len(batch) != 2
-        or not all(
-            callable(getattr(part, "to", None))
-            for images in batch[:1]
-            for part in (*_parts(images), batch[1])
-        )
+        or not all(callable(getattr(part, "to", None)) for part in (*_parts(batch[0]), batch[1]))
     ):
         kinds = type(batch).__name__
         if isinstance(batch, (tuple, list)):

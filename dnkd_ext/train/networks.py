@@ -83,6 +83,7 @@ def build_model(
             except TypeError as error:
                 if "zero_init_last" not in str(error) and "drop_path_rate" not in str(error):
                     raise
+                # It has no such blocks, or no stochastic depth, which is told below.
         try:
             return timm.create_model(name, **options)
         except TypeError as error:
