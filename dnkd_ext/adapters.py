@@ -88,7 +88,8 @@ def features(
     those of transformers that return an object with ``logits``, in DistributedDataParallel or not.
     It is called as ``model(images)`` with a hook on the layer, so that wrappers and others' hooks
     keep working; a model that ``torch.compile`` has already compiled does not call it: compile the
-    function around this one. There a bare model with timm's interface, whose ``forward_head`` has no more than the layer behind ``pre_logits``, is run by
+    function around this one. There a bare model with timm's interface, whose
+    ``forward_head`` has no more than the layer behind ``pre_logits``, is run by
     ``forward_features`` and ``forward_head(pre_logits=True)``, which traces without a break.
 
     Of a model with a head for a class token and one for a distillation token (timm's
