@@ -396,3 +396,34 @@ def test_help_tells_every_option(capsys):
         main(["train", "--out", "x", "--preset"])
     assert stopped.value.code == 2
     assert "dnkd train: error: argument --preset: expected one argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "class-means", "eval"])
+def test_places_that_cannot_be_written_to_are_told_before_images_are_read(
+    command, images, tmp_path, monkeypatch, capsys
+):
+    """Images decoded for minutes would be lost."""
+
+    def read(*_, **__):
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr(dnkd_ext.train.tasks, "open_data", read)
+    monkeypatch.setattr(dnkd_ext.train.shared.Shared, "source", read)
+    monkeypatch.setattr(dnkd_ext.train.commands, "open_source", read)
+    (tmp_path / "file").write_text("")
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    seen = ["--model", "cifar_resnet20", "--weights", str(tmp_path / "weights.safetensors")]
+    given = {
+        "train": (options(images, tmp_path)[:3], "--out"),
+        "class-means": (["class-means", "--data", str(images), *seen], "--out"),
+        "eval": (["eval", "--task", "detection", "--data", str(images), *seen], "--detections"),
+    }
+    words, option = given[command]
+    out = tmp_path / "file" / "run" / "x"
+    told = refused([*words, option, str(out)], capsys)
+    assert f"{option} {out}: {tmp_path / 'file'} is a file" in told
+    out = tmp_path / "run" / "x"
+    monkeypatch.setattr("dnkd_ext.train.files.os.access", lambda path, _: path != tmp_path)
+    told = refused([*words, option, str(out)], capsys)
+    assert f"{option} {out}: {tmp_path} cannot be written to" in told
+    assert not (tmp_path / "run").exists()

@@ -92,11 +92,14 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     assert (out / "curves.png").read_bytes() == b"the old one"
     for command in (["plot", folders[0]], options(images, tmp_path)[:3]):
         assert "--out must name where to write to" in refused([*command, "--out", ""], capsys)
-    for name, content in (("config.json", "[1, 2]"), ("log.csv", "epoch\n1,2\n")):
+    for name, content, message in (
+        ("config.json", "[1, 2]", "config.json is damaged, or no configuration of a run: it holds"),
+        ("log.csv", "epoch\n1,2\n", "a damaged log.csv"),
+    ):
         kept = (tmp_path / "run" / "seed-0" / name).read_text()
         (tmp_path / "run" / "seed-0" / name).write_text(content)
         told = refused(["plot", folders[0], "--out", str(out)], capsys)
-        assert "a damaged config.json or log.csv" in told
+        assert message in told
         (tmp_path / "run" / "seed-0" / name).write_text(kept)
 
 

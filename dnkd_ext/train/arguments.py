@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from dnkd_ext.train.commands import (
+    read_config,
     read_run,
     run_class_means,
     run_eval,
@@ -35,6 +36,7 @@ from dnkd_ext.train.config import (
     replace,
     unused,
 )
+from dnkd_ext.train.files import CONFIG
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
@@ -77,8 +79,9 @@ SampledDetection = _only(DetectionOptions, *_DETECTED, "rpn_proposals", "proposa
 class Train:
     """Train a model, alone or from a teacher, and keep log, checkpoints, weights and plots.
 
-    A preset gives the numbers of one of the paper's experiments (dnkd presets lists them); every
-    option overrides its own. Under torchrun all processes share every batch.
+    A preset gives the numbers of one of the paper's experiments (dnkd presets lists them), --config
+    those of an earlier run; every option overrides its own. Under torchrun all processes share
+    every batch.
     """
 
     out: str
@@ -87,6 +90,9 @@ class Train:
     """Name of a preset, or a pattern of several: 'cifar100/resnet56-resnet20/{ce,kd,kd++}'; options
     of the teacher are then for those that have one, and {teacher} in its paths stands for its name
     in the preset, or for what --teacher gives, as runs/{teacher}."""
+    config: str = ""
+    """In place of a preset: a run's config.json, or its folder, whose options are then the
+    defaults."""
     seeds: str = ""
     """Several seeds, one run each: 0,1,2."""
     at_once: int = 1
@@ -210,14 +216,31 @@ def _parse(kind: type[T], name: str, argv: Sequence[str], default: T | None = No
     )
 
 
-def _arguments_of(preset: str, out: str) -> Train:
-    """What the command is when only the preset is given."""
-    config = TrainConfig()
-    if preset:
-        config = replace(config, {"preset": preset, **load_preset(preset).settings})
+def _preset_config(preset: str) -> TrainConfig:
+    """A preset's configuration; the defaults without a name."""
+    settings = {"preset": preset, **load_preset(preset).settings} if preset else {}
+    return replace(TrainConfig(), settings)
+
+
+def _earlier_config(path: Path) -> TrainConfig:
+    """The configuration of a run, from its file or its folder.
+
+    Options that are younger than the run have their defaults.
+    """
+    settings = read_config(path / CONFIG if path.is_dir() else path)
+    try:
+        config = replace(TrainConfig(), settings)
+        if config.preset:
+            load_preset(config.preset)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
+    return config
+
+
+def _arguments_of(config: TrainConfig, out: str) -> Train:
+    """What the command is when only the configuration is given."""
     return Train(
         out,
-        preset,
         data=config.data,
         model=config.model,
         method=config.method,
@@ -251,16 +274,18 @@ def _without_teacher(config: TrainConfig, *, others_have_nd: bool) -> TrainConfi
     return replace(config, none)
 
 
-def _without_unused(config: TrainConfig, configs: Sequence[TrainConfig]) -> TrainConfig:
-    """The configuration without options of other methods: its preset's, or for other presets.
+def _without_unused(
+    config: TrainConfig, base: TrainConfig, configs: Sequence[TrainConfig]
+) -> TrainConfig:
+    """The configuration without options of other methods: those of ``base``, which the options of
+    the command change, or for other presets.
 
     Raises:
         ValueError: no configuration has a use for an option that was given.
     """
-    settings = load_preset(config.preset).settings if config.preset else {}
     for name, default in unused(config).items():
         given = getattr(config.method, name)
-        is_given = given not in (default, settings.get(name, default))
+        is_given = given not in (default, getattr(base.method, name))
         if is_given and all(name in unused(other) for other in configs):
             raise ValueError(
                 f"--{name.replace('_', '-')} is for --method {' and '.join(OF_METHODS[name])}, got "
@@ -311,15 +336,24 @@ def _read_train(
     """Options, a configuration and the published accuracy for every preset, and the seeds."""
     first = argparse.ArgumentParser("dnkd train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="")
-    pattern = first.parse_known_args(argv)[0].preset
-    names = expand(pattern) if pattern else [""]
+    first.add_argument("--config", default="")
+    known = first.parse_known_args(argv)[0]
+    if known.preset and known.config:
+        raise ValueError(
+            f"--preset {known.preset} and --config {known.config} each give all options; pass one "
+            "of them"
+        )
+    if known.config:
+        bases = [_earlier_config(Path(known.config))]
+    else:
+        bases = [_preset_config(name) for name in (expand(known.preset) if known.preset else [""])]
     configs, arguments = [], None
-    for name in names:
+    for base in bases:
         # Parsed once per preset: options replace the preset's own numbers.
-        default: Any = _arguments_of(name, tyro.MISSING)
+        default: Any = _arguments_of(base, tyro.MISSING)
         arguments = _parse(Train, "train", argv, default)
         config = TrainConfig(
-            name,
+            base.preset,
             arguments.data,
             arguments.model,
             arguments.method,
@@ -329,13 +363,15 @@ def _read_train(
             arguments.detection,
         )
         configs.append(config)
-    configs = [_without_unused(config, configs) for config in configs]
+    configs = [
+        _without_unused(config, base, configs) for config, base in zip(configs, bases, strict=True)
+    ]
     if any(config.needs_teacher for config in configs):
         # What the options say of the teacher is for those that have one.
         any_nd = any(config.method.nd_weight for config in configs)
         configs = [_with_names(_without_teacher(c, others_have_nd=any_nd)) for c in configs]
     assert arguments is not None
-    if arguments.seeds and arguments.run.seed != RunOptions().seed:
+    if arguments.seeds and arguments.run.seed != bases[-1].run.seed:
         raise ValueError(
             f"--seed {arguments.run.seed} is for one run and --seeds {arguments.seeds} for "
             "several; pass one of them"

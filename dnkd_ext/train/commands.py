@@ -15,7 +15,7 @@ from dnkd_ext.train import tasks
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.evaluation import evaluate
-from dnkd_ext.train.files import CONFIG, CURVES, LOG
+from dnkd_ext.train.files import CONFIG, CURVES, LOG, check_place
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
 from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out, weights_file
@@ -24,7 +24,7 @@ from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 
-__all__ = ["read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
+__all__ = ["read_config", "read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
 
 
 def run_class_means(
@@ -102,6 +102,7 @@ def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
             f"a pass for --out {out} was interrupted; go on with it by --resume, or begin anew by "
             "--overwrite"
         )
+    check_place("--out", out, out.parent)
 
 
 def run_eval(
@@ -125,6 +126,8 @@ def run_eval(
             raise ValueError(f"--detections is for --task detection, got {detections}")
         if detections is not None and detections.is_dir():
             raise IsADirectoryError(f"--detections {detections} is a folder; name a file")
+        if detections is not None:
+            check_place("--detections", detections, detections.parent)
     if tasks.is_detection(config):
         return tasks.detection().run_evaluation(model, weights, config, world, detections)
     with world.together():
@@ -144,6 +147,24 @@ def run_eval(
     }
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a run, from its config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration of a run at {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no configuration of a run: {error}") from error
+    return config
+
+
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Configuration and log of a run.
 
@@ -154,17 +175,15 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for name in (CONFIG, LOG):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; it is no run, or has no epoch yet")
+    config = read_config(folder / CONFIG)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         with (folder / LOG).open(newline="", encoding="utf-8") as file:
             rows = [
                 {name: float(value) for name, value in row.items() if value}
                 for row in csv.DictReader(file)
             ]
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG} holds a {type(config).__name__}")
     except (ValueError, TypeError) as error:  # the latter of a row with too many cells
-        raise ValueError(f"{folder}: a damaged {CONFIG} or {LOG}: {error}") from error
+        raise ValueError(f"{folder}: a damaged {LOG}: {error}") from error
     return config, rows
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "LOG",
     "RESULT",
     "OwnFolders",
+    "check_place",
     "remove_temporaries",
     "write_csv",
     "write_json",
@@ -109,6 +110,20 @@ def _release_all() -> None:
 # A forked process, which may outlive this one, shares the lock and would go on holding it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_release_all)
+
+
+def check_place(option: str, path: Path, folder: Path) -> None:
+    """An error where ``folder``, of what an option names, cannot be made or written to.
+
+    Raises:
+        NotADirectoryError: it, or what it is to be in, is a file.
+        PermissionError: this user may not write there.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{option} {path}: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {path}: {there} cannot be written to")
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -37,6 +37,7 @@ from dnkd_ext.train.files import (
     LOG,
     RESULT,
     OwnFolders,
+    check_place,
     remove_temporaries,
     write_csv,
     write_json,
@@ -384,8 +385,7 @@ def _present(out: Path) -> list[str]:
 def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     """What is there already; an error where the folder must not be touched."""
     out = job.out
-    if out.exists() and not out.is_dir():
-        raise NotADirectoryError(f"--out {out} is a file")
+    check_place("--out", out, out)
     present = _present(out)
     if overwrite or not present:
         return _State()
