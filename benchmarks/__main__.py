@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ HELP = {
 KEEPING = ("run", "e2e", "training", "loading")
 # That measure the kernels.
 MEASURING = ("run", "regression", "e2e", "training")
+# The exit status of regression where nothing can be said.
+NO_VERDICT = 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,9 +41,10 @@ def parser() -> argparse.ArgumentParser:
         description=(
             "Benchmarks of the losses: a ladder of peers over a registry of cases, training steps, "
             "reports and comparisons. Exit status: 0 done, 1 a peer was refused (run, regression), "
-            "something got slower (regression) or a target failed (targets), 2 wrong usage, 130 "
-            "interrupted (what was measured is kept in --out). run prints the targets, but does "
-            "not fail for them."
+            "something got slower (regression) or a target failed (targets), 2 wrong usage, 3 no "
+            "verdict, as nothing is recorded or the machine is busy (regression), 130 interrupted "
+            "(what was measured is kept in --out). run prints the targets, but does not fail for "
+            "them."
         ),
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -180,8 +184,8 @@ def parser() -> argparse.ArgumentParser:
     )
     report.add_argument(
         "--add", type=Path, metavar="DIR",
-        help="first add the losses.csv, steps.csv and training.csv of this folder (of gpu-check) "
-        "to the results",
+        help="first add the losses.csv, steps.csv, training.csv and loading.csv of this folder (of "
+        "gpu-check) to the results, those that it has",
     )  # fmt: skip
     report.add_argument("--no-plots", action="store_true", help="the text alone")
 
@@ -215,12 +219,31 @@ def _positive(text: str) -> float:
     return value
 
 
+def _busy(device: str) -> str | None:
+    """What to tell of a CPU whose cores others use, too; None where these are free."""
+    import torch
+
+    from benchmarks import harness
+
+    share = harness.cpu_share() if device == "cpu" else 1.0
+    if share >= harness.LEAST_SHARE:
+        return None
+    return (
+        f"the machine is busy: this process got {100 * share:.0f} % of the time of "
+        f"{torch.get_num_threads()} cores; times, and ratios of them, are not what they would be"
+    )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from benchmarks import results, run, targets
 
     if arguments.resume and arguments.out is None:
         raise ValueError("--resume needs --out, the file to go on with")
-    names = [name for group in arguments.peers or () for name in group.split(",") if name]
+    names = [name.strip() for group in arguments.peers or () for name in group.split(",")]
+    if arguments.out is not None and names and "ours" not in names:
+        raise ValueError(
+            f"--out keeps what ours is measured beside: --peers {','.join(names)} lacks ours"
+        )
     if arguments.quick and not names:
         names = list(run.QUICK_PEERS)
     only = run.choose_peers(names, arguments.device)
@@ -236,7 +259,7 @@ def _run(arguments: argparse.Namespace) -> int:
         run.run(order, out=arguments.out, only=only, seconds=seconds, outcome=outcome)
     finally:
         if outcome.rows:
-            print(run.header(outcome.rows))
+            print(results.header(outcome.rows))
             print(results.table(outcome.rows))
             machines = results.latest(results.measurements(outcome.rows))
             if arguments.resume:  # with what the file had of this version on this machine
@@ -294,14 +317,20 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     from benchmarks import compare, results
 
-    before, after = (
-        results.latest(results.measurements(results.read(path)))
-        for path in (arguments.before, arguments.after)
-    )
+    measured = [
+        results.measurements(results.read(path)) for path in (arguments.before, arguments.after)
+    ]
+    before, after = (results.latest(found) for found in measured)
     compared = False
     for machine, found in after.items():
+        # From run to run within either file; between them is what is asked.
+        between = [
+            compare.between_runs(one for one in group if one.machine == machine)
+            for group in measured
+        ]
+        noise = max(compare.LEAST_NOISE, *between)
         pairs = {
-            other: compare.compare(earlier, found)
+            other: compare.compare(earlier, found, noise)
             for other, earlier in before.items()
             if other[1] == machine[1]
         }
@@ -313,7 +342,18 @@ def _compare(arguments: argparse.Namespace) -> int:
                 print(f"{other[0]}, torch {other[2]} -> {machine[0]}, torch {machine[2]}")
                 if other != machine:
                     print("another machine or version of torch: times do not compare, ratios may")
+                kernels = [
+                    sorted({str(one.common["kernels"]) for one in group.values()})
+                    for group in (before[other], found)
+                ]
+                if kernels[0] != kernels[1]:
+                    print(" -> ".join(f"{', '.join(group)} kernels" for group in kernels))
                 print(compare.table(changes))
+                print(
+                    "ratio: of times, relative to eager's of the same run where both have it; "
+                    "verdict -: eager and the copy, by which the machine differed, and other "
+                    "machines, versions of torch or kernels"
+                )
     if not compared:
         raise results.ResultsError(
             f"{arguments.before} and {arguments.after} have no case of the same device in common"
@@ -328,17 +368,23 @@ def _regression(arguments: argparse.Namespace) -> int:
     order = run.plan(arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=True)
     here = results.environment(arguments.device)
     machine = str(here["hardware"]), arguments.device, str(here["torch"])
-    measured = results.measurements(results.read(path))
+    # Of other kernels, as of another processor by the same name, nothing follows.
+    measured = [
+        one
+        for one in results.measurements(results.read(path))
+        if one.common["kernels"] == here["kernels"] or one.machine != machine
+    ]
     recorded = results.latest(measured)
     names = {(case.name, "warm" if arguments.device != "cpu" else "default") for case, _ in order}
     before = {key: one for key, one in recorded.get(machine, {}).items() if key in names}
     if not before:
         known = "\n  ".join(", ".join(one) for one in recorded) or "nothing"
         print(
-            f"nothing is recorded of {', '.join(machine)} in {path} for these cases; record with "
-            f"python -m benchmarks run --out {path}. There is\n  {known}"
+            f"nothing is recorded of {', '.join(machine)} with {here['kernels']} kernels in {path} "
+            f"for these cases; record with python -m benchmarks run --out {path}. There is\n  "
+            f"{known}"
         )
-        return 0
+        return NO_VERDICT
     of_machine = compare.between_runs(one for one in measured if one.machine == machine)
     noise = max(compare.LEAST_NOISE, of_machine)
     refused: list[str] = []
@@ -352,7 +398,9 @@ def _regression(arguments: argparse.Namespace) -> int:
         refused.extend(text for text in outcome.refused if text not in refused)
         return results.latest(results.measurements(outcome.rows)).get(machine, {})
 
+    busy = _busy(arguments.device)
     changes = compare.confirmed_regressions(before, measure, noise)
+    busy = busy or _busy(arguments.device)
     slower = [change for change in changes if change.verdict == "slower"]
     commits = sorted({str(one.common["commit"]) for one in before.values()})
     print(f"ours relative to eager, recorded at {', '.join(commits)}, now at {here['commit']}")
@@ -365,6 +413,9 @@ def _regression(arguments: argparse.Namespace) -> int:
             f"at least {100 * noise:.0f} %"
             + (" as between recorded runs of this machine" if noise == of_machine else "")
         )
+    if busy is not None and not refused:
+        print(f"no verdict: {busy}", file=sys.stderr)
+        return NO_VERDICT
     return 1 if slower or refused else 0
 
 
@@ -454,11 +505,13 @@ def _of_the_machine(error: RuntimeError) -> str | None:
     """A line for what the machine lacks: memory, a compiler, a process; None for other errors."""
     import torch
 
+    from benchmarks.e2e import NOT_COMPILED
+
     kind = type(error)
     if (
         isinstance(error, torch.OutOfMemoryError)
         or "DefaultCPUAllocator" in str(error)
-        or kind.__name__ in ("InductorError", "BackendCompilerFailed")
+        or kind.__name__ in NOT_COMPILED
     ):
         return f"{kind.__name__}: {next(iter(str(error).strip().splitlines()), '')}"
     if "DataLoader worker" in str(error) or kind.__name__ == "WorkerDied":
@@ -476,14 +529,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.results import ResultsError
     from benchmarks.run import NoDevice
 
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
     commands = {
         "run": _run, "e2e": _e2e, "training": _training, "loading": _loading, "report": _report,
         "compare": _compare, "regression": _regression, "targets": _targets,
     }  # fmt: skip
+    # As Ctrl-C: what was measured is kept, what was made for it removed.
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         if arguments.command in MEASURING:
             run.require_device(arguments.device)
             run.require_library(arguments.device)
+        if arguments.command in MEASURING and arguments.command != "regression":
+            busy = _busy(arguments.device)
+            if busy is not None:
+                print(f"benchmarks {arguments.command}: warning: {busy}", file=sys.stderr)
         return commands[arguments.command](arguments)
     except (
         ResultsError,
@@ -506,6 +568,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = "; what was measured is kept" if keeps else ""
         print(f"benchmarks {arguments.command}: interrupted{kept}", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -468,11 +468,13 @@ def select(available: list[Case], patterns: Iterable[str]) -> list[Case]:
     """The cases whose name contains or matches one of the patterns; all without patterns.
 
     Raises:
-        ValueError: a pattern that no case has.
+        ValueError: a pattern that no case has, or an empty one.
     """
     chosen: set[str] = set()
     patterns = list(patterns)
     for pattern in patterns:
+        if not pattern.strip():
+            raise ValueError(f"a pattern of cases must not be empty, got {pattern!r}")
         low = pattern.lower()
         found = [
             case.name

@@ -25,6 +25,11 @@ class Change:
         before: the earlier value.
         after: the later one.
         noise: relative; what a change must exceed to be one.
+        machine: how many times as long eager took later, where it was measured both times: that is
+            the machine and the day, and is taken out of the ratio.
+        apart: whether what was measured both times does not overlap between its quantiles; a change
+            must not.
+        is_judged: False where the change is of the machine, torch or the kernels.
     """
 
     case: str
@@ -32,21 +37,34 @@ class Change:
     before: float
     after: float
     noise: float
+    machine: float = 1.0
+    apart: bool = True
+    is_judged: bool = True
 
     @property
     def ratio(self) -> float:
-        return self.after / self.before
+        return self.after / self.before / self.machine
 
     @property
     def verdict(self) -> str:
-        """slower, faster, or same within the noise."""
+        """slower, faster, or same within the noise; - where it is not judged."""
+        if not self.is_judged:
+            return "-"
+        if not self.apart:
+            return "same"
         if self.ratio > 1 + self.noise:
             return "slower"
         return "faster" if self.ratio < 1 / (1 + self.noise) else "same"
 
 
-def compare(before: dict, after: dict) -> list[Change]:
-    """Every peer's time in cases (by case and allocator) that both have."""
+def compare(before: dict, after: dict, least_noise: float = LEAST_NOISE) -> list[Change]:
+    """Every peer's time in cases (by case and allocator) that both have.
+
+    Judged relative to eager of the same run, where both have it; eager and the copy themselves are
+    not judged then, and nothing is between machines, versions of torch or kernels.
+
+    ``least_noise``: as for :func:`regressions`.
+    """
     changes = []
     for key, first in before.items():
         second = after.get(key)
@@ -56,9 +74,44 @@ def compare(before: dict, after: dict) -> list[Change]:
             old, new = first.us(peer, which), second.us(peer, which)
             if not old or not new:
                 continue
-            noise = math.hypot(first.noise([peer], which), second.noise([peer], which))
-            changes.append(Change(_name(first, which), peer, old, new, max(LEAST_NOISE, noise)))
+            # What others take out of their ratios is shown, not judged.
+            of_machine = peer in ("eager", "copy")
+            eager = [one.us("eager", which) for one in (first, second)]
+            machine = eager[1] / eager[0] if all(eager) and not of_machine else 1.0
+            peers = [peer, "eager"] if all(eager) and not of_machine else [peer]
+            noise = math.hypot(first.noise(peers, which), second.noise(peers, which))
+            kernels = [one.common["kernels"] for one in (first, second)]
+            alike = first.machine == second.machine and kernels[0] == kernels[1]
+            changes.append(
+                Change(
+                    _name(first, which),
+                    peer,
+                    old,
+                    new,
+                    max(least_noise, noise),
+                    machine,
+                    _apart(first, second, peers, which),
+                    is_judged=alike and not (of_machine and all(eager)),
+                )
+            )
     return changes
+
+
+def _apart(first: Measurement, second: Measurement, peers: list[str], which: str) -> bool:
+    """Whether the times of a peer, or its ratios to a second one, overlap between the quantiles.
+
+    Half of a time with two modes may be either; the median then jumps, with nothing changed.
+    """
+    ranges = []
+    for one in (first, second):
+        low, high = one.value("low_us", peers[0], which), one.value("high_us", peers[0], which)
+        if len(peers) > 1:
+            least, most = (one.value(name, peers[1], which) for name in ("low_us", "high_us"))
+            low, high = low and most and low / most, high and least and high / least
+        if not low or not high:
+            return True
+        ranges.append((low, high))
+    return ranges[0][1] < ranges[1][0] or ranges[1][1] < ranges[0][0]
 
 
 def between_runs(recorded: Iterable[Measurement]) -> float:
@@ -98,7 +151,14 @@ def regressions(before: dict, after: dict, least_noise: float = LEAST_NOISE) -> 
             peers = ("ours", "eager")
             noise = math.hypot(first.noise(peers, which), second.noise(peers, which))
             changes.append(
-                Change(_name(first, which), "ours/eager", old, new, max(least_noise, noise))
+                Change(
+                    _name(first, which),
+                    "ours/eager",
+                    old,
+                    new,
+                    max(least_noise, noise),
+                    apart=_apart(first, second, ["ours", "eager"], which),
+                )
             )
     return changes
 
@@ -133,7 +193,7 @@ def _name(one: Measurement, which: str) -> str:
 
 def table(changes: Iterable[Change], unit: str = "us") -> str:
     """A line per change, what got slower first."""
-    order = {"slower": 0, "faster": 1, "same": 2}
+    order = {"slower": 0, "faster": 1, "same": 2, "-": 3}
     lines = [
         f"{'case':58}{'peer':>12}{'before, ' + unit:>18}{'after, ' + unit:>18}{'ratio':>8}"
         f"{'noise':>8}  verdict"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import e2e, peers
 from benchmarks.steps import image_width
+from dnkd_ext import reference
 from dnkd_ext.train.config import MethodOptions, TrainConfig, replace
 from dnkd_ext.train.detection.distillation import LOSSES, make_criterion
 from dnkd_ext.train.detection.heads import answers, watched
@@ -94,6 +95,19 @@ def methods(means: Tensor, method: MethodOptions) -> dict[str, e2e.Criterion | N
     return {"plain": None, "KD": kd, "KD++ loop": loop, "KD++ eager": eager, "KD++ ours": fused}
 
 
+def references(method: MethodOptions) -> dict[str, e2e.Criterion]:
+    """What the methods compute, in other code than theirs: by their name's first word."""
+
+    def kd(logits, teacher_logits, features, teacher_features, means, target):
+        return reference.kd_loss(logits, teacher_logits, temperature=1.0)
+
+    def kd_with_nd(logits, teacher_logits, features, teacher_features, means, target):
+        nd = reference.nd_loss(features, target, means, teacher_features=teacher_features)
+        return reference.kd_loss(logits, teacher_logits, temperature=1.0) + method.nd_weight * nd
+
+    return {"KD": kd, "KD++": kd_with_nd}
+
+
 class DetectorTrainer(e2e.Trainer):
     """A teacher on a device, and one student with its optimiser per method."""
 
@@ -119,6 +133,7 @@ class DetectorTrainer(e2e.Trainer):
         # On the scale of features after a ReLU.
         self.means = torch.rand(shape.classes, FEATURES, device=device)
         self.criteria = methods(self.means, config.method)
+        self.references = references(config.method)
         if names is not None:
             self.criteria = {name: self.criteria[name] for name in names}
         self.students, self.optimizers = {}, {}

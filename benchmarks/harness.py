@@ -22,6 +22,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 # Fewer blocks than this have no quantiles worth the name.
 LEAST_BLOCKS = 7
+# How many times its planned time a peer takes at most, where calls are slower than at first.
+MOST_TIMES = 3
+# With less of the cores, threads wait for one another, at every call by what the system's scheduler
+# takes turns in: milliseconds.
+LEAST_SHARE = 0.85
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,20 @@ def warm_allocator(enabled: bool = True) -> Iterator[bool]:
         libc.malloc_trim(0)
 
 
+def cpu_share(seconds: float = 0.3) -> float:
+    """Which part of the time of the cores that PyTorch has threads for this process gets.
+
+    Less than 1 where other programs compute, too, or it may not use as many cores.
+    """
+    values = torch.rand(1 << 20)
+    values.exp_()  # the threads are started
+    begin, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() - begin < seconds:
+        values.cos_()
+    used = time.process_time() - used
+    return used / (time.perf_counter() - begin) / torch.get_num_threads()
+
+
 def synchronise(device: str) -> None:
     """Wait for the device's work."""
     if device != "cpu":
@@ -118,7 +137,8 @@ def measure(
     Args:
         peers: what to time, by name.
         device: "cpu" or a CUDA device.
-        seconds: about how long each peer is timed; at least seven blocks.
+        seconds: about how long each peer is timed; at least seven blocks, and after these at most
+            three times as long.
         calls: calls per block; fewer where one takes longer than ``seconds`` / 5 / calls.
     """
     blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in peers}
@@ -141,15 +161,19 @@ def measure(
         plan[name] = count, max(LEAST_BLOCKS, math.ceil(seconds / (count * single)))
     rounds = min(200, max((times for _, times in plan.values()), default=0))
     order, draw = list(peers.items()), random.Random(0)
+    spent = dict.fromkeys(peers, 0.0)
     for turn in range(rounds):
         draw.shuffle(order)  # who follows whom makes some per cent
         for name, run in order:
             count, times = plan[name]
+            if len(blocks[name]) >= LEAST_BLOCKS and spent[name] > MOST_TIMES * seconds:
+                continue
             # Slow peers take part in evenly spread rounds.
             if (turn * times) // rounds != ((turn - 1) * times) // rounds or turn == 0:
                 if count > 1:  # a call to get going, of peers that do not take long
                     run()
                 blocks[name].append(block(run, count))
+                spent[name] += count * blocks[name][-1][0]
     result = {}
     for name, values in blocks.items():
         ordered = sorted(wall for wall, _ in values)

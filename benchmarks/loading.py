@@ -164,6 +164,8 @@ def _rows(
             # A worker makes whole batches: each gets several.
             made = write_pieces(Path(folder), images, 4 * batch * most, shards=2 * most)
             places = {name: made[name] for name in storage}
+        for preset, (kind, place), count in itertools.product(presets, places.items(), workers):
+            configure(preset, place, kind, batch, count).check_data()  # before anything is measured
         with Progress(len(presets) * len(places) * len(workers), "loading", unit="setting") as bar:
             for preset, (kind, place), count in itertools.product(presets, places.items(), workers):
                 bar.say(f"{preset}, {kind}, {count} workers")

@@ -31,6 +31,8 @@ NUMBERS = {
     "threads", "median_us", "low_us", "high_us", "blocks", "bytes", "copy_us", "host_us",
     "device_us", "launches", "syncs", "peak_bytes",
 }  # fmt: skip
+# The numbers of any results file that may be negative.
+SIGNED = {"unexplained_ms"}
 BOTH, FORWARD = "forward+backward", "forward"
 # Peers whose forward pass is timed alone, too.
 FORWARD_PEERS = ("ours", "eager", "compile")
@@ -103,7 +105,7 @@ def measure_case(
         for row in rows:
             row.update(bytes=case.bytes, copy_us=copy_us)
         forward = {} if _is_brief(case, warm) else peers.forward_calls(FORWARD_PEERS)
-        for name, timing in measure(forward, case.device, seconds=seconds / 4).items():
+        for name, timing in measure(forward, case.device, seconds=seconds / 2).items():
             rows.append(_row(name, FORWARD, timing))
         if not warm:
             for row in rows:
@@ -219,7 +221,13 @@ def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> N
 
 
 def is_new(path: Path) -> bool:
-    """Whether nothing is there yet: no file, or an empty one, as mktemp makes it."""
+    """Whether nothing is there yet: no file, or an empty one, as mktemp makes it.
+
+    Raises:
+        ResultsError: it is neither, as a device, which may be read without end.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ResultsError(f"{path} is no regular file")
     return not path.exists() or (path.is_file() and path.stat().st_size == 0)
 
 
@@ -270,6 +278,8 @@ def add_file(
 
 
 def _require_fields(path: Path, fields: Sequence[str]) -> None:
+    if path.exists() and is_new(path):
+        raise ResultsError(f"{path} is empty")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             found = next(csv.reader(file), [])
@@ -314,6 +324,9 @@ def read(path: Path, fields: Sequence[str] = FIELDS, numbers: Collection[str] = 
                 cell = line[name]
                 try:
                     row[name] = float(cell) if cell else None
+                    least = -math.inf if name in SIGNED else 0
+                    if cell and not (math.isfinite(float(cell)) and float(cell) >= least):
+                        raise ValueError(cell)
                 except ValueError:
                     raise ResultsError(f"{path}, line {number}: {name} is {cell!r}") from None
             rows.append(row)
@@ -440,6 +453,15 @@ def ordered(found: Latest, allocator: str) -> list[tuple[Case, Measurement]]:
         for name, case in all_cases().items()
         if (name, allocator) in found
     ]
+
+
+def header(rows: Sequence[Row]) -> str:
+    """Hardware, versions and commit of a run in a line."""
+    first = rows[0]
+    return (
+        f"{first['hardware']}; torch {first['torch']}; dnkd_ext {first['version']} at "
+        f"{first['commit']}, {first['kernels']} kernels"
+    )
 
 
 # -- the table ------------------------------------------------------------------------------------

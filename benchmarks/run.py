@@ -69,7 +69,7 @@ def choose_dtypes(names: Sequence[str] | None) -> tuple[torch.dtype, ...]:
     for name in names or ():
         if name not in DTYPE_NAMES:
             raise ValueError(f"no dtype {name!r}; there are {', '.join(DTYPE_NAMES)}")
-    return tuple(DTYPE_NAMES[name] for name in names) if names else DTYPES
+    return tuple(dict.fromkeys(DTYPE_NAMES[name] for name in names)) if names else DTYPES
 
 
 def choose_peers(names: Sequence[str] | None, device: str) -> set[str] | None:
@@ -167,12 +167,3 @@ def run(
                 outcome.rows += rows
             progress.advance()
     return outcome
-
-
-def header(rows: Sequence[results.Row]) -> str:
-    """Hardware, versions and commit of a run in a line."""
-    first = rows[0]
-    return (
-        f"{first['hardware']}; torch {first['torch']}; dnkd_ext {first['version']} at "
-        f"{first['commit']}, {first['kernels']} kernels"
-    )

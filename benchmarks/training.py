@@ -136,6 +136,12 @@ def configure(preset: str, world: World, settings: dict[str, Any], data: str = "
         "teacher_weights": "untrained", "progress": False, "tensorboard": False,
     }  # fmt: skip
     config = replace(TrainConfig(), given)
+    if config.data.task != "cifar":  # its images would not be those that are made here
+        raise ValueError(
+            f"--preset {preset} is of --task {config.data.task}, and only cifar, whose images are "
+            "held in memory, is measured part by part; python -m benchmarks loading and e2e are "
+            "for the others"
+        )
     config.check(world.size)
     return dataclasses.replace(config, run=resolve(config.run, world))
 

@@ -417,11 +417,38 @@ def test_damaged_rows_are_not_added_to_the_recorded_ones(tmp_path):
     assert results.add_file(source, path) == 3
 
 
+def test_what_gets_slower_than_planned_ends_all_the_same():
+    """A machine that others take: 0.05 s were asked for, and 200 rounds of 20 calls planned."""
+    made = 0
+
+    def run():
+        nonlocal made
+        made += 1
+        if made > 3:
+            time.sleep(0.003)
+
+    found = measure({"a": run}, "cpu", seconds=0.05)
+    assert found["a"].blocks == harness.LEAST_BLOCKS
+    quick = measure({"a": lambda: None, "b": lambda: time.sleep(1e-4)}, "cpu", seconds=0.05)
+    assert quick["b"].blocks > harness.LEAST_BLOCKS
+
+
+def test_the_share_of_the_cores_is_one(monkeypatch):
+    """By the time of the process, of which half a core of two is a quarter."""
+    monkeypatch.undo()
+    assert 0 < harness.cpu_share(0.05) < 1.2
+    before, begin = time.process_time(), time.perf_counter()
+    cores = torch.get_num_threads()
+    passed = lambda: before + cores * (time.perf_counter() - begin) / 4  # noqa: E731
+    monkeypatch.setattr(time, "process_time", passed)
+    assert harness.cpu_share(0.05) == pytest.approx(0.25, rel=0.1)
+
+
 def test_an_empty_file_may_be_added_to(tmp_path):
     path = tmp_path / "losses.csv"
     path.touch()
     results.require_addable(path)
-    with pytest.raises(results.ResultsError, match="has other columns: missing"):
+    with pytest.raises(results.ResultsError, match=r"losses\.csv is empty"):
         results.read(path)  # nothing says that it is a results file
     results.append([dict.fromkeys(results.FIELDS, "1")], path)
     assert len(results.read(path)) == 1

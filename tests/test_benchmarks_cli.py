@@ -308,13 +308,140 @@ def test_compare_tells_a_change_from_noise(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     ours, eager = (next(x for x in lines if f" {peer} " in x) for peer in ("ours", "eager"))
     assert ours.endswith("slower")
-    assert " 1.20 " in ours
-    assert eager.endswith("same")
+    assert " 1.19 " in ours  # eager took 1.01 times as long: that is of the machine
+    assert " 1.01 " in eager
+    assert eager.endswith(" -")
     # The other way round it got faster; within a noisy run nothing changed.
     first, second = found_in(results.read(before)), found_in(results.read(after))
     assert compare.compare(second, first)[0].verdict == "faster"
     noisy = found_in(rows_of(("ours", 120), ("noise", 160)))
     assert [change.verdict for change in compare.compare(first, noisy)] == ["same"]
+
+
+def test_compare_takes_the_machine_out(tmp_path, capsys):
+    """All took twice as long: the machine's day. Ours alone did: ours."""
+    before, after, own = (tmp_path / f"{name}.csv" for name in "abc")
+    results.append(rows_of(("ours", 100), ("eager", 500), ("copy", 10)), before)
+    results.append(rows_of(("ours", 202), ("eager", 1000), ("copy", 20)), after)
+    results.append(rows_of(("ours", 200), ("eager", 500), ("copy", 10)), own)
+    for later, expected in ((after, "same"), (own, "slower")):
+        assert main(["compare", str(before), str(later)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        verdicts = {
+            peer: next(line for line in lines if f" {peer} " in line).split()[-1]
+            for peer in ("ours", "eager", "copy")
+        }
+        assert verdicts == {"ours": expected, "eager": "-", "copy": "-"}
+    # Of other kernels, another machine or torch it says how they differ, and judges nothing.
+    for column, text in (
+        ("kernels", "none kernels -> other kernels"),
+        ("hardware", "a machine, torch 9.9.0 -> other, torch 9.9.0"),
+        ("torch", "a machine, torch 9.9.0 -> a machine, torch other"),
+    ):
+        rows = rows_of(("ours", 200), ("eager", 500), **{column: "other"})
+        path = tmp_path / f"{column}.csv"
+        results.append(rows, path)
+        assert main(["compare", str(before), str(path)]) == 0
+        printed = capsys.readouterr().out
+        assert text in printed
+        assert next(x for x in printed.splitlines() if " ours " in x).endswith(" -")
+
+
+def test_times_that_overlap_between_their_quantiles_have_not_changed():
+    """Of two modes the median may be either."""
+    one, two = rows_of(("ours", 50), ("eager", 381)), rows_of(("ours", 50), ("eager", 183))
+    assert compare.regressions(found_in(one), found_in(two))[0].verdict == "slower"
+    one[1]["low_us"] = 181  # and its median, at another time, too
+    one[1]["high_us"] = 383
+    (change,) = compare.regressions(found_in(one), found_in(two))
+    assert change.ratio > 2 > 1 + change.noise
+    assert change.verdict == "same"
+
+
+def test_a_busy_machine_is_told_and_gets_no_verdict(small, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "losses.csv"
+    choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
+    shares = [0.5]
+    monkeypatch.setattr(
+        "benchmarks.harness.cpu_share", lambda: shares.pop(0) if len(shares) > 1 else shares[0]
+    )
+    assert main(["run", *choice, "--quick", "--out", str(path), *QUICK]) == 0
+    told = "the machine is busy: this process got 50 % of the time of"
+    assert f"benchmarks run: warning: {told}" in capsys.readouterr().err
+    recorded(path, 0.01)  # far slower now, for all that can be told
+    for shares[:] in ([0.5], [1.0, 0.5], [0.5, 1.0]):
+        assert main(["regression", *choice, "--against", str(path), *QUICK]) == 3
+        assert f"no verdict: {told}" in capsys.readouterr().err
+    shares[:] = [1.0]
+    assert main(["regression", *choice, "--against", str(path), *QUICK]) == 1
+    assert "busy" not in capsys.readouterr().err
+
+
+def test_regression_compares_with_the_same_kernels(small, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "losses.csv"
+    choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
+    assert main(["run", *choice, "--quick", "--out", str(path), *QUICK]) == 0
+    here = results.environment("cpu")
+    monkeypatch.setattr(results, "environment", lambda device: {**here, "kernels": "others"})
+    capsys.readouterr()
+    assert main(["regression", *choice, "--against", str(path), *QUICK]) == 3
+    assert "with others kernels in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", ""], "no peer ''; there are ours"),
+        (["--peers", "ours,,eager"], "no peer ''; there are ours"),
+        (["--case", ""], "a pattern of cases must not be empty, got ''"),
+        (["--peers", "eager,copy", "--out", "a.csv"], "--peers eager,copy lacks ours"),
+        (["--out", os.devnull], f"{os.devnull} is no regular file"),
+    ],
+)
+def test_choices_that_would_measure_all_or_nothing(
+    small, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", *arguments, *QUICK]) == 2
+    assert message in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_dtype_that_is_named_twice_is_measured_once():
+    assert run.choose_dtypes(["float32", "bfloat16", "float32"]) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("cell", ["nan", "-5", "inf"])
+def test_figures_that_are_none(cell, tmp_path):
+    path = tmp_path / "losses.csv"
+    results.append(rows_of(("ours", 100)), path)
+    path.write_text(path.read_text().replace(",100,", f",{cell},"))
+    with pytest.raises(results.ResultsError, match=f"line 2: median_us is '{cell}'"):
+        results.read(path)
+
+
+def test_a_command_that_is_terminated_ends_as_if_interrupted(small, tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(run, "run", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["run", *QUICK]) == 130
+    assert "benchmarks run: interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_part_of_the_cases_measured_anew_hides_no_missed_target():
+    """Of an older version, as the command targets has it."""
+    case = "nd_loss 256x512 (1000) float32 cpu"
+    old = rows_of(("ours", 100), ("eager", 120), ("compile", 110), case=case, commit="old")
+    new = rows_of(("ours", 10), ("eager", 500), ("compile", 300), commit="new")
+    text = report.render([*old, *new], [], [], [])
+    assert "before them what an older one missed" in text
+    (line,) = (x for x in text.splitlines() if "at old, none kernels" in x and "7" in x)
+    assert line.strip().startswith("FAIL")
+    assert "an older one missed" not in report.render(new, [], [], [])
 
 
 def test_compare_needs_something_in_common(tmp_path, capsys):
@@ -453,7 +580,7 @@ def test_only_what_is_kept_is_said_to_be(small, tmp_path, monkeypatch, capsys):
 def test_regression_without_a_record_says_so(small, tmp_path, capsys):
     path = tmp_path / "losses.csv"
     results.append(rows_of(("ours", 100), ("eager", 500)), path)
-    assert main(["regression", "--against", str(path)]) == 0
+    assert main(["regression", "--against", str(path)]) == 3
     printed = capsys.readouterr().out
     assert "nothing is recorded of" in printed
     assert "a machine, cpu, 9.9.0" in printed

@@ -45,10 +45,61 @@ def test_every_form_of_the_criterion_gives_the_same_loss(dtype, no_compile):
         "KD",
         *(f"KD++ {form}" for form in ("loop", "eager", "compile", "ours")),
     }
-    e2e.check(losses)
     assert losses["CE"] < losses["KD"] < losses["KD++ ours"]
-    with pytest.raises(ValueError, match="KD\\+\\+ ours computes"):
-        e2e.check({**losses, "KD++ ours": 1.1 * losses["KD++ ours"]})
+
+
+def without_features(criterion):
+    return lambda a, b, features, *rest: criterion(a, b, features.detach(), *rest)
+
+
+def without_logits(criterion):
+    def changed(logits, *rest):
+        return criterion(logits.detach(), *rest) + 0 * logits.sum()
+
+    return changed
+
+
+def of_other_classes(criterion):
+    return lambda a, b, c, d, means, target: criterion(a, b, c, d, means, (target + 1) % 5)
+
+
+@pytest.mark.parametrize("name", ["CE", "KD", "KD++ loop", "KD++ eager", "KD++ ours"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda criterion: lambda *inputs: 1.1 * criterion(*inputs), "computes"),
+        (of_other_classes, "computes"),
+        (without_features, "gives a gradient for the features"),
+        (without_logits, "gives a gradient for the logits"),
+    ],
+    ids=["scaled", "other classes", "no features", "no logits"],
+)
+def test_a_criterion_that_computes_something_else_is_not_timed(name, change, message, no_compile):
+    trainer = e2e.Trainer(tiny(), "cpu")
+    trainer.criteria[name] = change(trainer.criteria[name])
+    if "features" in message and not name.startswith("KD++"):
+        trainer.losses()  # which have no part in it
+        return
+    with pytest.raises(ValueError, match=re.escape(f"{name} {message}")):
+        trainer.losses()
+
+
+def test_a_form_that_cannot_be_compiled_is_left_out(no_compile, tmp_path, monkeypatch, capsys):
+    class InductorError(RuntimeError):
+        pass
+
+    def fails(*_):
+        raise InductorError("no compiler")
+
+    made = e2e.methods
+    monkeypatch.setattr(e2e, "methods", lambda means: {**made(means), "KD++ compile": fails})
+    monkeypatch.setattr(e2e, "shape", lambda name, device: tiny(name))
+    out = tmp_path / "steps.csv"
+    assert main(["e2e", "--shape", "cifar", "--rounds", "1", "--out", str(out)]) == 0
+    assert "KD++ compile is left out: no compiler" in capsys.readouterr().err
+    assert [row["method"] for row in steps.read_steps(out)] == [
+        "CE", "KD", "KD++ loop", "KD++ eager", "KD++ ours",
+    ]  # fmt: skip
 
 
 def test_a_step_trains_its_own_student_alone(no_compile):
@@ -116,7 +167,6 @@ def test_forms_of_the_criterion_over_proposals(dtype):
     losses = trainer.losses()
     assert [*losses] == ["KD", "KD++ loop", "KD++ eager", "KD++ ours"]
     assert losses["KD"] < losses["KD++ ours"]
-    e2e.check(losses)
     assert [*trainer.criterion_calls()] == [*losses]
     logits, teacher_logits, features, teacher_features, means, labels = trainer.forward("KD")
     assert logits.shape == teacher_logits.shape == (len(labels), 81)

@@ -207,6 +207,21 @@ def test_the_whole_run_on_paper():
         assert "Not estimated" in report.render([], walked, [], read)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--preset", RESNET, "--preset", "imagenet/nothing"], "imagenet/nothing"),
+        (["--preset", RESNET, "--preset", "cifar100/teacher/resnet56"], "does not read images"),
+        (["--workers", "0", "-1"], "--workers must be at least 0, got -1"),
+    ],
+)
+def test_all_settings_are_looked_at_before_the_first_is_measured(words, told, monkeypatch, capsys):
+    monkeypatch.setattr(loading, "measure", None)
+    small = ["--images", "4", "--batch-size", "4", "--rounds", "1", "--storage", "folders"]
+    assert main(["loading", *small, *words]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_piece_is_a_jpeg_file():
     (content,) = loading.pieces(1, seed=0)
     from PIL import Image

@@ -295,6 +295,8 @@ def test_synthetic_images_are_cifars():
     ("arguments", "words"),
     [
         (["--preset", "cifar100/nothing"], "cifar100/nothing"),
+        (["--preset", "imagenet/resnet34-resnet18/kd++"], "is of --task imagenet, and only cifar"),
+        (["--preset", "coco/r101-r18/kd"], "is of --task detection, and only cifar"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--eval-images", "-1"], "--eval-images must be at least 1, got -1"),
