@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ from tests.stripes import double, images, teacher, whole  # noqa: F401
 GOLDEN = Path(
     os.environ.get("DNKD_GOLDEN_DIR", Path(__file__).resolve().parents[2] / "shared" / "golden")
 )
+
+
+# Files that train, start processes or compile kernels, most of the time of all tests.
+SLOW = (
+    "test_cli", "test_detection", "test_e2e", "test_fallback", "test_gpu_check", "test_sharded",
+    "test_simt", "test_simt_*", "test_train", "test_train_*", "test_training_parts",
+)  # fmt: skip
 
 
 def pytest_report_header(config):
@@ -41,6 +49,9 @@ def pytest_collection_modifyitems(config, items):
     if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if _has_reduction(item)]
+    for item in items:
+        if any(fnmatch.fnmatchcase(item.path.stem, pattern) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False")
