@@ -529,7 +529,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.results import ResultsError
     from benchmarks.run import NoDevice
 
+    this = os.getpid()
+
     def stop(*_: object) -> None:
+        if os.getpid() != this:  # a forked worker
+            os._exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
     commands = {
@@ -569,7 +573,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"benchmarks {arguments.command}: interrupted{kept}", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ class Change:
         noise: relative; what a change must exceed to be one.
         machine: how many times as long eager took later, where it was measured both times: that is
             the machine and the day, and is taken out of the ratio.
-        apart: whether what was measured both times does not overlap between its quantiles; a change
-            must not.
+        apart: whether the two measurements lie apart, as those of a change must: between their
+            quantiles nothing is in both.
         is_judged: False where the change is of the machine, torch or the kernels.
     """
 
@@ -98,7 +98,7 @@ def compare(before: dict, after: dict, least_noise: float = LEAST_NOISE) -> list
 
 
 def _apart(first: Measurement, second: Measurement, peers: list[str], which: str) -> bool:
-    """Whether the times of a peer, or its ratios to a second one, overlap between the quantiles.
+    """Whether the times of a peer, or its ratios to a second one, lie apart by their quantiles.
 
     Half of a time with two modes may be either; the median then jumps, with nothing changed.
     """
