@@ -36,6 +36,8 @@ SIGNED = {"unexplained_ms"}
 BOTH, FORWARD = "forward+backward", "forward"
 # Peers whose forward pass is timed alone, too.
 FORWARD_PEERS = ("ours", "eager", "compile")
+# For how long at most.
+FORWARD_SECONDS = 0.12
 # On a CPU far beyond its caches, and with a warm allocator, only these: what others add to a call
 # is nothing there, and the forward pass of ours is all of it.
 ESSENTIAL_PEERS = ("ours", "noise", "float32", "loop", "eager", "compile")
@@ -104,8 +106,9 @@ def measure_case(
         copy_us = rows[0]["median_us"]
         for row in rows:
             row.update(bytes=case.bytes, copy_us=copy_us)
+        brief = min(seconds / 2, FORWARD_SECONDS)
         forward = {} if _is_brief(case, warm) else peers.forward_calls(FORWARD_PEERS)
-        for name, timing in measure(forward, case.device, seconds=seconds / 2).items():
+        for name, timing in measure(forward, case.device, seconds=brief).items():
             rows.append(_row(name, FORWARD, timing))
         if not warm:
             for row in rows:
