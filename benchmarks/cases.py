@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import itertools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,39 @@ Function = Callable[..., Tensor]
 
 class WrongPeer(ValueError):
     """A peer that computes something else than the reference."""
+
+
+def require_alike(
+    peer: str,
+    what: str,
+    found: tuple[float, list[Tensor]],
+    truth: tuple[float, list[Tensor]],
+    dtype: torch.dtype,
+    leaves: Sequence[str],
+) -> None:
+    """Loss and gradients of a peer are the reference's, as far as the inputs' dtype goes.
+
+    Args:
+        peer: its name.
+        what: the case or the networks.
+        found: loss and gradients.
+        truth: those of the reference.
+        dtype: of the inputs.
+        leaves: what the gradients are of, in words.
+
+    Raises:
+        WrongPeer: one of them differs.
+    """
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+    if not abs(found[0] - truth[0]) <= tolerance * abs(truth[0]):
+        raise WrongPeer(f"{peer} computes {found[0]} for {what}, expected {truth[0]}")
+    for gradient, right, leaf in zip(found[1], truth[1], leaves, strict=True):
+        difference, norm = (gradient - right).norm().item(), right.norm().item()
+        if not difference <= tolerance * norm:
+            raise WrongPeer(
+                f"{peer} gives a gradient for {leaf} that differs by {difference:.1e}, more than "
+                f"{tolerance:.0e} of its norm, {norm:.1e}"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,19 +189,8 @@ class Case:
 
     def _check(self, name, function, inputs, truth) -> None:
         """A peer that computes something else is not a peer."""
-        expected, right_gradients = truth
-        exact = self.dtype in (torch.float32, torch.float64)
-        tolerance = 1e-4 if exact else 2e-2
-        loss, gradients = self._evaluate(function, inputs)
-        if not abs(loss - expected) <= tolerance * abs(expected):
-            raise WrongPeer(f"{name} computes {loss} for {self.name}, expected {expected}")
-        for gradient, right in zip(gradients, right_gradients, strict=True):
-            difference = ((gradient - right).norm() / right.norm()).item()
-            if not difference <= tolerance:
-                raise WrongPeer(
-                    f"{name} gives a gradient for {self.name} that differs by "
-                    f"{difference:.1e} of its norm, more than {tolerance:.0e}"
-                )
+        found = self._evaluate(function, inputs)
+        require_alike(name, self.name, found, truth, self.dtype, [self.name] * len(found[1]))
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,11 @@ def compare(before: dict, after: dict, least_noise: float = LEAST_NOISE) -> list
             if not old or not new:
                 continue
             # What others take out of their ratios is shown, not judged.
-            of_machine = peer in ("eager", "copy")
             eager = [one.us("eager", which) for one in (first, second)]
-            machine = eager[1] / eager[0] if all(eager) and not of_machine else 1.0
-            peers = [peer, "eager"] if all(eager) and not of_machine else [peer]
+            of_machine = all(eager) and peer in ("eager", "copy")
+            is_relative = all(eager) and not of_machine
+            machine = eager[1] / eager[0] if is_relative else 1.0
+            peers = [peer, "eager"] if is_relative else [peer]
             noise = math.hypot(first.noise(peers, which), second.noise(peers, which))
             kernels = [one.common["kernels"] for one in (first, second)]
             alike = first.machine == second.machine and kernels[0] == kernels[1]
@@ -91,7 +92,7 @@ def compare(before: dict, after: dict, least_noise: float = LEAST_NOISE) -> list
                     max(least_noise, noise),
                     machine,
                     _apart(first, second, peers, which),
-                    is_judged=alike and not (of_machine and all(eager)),
+                    is_judged=alike and not of_machine,
                 )
             )
     return changes

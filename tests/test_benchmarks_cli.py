@@ -361,18 +361,22 @@ def test_times_that_overlap_between_their_quantiles_have_not_changed():
 def test_a_busy_machine_is_told_and_gets_no_verdict(small, tmp_path, monkeypatch, capsys):
     path = tmp_path / "losses.csv"
     choice = ["--case", "nd_loss 16x8", "--dtype", "float32"]
-    shares = [0.5]
-    monkeypatch.setattr(
-        "benchmarks.harness.cpu_share", lambda: shares.pop(0) if len(shares) > 1 else shares[0]
-    )
+
+    def looks(*shares):
+        """What the machine is found to be, one time after another."""
+        found = iter(shares)
+        monkeypatch.setattr("benchmarks.harness.cpu_share", lambda: next(found))
+
+    looks(0.5)
     assert main(["run", *choice, "--quick", "--out", str(path), *QUICK]) == 0
     told = "the machine is busy: this process got 50 % of the time of"
     assert f"benchmarks run: warning: {told}" in capsys.readouterr().err
     recorded(path, 0.01)  # far slower now, for all that can be told
-    for shares[:] in ([0.5], [1.0, 0.5], [0.5, 1.0]):
+    for shares in ([0.5], [1.0, 0.5]):  # before, or behind what was measured
+        looks(*shares)
         assert main(["regression", *choice, "--against", str(path), *QUICK]) == 3
         assert f"no verdict: {told}" in capsys.readouterr().err
-    shares[:] = [1.0]
+    looks(1.0, 1.0)
     assert main(["regression", *choice, "--against", str(path), *QUICK]) == 1
     assert "busy" not in capsys.readouterr().err
 

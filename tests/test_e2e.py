@@ -69,8 +69,8 @@ def of_other_classes(criterion):
     [
         (lambda criterion: lambda *inputs: 1.1 * criterion(*inputs), "computes"),
         (of_other_classes, "computes"),
-        (without_features, "gives a gradient for the features"),
-        (without_logits, "gives a gradient for the logits"),
+        (without_features, "gives a gradient for features"),
+        (without_logits, "gives a gradient for logits"),
     ],
     ids=["scaled", "other classes", "no features", "no logits"],
 )

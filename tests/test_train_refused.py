@@ -299,12 +299,21 @@ def test_weights_and_features_that_are_not_finite(images, teacher, tmp_path, cap
     assert (found["test_top1"], found["test_top5"]) == (0, 0)
 
 
-def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, capsys):
+def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     run(images, out, "--epochs", "1")
+    with monkeypatch.context() as changed:  # of a finished run nothing is written
+        changed.setattr("dnkd_ext.train.files.os.access", lambda *_: False)
+        run(images, out, "--epochs", "1", "--resume")
+        assert "finished before" in capsys.readouterr().out
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text("[1]")
+    told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
+    assert f"{out / 'config.json'} is damaged, or no configuration of a run: it holds a l" in told
+    (out / "config.json").write_text(config)
     (out / "result.json").write_text("[1]")
     told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
-    assert f"{out} holds a damaged config.json or result.json: it is no result of a run" in told
+    assert f"{out} holds a damaged result.json: it is no result of a run" in told
 
 
 def test_options_of_other_methods(images, teacher, tmp_path, capsys):

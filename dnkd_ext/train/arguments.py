@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from dnkd_ext.train.commands import (
-    read_config,
     read_run,
     run_class_means,
     run_eval,
@@ -36,7 +35,7 @@ from dnkd_ext.train.config import (
     replace,
     unused,
 )
-from dnkd_ext.train.files import CONFIG
+from dnkd_ext.train.files import CONFIG, read_config
 from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted

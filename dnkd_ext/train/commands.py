@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from dnkd_ext.train import tasks
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.evaluation import evaluate
-from dnkd_ext.train.files import CONFIG, CURVES, LOG, check_place
+from dnkd_ext.train.files import CONFIG, CURVES, LOG, check_place, read_config
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
 from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out, weights_file
@@ -24,7 +23,7 @@ from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 
-__all__ = ["read_config", "read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
+__all__ = ["read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
 
 
 def run_class_means(
@@ -145,24 +144,6 @@ def run_eval(
         "test_top1": result.top1,
         "test_top5": result.top5,
     }
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The options of a run, from its config.json.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no configuration of a run at {path}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"it holds a {type(config).__name__}")
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, or no configuration of a run: {error}") from error
-    return config
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

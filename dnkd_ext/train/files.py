@@ -1,4 +1,4 @@
-"""Files of a run: names, and writing."""
+"""Files of a run: names, reading and writing."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ __all__ = [
     "RESULT",
     "OwnFolders",
     "check_place",
+    "read_config",
     "remove_temporaries",
     "write_csv",
     "write_json",
@@ -130,6 +131,24 @@ def remove_temporaries(folder: Path) -> None:
     """What a killed process left of files it was writing."""
     for path in folder.glob(f".*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of a run, from its config.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration of a run at {path}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no configuration of a run: {error}") from error
+    return config
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -38,6 +38,7 @@ from dnkd_ext.train.files import (
     RESULT,
     OwnFolders,
     check_place,
+    read_config,
     remove_temporaries,
     write_csv,
     write_json,
@@ -385,8 +386,9 @@ def _present(out: Path) -> list[str]:
 def _look(job: Job, resume: bool, overwrite: bool) -> _State:
     """What is there already; an error where the folder must not be touched."""
     out = job.out
-    check_place("--out", out, out)
     present = _present(out)
+    if not (resume and RESULT in present):  # of a finished run nothing is written
+        check_place("--out", out, out)
     if overwrite or not present:
         return _State()
     if not resume:
@@ -396,17 +398,15 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
         )
     if not (out / CONFIG).exists():
         raise ValueError(f"{out} holds {', '.join(present)} but no {CONFIG}; nothing to resume")
+    before = read_config(out / CONFIG)
     try:
-        before = json.loads((out / CONFIG).read_text(encoding="utf-8"))
         result = None
         if (out / RESULT).exists():
             result = json.loads((out / RESULT).read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError("it holds no object")
         if result is not None and not is_result(result):
             raise ValueError("it is no result of a run")
     except ValueError as error:
-        raise ValueError(f"{out} holds a damaged {CONFIG} or {RESULT}: {error}") from error
+        raise ValueError(f"{out} holds a damaged {RESULT}: {error}") from error
     # Options that are younger than the run had their defaults.
     before = {**flatten(TrainConfig()), **before}
     now = flatten(job.config)
