@@ -51,12 +51,12 @@ bench-regression: $(READY)
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' | sort | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | sort | xargs $(VENV)/bin/clang-format -i
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inc' | sort | xargs $(VENV)/bin/clang-format -i
 
 # Registers, spills and vector loads of the CUDA kernels; needs nvcc, no GPU.
 kernels-report: $(READY)
