@@ -1,4 +1,4 @@
-"""bfloat16 is rounded alike by the instruction of AVX-512 and by integers."""
+"""What depends on the instruction set: each that this CPU has computes the same."""
 
 from __future__ import annotations
 
@@ -38,20 +38,94 @@ for scale in (1e-3, 1.0, 1e4, 1e38):
 torch.save(gradients, sys.argv[1])
 """
 
+ISAS = dnkd_ext.build_info()["cpu_isas"] or ()
+
+
+def run(program: str, isa: str, *arguments: object) -> None:
+    """Runs a program with the kernels of one instruction set."""
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, "DNKD_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+NAN = """
+import torch, dnkd_ext
+
+torch.manual_seed(0)
+for bits in (0x7FFFFFFF, -1, 0x7FFF8000, 0x7F800001, 0x7FC00000):
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert nan.isnan()
+    for columns in (5, 64, 100):
+        student = torch.randn(6, columns).bfloat16().requires_grad_()
+        teacher, means, target = torch.randn(6, columns), torch.randn(6, columns), torch.arange(6)
+        target = target % columns
+        for wide in (teacher, means):
+            wide.view(torch.int32)[2, 3] = bits
+        means[5] = means[0]
+        for name, loss in (
+            ("kd", dnkd_ext.kd_loss(student, teacher, reduction="sum")),
+            ("ce_kd", dnkd_ext.ce_kd_loss(student, teacher, target, reduction="sum").loss),
+            ("ce_dkd", dnkd_ext.ce_dkd_loss(student, teacher, target, reduction="sum").loss),
+            ("rows", dnkd_ext.ce_kd_loss(student, teacher, target, reduction="none").loss.sum()),
+            ("nd", dnkd_ext.nd_loss(student, target, means, teacher_norms=torch.ones(6))),
+        ):
+            (gradient,) = torch.autograd.grad(loss, student)
+            found = gradient.isnan().sum(1).tolist()
+            assert found == [0, 0, columns, 0, 0, 0], (name, hex(bits), columns, found)
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_nan_of_any_bits_stays_one(isa):
+    """Rounded to bfloat16 as a number, one with the largest bits would become -0."""
+    run(NAN, isa)
+
+
+EXPONENTIALS = """
+import torch, dnkd_ext
+
+# The gradient of a cross entropy is the softmax: of all classes but one exp(-x) / (1 + 9 exp(-x)).
+x = torch.cat([torch.linspace(0, 110, 200_001), torch.linspace(86, 89, 20_001)])
+logits = torch.zeros(len(x), 10)
+logits[:, 1:] = -x[:, None]
+powers = torch.exp(-x.double())
+for temperature in (1.0, 2.0, 3.0, 4.0):
+    leaf = logits.clone().requires_grad_()
+    target = torch.zeros(len(x), dtype=torch.int64)
+    loss = dnkd_ext.ce_kd_loss(
+        leaf, logits, target, temperature=temperature, kd_weight=0.0, reduction="sum"
+    ).loss
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    expected = (powers / (1 + 9 * powers))[:, None]
+    found = gradient[:, 1:].double()
+    # A float's rounding of x in units of log 2, and the polynomial's; of a power its multiple.
+    allowed = temperature * (5e-7 + 1.2e-7 * x.double()[:, None]) * expected
+    smallest = torch.finfo(torch.float32).tiny  # below it digits go, and then the number
+    error = (found - expected).abs() - allowed
+    assert error.max() <= smallest * 0.75, (temperature, error.max())
+    assert (error[expected[:, 0] >= smallest] <= 0).all(), temperature
+    assert not found[x > 90].any() or temperature > 1
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponentials_down_to_nothing(isa):
+    run(EXPONENTIALS, isa)
+
 
 @pytest.mark.skipif(
-    "avx512_bf16" not in (dnkd_ext.build_info()["cpu_isas"] or ()),
+    "avx512_bf16" not in ISAS,
     reason="this CPU or build has no instruction that rounds to bfloat16",
 )
 def test_both_ways_of_rounding_are_equal(tmp_path):
     results = []
     for isa in ("avx512", "avx512_bf16"):
         path = tmp_path / isa
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(path)],
-            env={**os.environ, "DNKD_CPU_ISA": isa},
-            check=True,
-        )
+        run(PROGRAM, isa, path)
         results.append(torch.load(path))
     different = distinct = 0
     for plain, instruction in zip(*results, strict=True):

@@ -6,7 +6,15 @@
 // copy that the linker keeps for everybody.
 #include <cstdint>
 #if defined(__x86_64__)
+#ifdef __GNUC__
+// GCC 12 warns of what its own header leaves undefined.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <immintrin.h>
+#ifdef __GNUC__
+#pragma GCC diagnostic pop
+#endif
 #define DNKD_HAVE_X86_ISAS 1
 #endif
 
