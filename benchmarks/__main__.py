@@ -367,8 +367,8 @@ def _regression(arguments: argparse.Namespace) -> int:
     path = arguments.against or results.RESULTS / "losses.csv"
     order = run.plan(arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=True)
     here = results.environment(arguments.device)
-    machine = str(here["hardware"]), arguments.device, str(here["torch"])
-    # Of other kernels, as of another processor by the same name, nothing follows.
+    machine = results.machine_of(here, arguments.device)
+    # Of other kernels nothing follows.
     measured = [
         one
         for one in results.measurements(results.read(path))
@@ -425,7 +425,7 @@ def _targets(arguments: argparse.Namespace) -> int:
     ladders = results.latest(results.measurements(results.read(arguments.csv)))
     walked: dict[results.Machine, list[results.Row]] = {}
     for row in steps.read_steps(arguments.steps) if arguments.steps else []:
-        machine = str(row["hardware"]), str(row["device"]), str(row["torch"])
+        machine = results.machine_of(row, str(row["device"]))
         if machine[1] == "cuda":  # the targets of steps are those of a GPU
             walked.setdefault(machine, []).append(row)
     failed = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.results import RESULTS, Row, append, read
+from benchmarks.results import RESULTS, Row, append, processor, read
 
 LOADING = RESULTS / "loading.csv"
 LOADING_SETTING = ("preset", "data", "storage", "images", "batch", "image", "workers")
@@ -28,10 +28,10 @@ def read_loading(path: Path) -> list[Row]:
 
 
 def latest_loading(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Per machine (hardware, torch), the last measured first, every setting's last row."""
+    """Per machine (processor, torch), the last measured first, every setting's last row."""
     machines: dict[tuple[str, str], dict[tuple[str, ...], Row]] = {}
     for row in rows:
-        machine = str(row["hardware"]), str(row["torch"])
+        machine = processor(row), str(row["torch"])
         found = machines.pop(machine, {})
         found[tuple(str(row[name]) for name in LOADING_SETTING)] = row
         machines[machine] = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.results import RESULTS, Row, append, read
+from benchmarks.results import RESULTS, Machine, Row, append, machine_of, read
 
 TRAINING = RESULTS / "training.csv"
 # What a step is made of, in its order. A compiled forward pass is "forward" as a whole, and all of
@@ -46,11 +46,11 @@ def setting(row: Row) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in SETTING)
 
 
-def latest_training(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Per machine (hardware, device, torch), the last measured first, every setting's last row."""
-    machines: dict[tuple[str, str, str], dict[tuple[str, ...], Row]] = {}
+def latest_training(rows: Iterable[Row]) -> dict[Machine, list[Row]]:
+    """Per machine, the last measured first, every setting's last row."""
+    machines: dict[Machine, dict[tuple[str, ...], Row]] = {}
     for row in rows:
-        machine = str(row["hardware"]), str(row["device"]), str(row["torch"])
+        machine = machine_of(row, str(row["device"]))
         found = machines.pop(machine, {})
         found[setting(row)] = row
         machines[machine] = found

@@ -43,6 +43,8 @@ FORWARD_SECONDS = 0.12
 ESSENTIAL_PEERS = ("ours", "noise", "float32", "loop", "eager", "compile")
 
 Row = dict[str, object]
+# Processor, device and torch.
+Machine = tuple[str, str, str]
 
 
 class ResultsError(ValueError):
@@ -65,6 +67,21 @@ def hardware(device: str) -> str:
     except OSError:
         pass
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+# Of the instruction sets that kernels are compiled for, what tells processors apart that call
+# themselves alike, as in virtual machines. How bfloat16 is rounded does not.
+_INSTRUCTIONS = {"avx2": ", AVX2", "avx512": ", AVX-512", "avx512_bf16": ", AVX-512"}
+
+
+def processor(row: Row) -> str:
+    """The hardware of a row, with the width of its vectors where the CPU's kernels ran."""
+    return f"{row['hardware']}{_INSTRUCTIONS.get(str(row['kernels']), '')}"
+
+
+def machine_of(row: Row, device: str) -> Machine:
+    """Processor, device and torch: what is only compared with itself."""
+    return processor(row), device, str(row["torch"])
 
 
 @functools.cache
@@ -356,9 +373,8 @@ class Measurement:
 
     @property
     def machine(self) -> tuple[str, str, str]:
-        """Hardware, device and torch: what is only compared with itself."""
-        device = self.case.rsplit(" ", 1)[-1]
-        return str(self.common["hardware"]), device, str(self.common["torch"])
+        """Processor, device and torch: what is only compared with itself."""
+        return machine_of(self.common, self.case.rsplit(" ", 1)[-1])
 
     @property
     def source(self) -> tuple[str, str]:
@@ -409,7 +425,6 @@ def measurements(rows: Iterable[Row]) -> list[Measurement]:
     return found
 
 
-Machine = tuple[str, str, str]
 Latest = dict[tuple[str, str], Measurement]
 
 
@@ -419,9 +434,9 @@ def of_now(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in here.items())]
 
 
-def latest(found: Iterable[Measurement]) -> dict[tuple[str, str, str], Latest]:
+def latest(found: Iterable[Measurement]) -> dict[Machine, Latest]:
     """Per machine the last measurement of every case and allocator, the newest at the end."""
-    result: dict[tuple[str, str, str], Latest] = {}
+    result: dict[Machine, Latest] = {}
     for one in found:
         known = result.setdefault(one.machine, {})
         known.pop((one.case, one.allocator), None)

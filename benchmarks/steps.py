@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.results import RESULTS, Row, append, read
+from benchmarks.results import RESULTS, Row, append, machine_of, read
 
 STEPS = RESULTS / "steps.csv"
 STEP_FIELDS = (
@@ -36,7 +36,10 @@ def read_steps(path: Path) -> list[Row]:
 
 def latest_steps(rows: Iterable[Row]) -> list[list[Row]]:
     """Per machine and shape the rows that were measured together last."""
-    same = ("date", "commit", "hardware", "torch", "device", "shape", "batch", "image", "dtype")
+    same = (
+        "date", "commit", "hardware", "torch", "kernels", "device", "shape", "batch", "image",
+        "dtype",
+    )  # fmt: skip
     found: list[list[Row]] = []
     for row in rows:
         group = found[-1] if found else []
@@ -47,5 +50,9 @@ def latest_steps(rows: Iterable[Row]) -> list[list[Row]]:
         ):
             found.append([])
         found[-1].append(row)
-    machines = ("hardware", "torch", "device", "shape")
-    return list({tuple(group[0][name] for name in machines): group for group in found}.values())
+    return list(
+        {
+            (machine_of(group[0], str(group[0]["device"])), group[0]["shape"]): group
+            for group in found
+        }.values()
+    )

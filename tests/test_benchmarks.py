@@ -18,9 +18,11 @@ import pytest
 import torch
 
 import dnkd_ext
-from benchmarks import cases, e2e, harness, peers, results, run, sources, targets
+from benchmarks import cases, e2e, harness, peers, report, results, run, sources, steps, targets
+from benchmarks.__main__ import main
 from benchmarks.cases import KdPlusPlusCase, LogitCase, NdCase
 from benchmarks.harness import measure, warm_allocator
+from tests.benchmark_rows import rows_of
 
 SMALL = NdCase(32, 16, 5)
 right = peers.nd
@@ -657,3 +659,32 @@ def test_garbage_is_not_collected_while_a_block_is_timed():
     assert seen[0]  # the call that compiles and allocates
     assert not any(seen[1:3])  # blocks
     assert gc.isenabled()
+
+
+def test_processors_of_one_name_are_apart_by_their_instructions(tmp_path, capsys):
+    """A virtual machine's processor may call itself alike with AVX2 alone and with AVX-512."""
+    path = tmp_path / "a.csv"
+    results.append(rows_of(("ours", 10), ("eager", 39), kernels="avx2"), path)
+    results.append(rows_of(("ours", 20), ("eager", 99), kernels="avx512", commit="def"), path)
+    results.append(rows_of(("ours", 10), ("eager", 90), kernels="avx512_bf16", commit="def"), path)
+    found = results.known_machines(results.read(path))
+    assert [machine[0] for machine in found] == ["a machine, AVX-512", "a machine, AVX2"]
+    eager = [[one.us("eager") for one in group.values()] for group in found.values()]
+    assert eager == [[90], [39]]
+    text = report.render(results.read(path), [])
+    assert text.index("### a machine, AVX-512, torch 9.9.0") < text.index(
+        "### a machine, AVX2, torch"
+    )
+    assert main(["targets", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "a machine, AVX2, torch 9.9.0, at abc, avx2 kernels\nFAIL         ND at 64x64" in printed
+    assert "PASS         ND at 64x64: at least 4x eager: 9.00x" in printed
+
+
+def test_steps_of_processors_of_one_name_are_apart():
+    row = {
+        **dict.fromkeys(steps.STEP_FIELDS, ""), "date": "2026-01-01", "hardware": "a machine",
+        "device": "cpu", "shape": "cifar", "method": "KD++ ours",
+    }  # fmt: skip
+    rows = [{**row, "kernels": kernels} for kernels in ("avx2", "avx512", "avx2")]
+    assert steps.latest_steps(rows) == [rows[2:], rows[1:2]]

@@ -129,17 +129,20 @@ def test_targets_of_a_file(tmp_path, capsys):
 def test_targets_of_a_file_are_those_of_the_newest_version(tmp_path, capsys):
     """As in the report: an older commit's figures, or other kernels', pass nothing."""
     path = tmp_path / "a.csv"
-    results.append(rows_of(("ours", 10), ("eager", 41)), path)
+    old = {"kernels": "avx512"}
+    results.append(rows_of(("ours", 10), ("eager", 41), **old), path)
     results.append(
-        rows_of(("ours", 10), ("eager", 80), case="nd_loss 256x512 (1000) float32 cpu"), path
+        rows_of(("ours", 10), ("eager", 80), case="nd_loss 256x512 (1000) float32 cpu", **old),
+        path,
     )
-    for number, newer in enumerate(({"commit": "def"}, {"commit": "def", "kernels": "avx2"})):
+    for number, kernels in enumerate(("avx512", "avx512_bf16")):
         case = ("ce_kd_loss", "ce_dkd_loss")[number] + " 128x100 float32 cpu"
-        results.append(rows_of(("ours", 10), ("eager", 50), case=case, **newer), path)
+        results.append(
+            rows_of(("ours", 10), ("eager", 50), case=case, commit="def", kernels=kernels), path
+        )
         assert main(["targets", str(path)]) == 0
         printed = capsys.readouterr().out
-        kernels = newer.get("kernels", "none")
-        assert f"a machine, torch 9.9.0, at def, {kernels} kernels\n" in printed
+        assert f"a machine, AVX-512, torch 9.9.0, at def, {kernels} kernels\n" in printed
         assert "not measured ND at 64x64: at least 4x eager\n" in printed
         assert "not measured CE+KD and CE+DKD at 128x100: at least 4x eager: 5.00x" in printed
         assert f"[{case}; not measured: " in printed
