@@ -43,7 +43,7 @@ bench: $(READY)
 	$(PY) -m benchmarks e2e --out benchmarks/results/steps.csv
 	$(PY) -m benchmarks report
 
-# What got slower, relative to eager PyTorch, than was recorded on this hardware.
+# What got slower, relative to eager PyTorch, than was recorded on this processor.
 bench-regression: $(READY)
 	$(PY) -m benchmarks regression $(ARGS)
 

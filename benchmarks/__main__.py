@@ -19,7 +19,7 @@ HELP = {
     "loading": "measure how many images per second the loaders of training read from disk",
     "report": "write benchmarks/README.md and its plots from the results",
     "compare": "compare two results files",
-    "regression": "compare a quick run with what was recorded on this hardware",
+    "regression": "compare a quick run with what was recorded on this processor",
     "targets": "evaluate the performance targets on a results file",
 }
 
@@ -341,7 +341,9 @@ def _compare(arguments: argparse.Namespace) -> int:
                 compared = True
                 print(f"{other[0]}, torch {other[2]} -> {machine[0]}, torch {machine[2]}")
                 if other != machine:
-                    print("another machine or version of torch: times do not compare, ratios may")
+                    print(
+                        "another machine, instruction set or version of torch: times do not compare, ratios may"
+                    )
                 kernels = [
                     sorted({str(one.common["kernels"]) for one in group.values()})
                     for group in (before[other], found)

@@ -219,7 +219,7 @@ def _estimate(
         f"the gradients of {PARAMETERS:,} parameters by NVLink within nodes of {NODE} GPUs "
         f"({NVLINK / 1e9:.0f} GB/s, not measured), between them by {NETWORK / 1e9:.0f} GB/s for "
         "each GPU. The three overlap; the longest bounds the step, if images come fast enough. "
-        f"That takes the cores of the last column, of {own['hardware']}, each of which reads "
+        f"That takes the cores of the last column, of {processor(own)}, each of which reads "
         f"{decimal(core)} images/s ({own['preset']}); with fewer, reading bounds the run.\n\n"
         + markdown(
             [

@@ -70,7 +70,8 @@ def hardware(device: str) -> str:
 
 
 # Of the instruction sets that kernels are compiled for, what tells processors apart that call
-# themselves alike, as in virtual machines. How bfloat16 is rounded does not.
+# themselves alike, as in virtual machines. With and without an instruction that rounds to bfloat16
+# they count as one: figures are recorded of versions that did not have it.
 _INSTRUCTIONS = {"avx2": ", AVX2", "avx512": ", AVX-512", "avx512_bf16": ", AVX-512"}
 
 
@@ -372,7 +373,7 @@ class Measurement:
         return str(self.common["allocator"])
 
     @property
-    def machine(self) -> tuple[str, str, str]:
+    def machine(self) -> Machine:
         """Processor, device and torch: what is only compared with itself."""
         return machine_of(self.common, self.case.rsplit(" ", 1)[-1])
 

@@ -684,7 +684,11 @@ def test_processors_of_one_name_are_apart_by_their_instructions(tmp_path, capsys
 def test_steps_of_processors_of_one_name_are_apart():
     row = {
         **dict.fromkeys(steps.STEP_FIELDS, ""), "date": "2026-01-01", "hardware": "a machine",
-        "device": "cpu", "shape": "cifar", "method": "KD++ ours",
+        "device": "cpu", "shape": "cifar",
     }  # fmt: skip
-    rows = [{**row, "kernels": kernels} for kernels in ("avx2", "avx512", "avx2")]
-    assert steps.latest_steps(rows) == [rows[2:], rows[1:2]]
+    rows = [
+        {**row, "kernels": kernels, "method": method}
+        for kernels, method in (("avx2", "CE"), ("avx2", "KD"), ("avx512", "KD++"), ("avx2", "KD"))
+    ]
+    assert steps.latest_steps(rows[:3]) == [rows[:2], rows[2:3]]
+    assert steps.latest_steps(rows) == [rows[3:], rows[2:3]]
