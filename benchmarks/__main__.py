@@ -342,7 +342,8 @@ def _compare(arguments: argparse.Namespace) -> int:
                 print(f"{other[0]}, torch {other[2]} -> {machine[0]}, torch {machine[2]}")
                 if other != machine:
                     print(
-                        "another machine, instruction set or version of torch: times do not compare, ratios may"
+                        "another machine, instruction set or version of torch: times do not "
+                        "compare, ratios may"
                     )
                 kernels = [
                     sorted({str(one.common["kernels"]) for one in group.values()})
