@@ -41,15 +41,14 @@ torch.save(gradients, sys.argv[1])
 ISAS = dnkd_ext.build_info()["cpu_isas"] or ()
 
 
-def run(program: str, isa: str, *arguments: object) -> None:
-    """Runs a program with the kernels of one instruction set."""
-    result = subprocess.run(
+def run(program: str, isa: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a program with the kernels of one instruction set."""
+    return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={**os.environ, "DNKD_CPU_ISA": isa},
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stderr
 
 
 NAN = """
@@ -102,7 +101,8 @@ for bits in (0x7FFFFFFF, -1, 0x7FFF8000, 0x7F800001, 0x7FC00000):
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_nan_of_any_bits_stays_one(isa):
     """Rounded to bfloat16 as a number, one with the largest bits would become -0."""
-    run(NAN, isa)
+    result = run(NAN, isa)
+    assert result.returncode == 0, result.stderr
 
 
 EXPONENTIALS = """
@@ -134,7 +134,8 @@ for temperature in (1.0, 2.0, 3.0, 4.0):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_exponentials_down_to_nothing(isa):
-    run(EXPONENTIALS, isa)
+    result = run(EXPONENTIALS, isa)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.skipif(
@@ -145,7 +146,8 @@ def test_both_ways_of_rounding_are_equal(tmp_path):
     results = []
     for isa in ("avx512", "avx512_bf16"):
         path = tmp_path / isa
-        run(PROGRAM, isa, path)
+        result = run(PROGRAM, isa, path)
+        assert result.returncode == 0, result.stderr
         results.append(torch.load(path))
     different = distinct = 0
     for plain, instruction in zip(*results, strict=True):
