@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnkd_ext._export import constant_result
+
 LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -148,7 +150,7 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if _knows_autocast(device) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot look into it while it traces
+@constant_result  # torch 2.11 cannot look into it while it traces
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 

@@ -1,14 +1,26 @@
-"""What torch.export.save needs to know of the named tuples that losses and criteria return."""
+"""What torch.compile and torch.export.save need to know of functions and results."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.utils._pytree as pytree
 
-__all__ = ["exportable"]
+__all__ = ["constant_result", "exportable"]
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Named = TypeVar("Named", bound=type)
+
+
+def constant_result(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result``, without the compiler.
+
+    That imports all of it before it sets this attribute, which takes almost as long as to import
+    torch, in every process of every program.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def exportable(named: Named) -> Named:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dnkd_ext._export import constant_result
+
 __all__ = ["build_info", "has_kernel_for", "is_loaded", "load_error"]
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -131,7 +133,7 @@ def _covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _runs_on(index: int) -> bool:
     """Whether the CUDA kernels run on this GPU; a warning, once, where they do not."""
     if index not in _runs_on_gpu:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dnkd_ext._export import exportable
+from dnkd_ext._export import constant_result, exportable
 
 __all__ = [
     "DistilledFeatures",
@@ -260,7 +261,7 @@ PLAIN = (
 )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _named_behind_pre_logits(kind: type, method: str) -> tuple[str, ...] | None:
     """The attributes, dotted ones whole, that a method calls once it has looked at ``pre_logits``;
     all of its attributes where it does so last. None where it does more than call them, or might.
@@ -368,10 +369,10 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     inner: object = model
     while isinstance(inner, nn.Module) and not torch.compiler.is_compiling():
-        if (
-            isinstance(inner, torch._dynamo.OptimizedModule)
-            or getattr(inner, "_compiled_call_impl", None) is not None
-        ):
+        dynamo = sys.modules.get("torch._dynamo")  # not imported where nothing was compiled
+        if (dynamo is not None and isinstance(inner, dynamo.OptimizedModule)) or getattr(
+            inner, "_compiled_call_impl", None
+        ) is not None:
             raise ValueError(
                 f"{type(model).__name__} was compiled by itself and calls hooks by chance alone: "
                 "compile the function around features() instead"
@@ -386,7 +387,7 @@ def _kind_of(model: Callable[..., object]) -> type:
     return type(model)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _takes_names(kind: type, names: tuple[str, ...]) -> bool:
     """Whether a model takes these as arguments; one that takes a mapping as such has others."""
     forward = getattr(kind, "forward", None)

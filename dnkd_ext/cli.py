@@ -110,12 +110,15 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _training(name: str, options: Sequence[str]) -> int:
     try:
         from dnkd_ext.train.arguments import COMMANDS
+
+        return COMMANDS[name](options)
     except ModuleNotFoundError as error:
+        if error.name is None:
+            raise  # it says what is needed for what
         raise ModuleNotFoundError(
             f"dnkd {name} needs the training extras ({error}); install them with "
             "pip install 'dnkd_ext[train]'"
         ) from error
-    return COMMANDS[name](options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import torch
 import dnkd_ext
 from dnkd_ext import cli
 from dnkd_ext.cli import main
+from tests.runs import environment
 
 
 def test_info(capsys):
@@ -55,6 +56,83 @@ def test_info_check_sees_a_wrong_kernel(capsys, monkeypatch, needs_extension):
         monkeypatch.setattr(selfcheck, "LOSSES", {"nd_loss": wrong})
         assert main(["info", "--check"]) == 1
         assert "FAIL nd_loss cpu float32" in capsys.readouterr().out
+
+
+LOSS_AND_FEATURES = """
+import torch, dnkd_ext
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+features, logits = dnkd_ext.features(model, torch.ones(2, 4))
+dnkd_ext.nd_loss(features, torch.tensor([0, 1]), torch.ones(2, 3)).backward()
+"""
+ASKED = "from dnkd_ext.cli import main\nassert main({}) == {}"
+
+
+@pytest.mark.parametrize(
+    ("program", "heavy"),
+    [
+        (LOSS_AND_FEATURES, ["torch._dynamo", "torchvision", "timm", "matplotlib", "tyro"]),
+        (ASKED.format(["presets"], 0), ["torch._dynamo", "torchvision", "timm", "matplotlib"]),
+        (ASKED.format(["train", "--preset", "none", "--data", "x", "--out", "y"], 2), ["timm"]),
+    ],
+    ids=["losses", "presets", "refusal"],
+)
+def test_imports_no_more_than_it_needs(program, heavy):
+    """Of what takes as long as to import torch."""
+    if "cli" in program:
+        pytest.importorskip("tyro")
+        pytest.importorskip("yaml")
+    told = f"import sys, torch\nbefore = {{*sys.modules}}\n{program}\n"
+    told += f"assert not (found := {{*{heavy}}} & ({{*sys.modules}} - before)), found"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", told], check=True, capture_output=True)
+
+
+def test_constant_results_are_marked_as_torch_marks_them():
+    """Without importing the compiler for it."""
+    from dnkd_ext._export import constant_result
+
+    def own():
+        pass
+
+    def torchs():
+        pass
+
+    assert constant_result(own) is own
+    assert vars(own) == vars(torch.compiler.assume_constant_result(torchs)) != {}
+
+
+@pytest.mark.parametrize(
+    ("package", "command"),
+    [
+        ("PIL", ["train", "--student", "cifar_resnet20", "--out", "OUT"]),
+        ("PIL", ["eval", "--model", "cifar_resnet20", "--weights", "WEIGHTS"]),
+        ("yaml", ["presets"]),
+        ("yaml", ["train", "--preset", "cifar100/*/kd", "--out", "OUT"]),
+        ("tyro", ["presets"]),
+    ],
+)
+def test_a_package_that_is_missing_is_told(package, command, tmp_path):
+    pytest.importorskip("tyro")
+    folder = tmp_path / "data"
+    for split in ("train", "test"):
+        for name in ("one", "two"):
+            (folder / split / name).mkdir(parents=True)
+            (folder / split / name / "0.png").touch()
+    (tmp_path / "WEIGHTS").touch()
+    data = [] if command == ["presets"] else ["--data", "data", "--device", "cpu"]
+    program = f"import sys; sys.modules[{package!r}] = None\nfrom dnkd_ext.cli import main\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program + f"sys.exit(main({[*command, *data]}))"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"dnkd {command[0]}: error: ")
+    assert "need" in done.stderr
+    assert done.stderr.endswith("pip install 'dnkd_ext[train]'\n")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "OUT").exists()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,6 +139,9 @@ def test_the_log_and_the_result_say_the_same(images, tmp_path, capsys):
     capsys.readouterr()
     command = ["eval", "--model", "cifar_resnet20", "--weights", str(tmp_path / "run")]
     assert main([*command, "--data", str(images), "--no-progress", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(max(accuracies))
+    shutil.copytree(images / "test", tmp_path / "alone" / "test")
+    assert main([*command, "--data", str(tmp_path / "alone"), "--no-progress"]) == 0
     assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(max(accuracies))
 
 

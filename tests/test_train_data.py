@@ -6,6 +6,7 @@ import codecs
 import io
 import os
 import pickle
+import shutil
 import struct
 
 import numpy as np
@@ -433,6 +434,45 @@ def test_class_folders(test, tmp_path):
         path = tmp_path / "train" / CLASSES[number // 6] / f"{number % 6}.png"
         pixels = np.asarray(image.open(path)).transpose(2, 0, 1)
         assert torch.equal(data.train.pixels[number], torch.from_numpy(pixels.copy()))
+
+
+@pytest.mark.parametrize("limit", [None, 12])
+@pytest.mark.parametrize("layout", ["cifar", "folders"])
+def test_the_test_images_alone(layout, limit, tmp_path):
+    """The same as of both splits, whatever the training images are, or where there are none."""
+    if layout == "cifar":
+        write_cifar(tmp_path / "cifar-100-python", 2)
+        places = [tmp_path / "cifar-100-python" / "train"]
+    else:
+        write_folders(tmp_path)
+        # The first training image, of those that are chosen, decides the size of all.
+        for place in (tmp_path / "train" / CLASSES[0]).iterdir():
+            Image.new("RGB", (10, 9)).save(place)
+        places = [place for name in CLASSES[1:] for place in (tmp_path / "train" / name).iterdir()]
+    options = {"limit": limit, "progress": False}
+    wanted = load_images(tmp_path, **options)
+    assert len(wanted.test) > 0
+    assert layout == "cifar" or wanted.test.pixels.shape[2:] == (9, 10)
+    for place in places:
+        place.write_bytes(b"cannot be read")
+    with pytest.raises(ValueError, match="train"):
+        load_images(tmp_path, **options)
+    found = load_images(tmp_path, test_only=True, **options)
+    assert torch.equal(found.test.pixels, wanted.test.pixels)
+    assert torch.equal(found.test.target, wanted.test.target)
+    assert (found.name, found.classes, len(found.train)) == (wanted.name, wanted.classes, 0)
+    assert found.channels == 3
+    if layout == "cifar":
+        places[0].unlink()
+    else:
+        shutil.rmtree(tmp_path / "train")
+    with pytest.raises(FileNotFoundError, match="train"):
+        load_images(tmp_path, **options)
+    found = load_images(tmp_path, test_only=True, **options)
+    assert found.classes == wanted.classes
+    assert torch.equal(found.test.target, wanted.test.target)
+    with pytest.raises(FileNotFoundError, match="train"):  # of which the file holds both
+        load_images(tmp_path, test_only=True, cache=tmp_path / "cache.safetensors", **options)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

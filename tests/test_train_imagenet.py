@@ -205,6 +205,24 @@ def test_evaluation_counts_every_image_once(data, whole, capsys):
     assert json.loads(capsys.readouterr().out)["test_top1"] == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_needs_the_validation_images_alone(data, layout, teacher, tmp_path, capsys):
+    reader = ["--reader", "wds/pictures"] if layout == "shards" else []
+    command = ["eval", "--task", "imagenet", "--model", "resnet10t", "--weights", str(teacher)]
+    command += ["--image-size", str(SIZE), "--workers", "1", "--no-progress", "--device", "cpu"]
+    assert main([*command, *reader, "--data", str(data[layout])]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    copy = tmp_path / "copy"
+    shutil.copytree(data[layout], copy)
+    training = list(copy.glob("*train*"))
+    assert training
+    for place in training:
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert main([*command, *reader, "--data", str(copy)]) == 0
+    assert json.loads(capsys.readouterr().out) == wanted
+    assert wanted["test_images"] == len(CLASSES) * VAL
+
+
 def test_two_processes_train_as_one(data, teacher, tmp_path):
     """With mixed images and soft targets, in float64."""
     mixed = ("--mixup", "0.8", "--cutmix", "1", "--label-smoothing", "0.1")

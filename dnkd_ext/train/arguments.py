@@ -1,4 +1,8 @@
-"""Options of the training commands, from dataclasses by tyro; help and types come from those."""
+"""Options of the training commands, from dataclasses by tyro; help and types come from those.
+
+What the commands do is imported when their options have been read: timm and the rest take longer
+than torch, for which nobody who asks for help, or mistypes, should wait.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
-from dnkd_ext.train.commands import (
-    read_run,
-    run_class_means,
-    run_eval,
-    run_pictures,
-    run_plot,
-)
 from dnkd_ext.train.config import (
     OF_METHODS,
     DataOptions,
@@ -36,7 +33,6 @@ from dnkd_ext.train.config import (
     unused,
 )
 from dnkd_ext.train.files import CONFIG, read_config
-from dnkd_ext.train.jobs import plan_jobs, run_jobs
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.world import SPEAKS, World, join_world, told_once
@@ -154,7 +150,10 @@ class ClassMeansArguments:
 
 @dataclass
 class Eval:
-    """Evaluate trained weights on the test images, and print JSON."""
+    """Evaluate trained weights on the test images, and print JSON.
+
+    The training images are not read and need not be there, except to fill a --cache.
+    """
 
     model: str
     """A cifar_* name, or any name that timm knows; for detection fasterrcnn_resnet18, _resnet50,
@@ -393,6 +392,7 @@ def train(argv: Sequence[str]) -> int:
     with told_once():
         arguments, configs, seeds = _read_train(argv)
     out = _named(arguments.out)
+    from dnkd_ext.train.jobs import plan_jobs, run_jobs
 
     def work(world: World) -> None:
         # Where a node was replaced, its torchrun has restarted nothing yet.
@@ -470,6 +470,7 @@ def class_means(argv: Sequence[str]) -> int:
             raise ValueError("--resume goes on and --overwrite begins anew; pass one of them")
     config = replace(_config(arguments), {"seed": arguments.seed})
     out = _named(arguments.out)
+    from dnkd_ext.train.commands import run_class_means
 
     def work(world: World) -> None:
         means = run_class_means(
@@ -496,6 +497,8 @@ def evaluate(argv: Sequence[str]) -> int:
     """``dnkd eval``."""
     arguments = _parse(Eval, "eval", argv)
     config = _config(arguments)
+    from dnkd_ext.train.commands import run_eval
+
     with join_world(arguments.run.device) as world:
         detections = None if arguments.detections is None else Path(arguments.detections)
         result = run_eval(arguments.model, arguments.weights, config, world, detections)
@@ -522,6 +525,8 @@ def plot(argv: Sequence[str]) -> int:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} is for the boxes of --task detection, got {value}")
     folders, out = [Path(run) for run in arguments.runs], _named(arguments.out)
+    from dnkd_ext.train.commands import read_run, run_pictures, run_plot
+
     if arguments.task == "detection":
         for folder in folders:  # before anything is written
             task = read_run(folder)[0].get("task")

@@ -130,7 +130,7 @@ def run_eval(
     if tasks.is_detection(config):
         return tasks.detection().run_evaluation(model, weights, config, world, detections)
     with world.together():
-        source = open_source(config, world, progress=config.run.progress)
+        source = open_source(config, world, progress=config.run.progress, test_only=True)
         network = tasks.load_teacher(model, weights, source, config, world).model
         try_out(network, f"--model {model}", config, source)
         batches = source.test(config, world)

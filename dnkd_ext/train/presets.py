@@ -553,7 +553,7 @@ class _File:
         try:
             import yaml
         except ImportError as error:
-            raise ImportError(
+            raise ModuleNotFoundError(
                 "presets need PyYAML, which is not installed: pip install 'dnkd_ext[train]'"
             ) from error
 

@@ -56,6 +56,7 @@ def load_images(
     seed: int = 0,
     cache: str | Path | None = None,
     progress: bool = True,
+    test_only: bool = False,
 ) -> ImageSet:
     """Read a data set into memory as uint8.
 
@@ -69,6 +70,8 @@ def load_images(
         cache: a safetensors file that is read if it holds these images, and written if it does not
             exist or holds other ones. Files that changed since are noticed by size and time.
         progress: show a progress bar while decoding.
+        test_only: without ``cache``, read the test images alone; see :class:`ImageSet`. Those for
+            training need not be there.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
@@ -81,7 +84,7 @@ def load_images(
         raise FileNotFoundError(f"no data folder at {folder}")
     cifar = _cifar_folder(folder)
     if cache is None:
-        return _read(folder, cifar, limit, seed, progress)
+        return _read(folder, cifar, limit, seed, progress, test_only)
     cache = Path(cache)
     files = [cifar / name for name in CIFAR100_FILES] if cifar else folder_files(folder)
     key = _fingerprint(folder, files, limit, seed)
@@ -92,18 +95,25 @@ def load_images(
     return found
 
 
-def left_out(folder: str | Path) -> Counter[str]:
+def left_out(folder: str | Path, *, test_only: bool = False) -> Counter[str]:
     """Image files of kinds that :func:`load_images` does not read, by their suffix."""
     folder = Path(folder)
-    return Counter() if _cifar_folder(folder) else other_images(folder)
+    return Counter() if _cifar_folder(folder) else other_images(folder, test_only=test_only)
 
 
 def _read(
-    folder: Path, cifar: Path | None, limit: int | None, seed: int, progress: bool
+    folder: Path,
+    cifar: Path | None,
+    limit: int | None,
+    seed: int,
+    progress: bool,
+    test_only: bool = False,
 ) -> ImageSet:
     if cifar is None:
-        return load_image_folder(folder, limit=limit, seed=seed, progress=progress)
-    return _load_cifar100(cifar, limit, seed)
+        return load_image_folder(
+            folder, limit=limit, seed=seed, progress=progress, test_only=test_only
+        )
+    return _load_cifar100(cifar, limit, seed, test_only)
 
 
 # -- CIFAR-100 ------------------------------------------------------------------------------------
@@ -118,8 +128,10 @@ def _cifar_folder(folder: Path) -> Path | None:
     return None
 
 
-def _load_cifar100(folder: Path, limit: int | None, seed: int) -> ImageSet:
+def _load_cifar100(folder: Path, limit: int | None, seed: int, test_only: bool = False) -> ImageSet:
     for name in CIFAR100_FILES:
+        if test_only and name == "train":
+            continue
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no file {name}, which belongs to CIFAR-100")
     classes = _unpickle(folder / "meta").get("fine_label_names")
@@ -134,14 +146,15 @@ def _load_cifar100(folder: Path, limit: int | None, seed: int) -> ImageSet:
             f"--limit must be at least one image for each of {len(classes)} classes, got {limit}"
         )
     splits = []
-    for name, share in (("train", 1), ("test", 3)):
+    for name, share in (("train", 1), ("test", 3))[test_only:]:
         split = _batch(folder / name, len(classes))
         if limit is not None:
             count = max(1, limit // len(classes) // share)
             kept = _choose_per_class(split.target.numpy(), len(classes), count, seed)
             split = Images(split.pixels[kept], split.target[kept])
         splits.append(split)
-    return image_set("cifar100", splits[0], splits[1], classes, flips=True)
+    train = None if test_only else splits[0]
+    return image_set("cifar100", train, splits[-1], classes, flips=True)
 
 
 def _choose_per_class(target: np.ndarray, classes: int, count: int, seed: int) -> torch.Tensor:

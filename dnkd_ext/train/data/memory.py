@@ -54,7 +54,8 @@ class ImageSet:
     """A training and a test split with the names of their classes.
 
     ``mean`` and ``std`` (channels,) are those of the training pixels in [0, 1]; ``flips`` tells
-    whether a mirrored image is still of its class.
+    whether a mirrored image is still of its class. Where only the test images were asked for,
+    ``train`` has no images, and ``mean`` and ``std`` are theirs.
     """
 
     name: str
@@ -142,19 +143,24 @@ def crop_and_flip(pixels: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor, pad:
     return padded.gather(2, places.expand(-1, channels, -1)).view(pixels.shape)
 
 
-def image_set(name: str, train: Images, test: Images, classes: list[str], flips: bool) -> ImageSet:
-    """The set of two splits, with mean and deviation of the training pixels."""
-    channels = train.pixels.shape[1]
-    count = train.pixels.numel() // channels
+def image_set(
+    name: str, train: Images | None, test: Images, classes: list[str], flips: bool
+) -> ImageSet:
+    """The set of two splits, with mean and deviation of the training pixels, or of the test's."""
+    judged = (test if train is None else train).pixels
+    channels = judged.shape[1]
+    count = judged.numel() // channels
     total, squares = torch.zeros(2, channels, dtype=torch.int64)
     # Exact sums a part at a time: all pixels as floats would take eight times the images' memory.
-    for part in train.pixels.split(1024):
+    for part in judged.split(1024):
         values = part.int()
         total += values.sum((0, 2, 3))
         squares += values.square().sum((0, 2, 3))
     mean = total.double() / count
     variance = (squares.double() - count * mean.square()) / max(1, count - 1)
     std = variance.clamp_min(0).sqrt() / 255
+    if train is None:
+        train = Images(test.pixels[:0], test.target[:0])
     return ImageSet(
         name, train, test, classes, (mean / 255).float(), std.clamp_min(1e-3).float(), flips
     )
@@ -183,7 +189,12 @@ def load_digits() -> ImageSet:
 
 
 def load_image_folder(
-    folder: str | Path, *, limit: int | None = None, seed: int = 0, progress: bool = True
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    test_only: bool = False,
 ) -> ImageSet:
     """An image-folder data set: ``folder/train/CLASS/*.png`` and ``folder/test`` (or ``val``).
 
@@ -196,6 +207,8 @@ def load_image_folder(
             many test images; chosen by ``seed``.
         seed: of that choice.
         progress: show a progress bar while decoding.
+        test_only: the test images alone. Where there is a folder ``train``, they have its classes
+            and the size of its first image, as when both are read; it may be missing.
 
     Raises:
         FileNotFoundError: ``folder``, its ``train``, or both ``test`` and ``val`` are missing.
@@ -203,8 +216,8 @@ def load_image_folder(
             differ, an unreadable image, or a limit below one image a class.
     """
     folder = Path(folder)
-    train_folder, test_folder = _split_folders(folder)
-    classes = _class_names(train_folder)
+    train_folder, test_folder = _split_folders(folder, test_only)
+    classes = _class_names(test_folder if train_folder is None else train_folder)
     others = _class_names(test_folder)
     if classes != others:
         differing = sorted(set(classes) ^ set(others))
@@ -222,8 +235,13 @@ def load_image_folder(
             (train_folder, per_class),
             (test_folder, None if per_class is None else max(1, per_class // 3)),
         )
+        if split is not None
     ]
     size = _target_size(files[0][0][0])
+    if test_only:
+        return image_set(
+            folder.resolve().name, None, _decode(files[-1], size, progress), classes, flips=True
+        )
     train, test = (_decode(split, size, progress) for split in files)
     return image_set(folder.resolve().name, train, test, classes, flips=True)
 
@@ -234,26 +252,29 @@ def folder_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: ``folder``, its ``train``, or both ``test`` and ``val`` are missing.
     """
-    return sorted(path for split in _split_folders(folder) for path in _images(split))
+    splits = _split_folders(folder)
+    return sorted(path for split in splits if split is not None for path in _images(split))
 
 
-def other_images(folder: Path) -> Counter[str]:
+def other_images(folder: Path, *, test_only: bool = False) -> Counter[str]:
     """Image files there of kinds that :func:`load_image_folder` leaves out, by their suffix."""
-    files = (path for split in _split_folders(folder) for path in split.rglob("*"))
+    splits = _split_folders(folder, test_only)[test_only:]
+    files = (path for split in splits if split is not None for path in split.rglob("*"))
     suffixes = (path.suffix.lower() for path in files)
     return Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
 
 
-def _split_folders(folder: Path) -> tuple[Path, Path]:
+def _split_folders(folder: Path, test_only: bool = False) -> tuple[Path | None, Path]:
+    """Those of training and of test; with ``test_only`` the first may be missing, and is None."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {folder}")
     train_folder = folder / "train"
     test_folder = next((folder / n for n in ("test", "val") if (folder / n).is_dir()), None)
-    if not train_folder.is_dir():
+    if not train_folder.is_dir() and not test_only:
         raise FileNotFoundError(f"{folder} has no folder train/ with one folder per class")
     if test_folder is None:
         raise FileNotFoundError(f"{folder} has neither test/ nor val/ with one folder per class")
-    return train_folder, test_folder
+    return train_folder if train_folder.is_dir() else None, test_folder
 
 
 def _images(folder: Path) -> list[Path]:

@@ -14,14 +14,17 @@ __all__ = ["Splits", "open_splits"]
 
 @dataclass(frozen=True)
 class Splits:
-    """Training and validation images, and the names of the classes in the order of the labels."""
+    """Training and validation images, and the names of the classes in the order of the labels.
 
-    train: FileSplit | ShardSplit
+    ``train`` is None where only the validation images were asked for.
+    """
+
+    train: FileSplit | ShardSplit | None
     val: FileSplit | ShardSplit
     classes: list[str]
 
 
-def open_splits(data: str | Path, options: ReaderOptions) -> Splits:
+def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = False) -> Splits:
     """Find both splits of a data set; no image is read.
 
     Args:
@@ -30,6 +33,7 @@ def open_splits(data: str | Path, options: ReaderOptions) -> Splits:
             ``validation``, ``valid`` or ``test``; or with WebDataset shards and timm's
             ``_info.json``, which may have a list ``classes``.
         options: which of these, and more about it.
+        test_only: the validation images alone; those for training are not looked for.
 
     A class is a folder of the first level, with all that lies in folders below it; in archives of
     the first level at which there are several.
@@ -61,7 +65,10 @@ def open_splits(data: str | Path, options: ReaderOptions) -> Splits:
         if Path(options.class_map).suffix != ".txt":
             raise ValueError(f"--class-map must be a .txt file, got {options.class_map}")
     if options.uses_shards:
-        return Splits(*open_shards(str(data), options))
+        return Splits(*open_shards(str(data), options, test_only=test_only))
+    if test_only:
+        val = open_files(find_split(root, VAL_NAMES), options.class_map)
+        return Splits(None, val, val.classes)
     places = [find_split(root, names) for names in (TRAIN_NAMES, VAL_NAMES)]
     train, val = (open_files(place, options.class_map) for place in places)
     if train.classes != val.classes:

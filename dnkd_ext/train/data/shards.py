@@ -149,8 +149,12 @@ def _ended(samples: Iterator[Any]) -> bool:
         return True
 
 
-def open_shards(root: str, options: ReaderOptions) -> tuple[ShardSplit, ShardSplit, list[str]]:
+def open_shards(
+    root: str, options: ReaderOptions, *, test_only: bool = False
+) -> tuple[ShardSplit | None, ShardSplit, list[str]]:
     """Both splits of a folder or address of shards, and the names of the classes.
+
+    With ``test_only`` the validation split alone, and None for the other.
 
     Raises:
         ModuleNotFoundError: webdataset is not installed.
@@ -164,11 +168,12 @@ def open_shards(root: str, options: ReaderOptions) -> tuple[ShardSplit, ShardSpl
         ) from error
     from timm.data.readers import create_reader
 
-    found, info = [], {}
-    for option, given, names in (
+    wanted = [
         ("--train-split", options.train_split, TRAIN_NAMES),
         ("--val-split", options.val_split, VAL_NAMES),
-    ):
+    ]
+    found, info = [], {}
+    for option, given, names in wanted[1:] if test_only else wanted:
         name = given
         if not name:
             if not info:
@@ -197,11 +202,11 @@ def open_shards(root: str, options: ReaderOptions) -> tuple[ShardSplit, ShardSpl
         urls = tuple(os.path.join(root, file) for file in split.filenames)
         found.append((urls, count, lengths, split.alt_label))
     classes = _shard_classes(root, info, options)
-    train, val = (
+    *train, val = (
         ShardSplit(urls, count, lengths, len(classes), label)
         for urls, count, lengths, label in found
     )
-    return train, val, classes
+    return train[0] if train else None, val, classes
 
 
 def _read_info(root: str) -> dict[str, Any]:

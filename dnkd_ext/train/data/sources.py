@@ -75,7 +75,7 @@ class Source(ABC):
         classes: their names, in the order of the labels.
         channels: of every image.
         image_size: height of every image, in pixels, as the models see it.
-        train_images: how many.
+        train_images: how many; 0 of a source that was opened for the test images alone.
         test_images: how many.
     """
 
@@ -162,10 +162,11 @@ class DiskSource(Source):
         self.splits = splits
         self.name, self.classes, self.channels = name, splits.classes, channels
         self.image_size = image_size
-        self.train_images, self.test_images = len(splits.train), len(splits.val)
+        self.train_images = 0 if splits.train is None else len(splits.train)
+        self.test_images = len(splits.val)
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for split in (splits.train, splits.val):
-            for name in split.names():
+            for name in () if split is None else split.names():
                 digest.update(f"{name}\n".encode())
             digest.update(b"\n")
         self._digest = digest.hexdigest()[:16]
@@ -209,11 +210,20 @@ class DiskSource(Source):
         return self._clean(self.splits.train, config, world)
 
 
-def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> Source:
+def open_source(
+    config: TrainConfig, world: World, *, progress: bool = True, test_only: bool = False
+) -> Source:
     """The data set that the configuration names; collective.
 
     The first process opens it first: what it keeps, the index of an archive or a file of decoded
     images, is there for the others.
+
+    Args:
+        config: its groups ``data`` and ``reader``.
+        world: the processes.
+        progress: show a progress bar while decoding.
+        test_only: the test images alone. Those for training need not be there, and are not read;
+            with ``--cache`` all are, for the file holds both.
 
     Raises:
         FileNotFoundError: the folder, or a part of it, is missing.
@@ -221,7 +231,7 @@ def open_source(config: TrainConfig, world: World, *, progress: bool = True) -> 
         ValueError: a broken data set, or options that do not fit it.
         OtherProcessFailed: the first process could not open it.
     """
-    return world.first_ahead(lambda: _open(config, world, progress))
+    return world.first_ahead(lambda: _open(config, world, progress, test_only))
 
 
 def _tell_left_out(counts: Mapping[str, int], place: str | Path) -> None:
@@ -233,10 +243,10 @@ def _tell_left_out(counts: Mapping[str, int], place: str | Path) -> None:
         )
 
 
-def _open(config: TrainConfig, world: World, progress: bool) -> Source:
+def _open(config: TrainConfig, world: World, progress: bool, test_only: bool) -> Source:
     options = config.data
     if config.data.task == "imagenet":
-        splits = open_splits(options.data, config.reader)
+        splits = open_splits(options.data, config.reader, test_only=test_only)
         if world.is_first:
             for split in (splits.train, splits.val):
                 _tell_left_out(getattr(split, "left_out", {}), getattr(split, "place", ""))
@@ -250,10 +260,11 @@ def _open(config: TrainConfig, world: World, progress: bool) -> Source:
         seed=0,
         cache=options.cache,
         progress=progress and world.is_first,
+        test_only=test_only,
     )
     # Of a cache that was told when it was made; looking takes as long as listing all files.
     if world.is_first and not was_cached:
-        _tell_left_out(left_out(options.data), options.data)
+        _tell_left_out(left_out(options.data, test_only=test_only), options.data)
     for name, values in options.normalisation.items():
         if len(values) != images.channels:
             raise ValueError(
