@@ -6,6 +6,8 @@
 #
 #   TORCH   what pip installs as torch, and beside it   (TORCH="torch==2.13.0")
 #   ARGS    further arguments for the command            (make test ARGS="-k parity")
+#   WORKERS processes among which the tests are shared: by default one per core, four at most, and
+#           a single one where there is a GPU, which they would share, or with PYTHON=
 #   OUT     where demo and gpu-check write               (out/demo, out/gpu)
 #   STAGE   of gpu-check: build, tests, sanitize, bench, e2e, kernels or host-tests; each goes on
 #           where it stopped
@@ -17,7 +19,10 @@ ARGS   ?=
 # What make compiles CUDA kernels for, unless TORCH_CUDA_ARCH_LIST says: the GPUs of this machine, or
 # where there is none, one architecture, so that they are at least compiled. (pip: all that setup.py
 # lists.)
-ARCHITECTURES = $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';' -),8.0+PTX)
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';' -)
+ARCHITECTURES = $(or $(GPUS),8.0+PTX)
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(if $(GPUS)$(PYTHON),1,$(if $(filter 1 2 3,$(CORES)),$(CORES),4))
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -35,7 +40,7 @@ demo: $(READY)
 	$(PY) -m dnkd_ext demo --out $(or $(OUT),out/demo) --overwrite $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist worksteal) $(ARGS)
 
 # The ladder of all losses and training steps on this CPU, kept in benchmarks/results; then the report.
 bench: $(READY)

@@ -27,6 +27,14 @@ SLOW = (
 )  # fmt: skip
 
 
+def pytest_configure(config):
+    """Of several processes (-n), before they are started: none spins on another's cores."""
+    workers = getattr(config.option, "numprocesses", None)
+    if workers:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
+
+
 def pytest_report_header(config):
     info = dnkd_ext.build_info()
     return (

@@ -17,7 +17,7 @@ from tests.simt.programs import DTYPES, REDUCTIONS, accumulate, strided
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    return programs.build("nd_loss", tmp_path_factory.mktemp("simt"))
+    return programs.build("nd_loss", tmp_path_factory)
 
 
 def run_nd_loss(

@@ -14,7 +14,7 @@ from tests.simt.programs import DTYPES, accumulate, assert_close, strided
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    return programs.build("dist_loss", tmp_path_factory.mktemp("simt"))
+    return programs.build("dist_loss", tmp_path_factory)
 
 
 def run(

@@ -12,7 +12,7 @@ from tests.simt.programs import DTYPES, accumulate, strided
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    return programs.build("feature_diagnostics", tmp_path_factory.mktemp("simt"))
+    return programs.build("feature_diagnostics", tmp_path_factory)
 
 
 def diagnose(

@@ -26,7 +26,7 @@ BAD_LABELS = (-1, 2**31 - 1)  # and the number of classes
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory):
-    return programs.build("logit_loss", tmp_path_factory.mktemp("simt"))
+    return programs.build("logit_loss", tmp_path_factory)
 
 
 def ids(options):

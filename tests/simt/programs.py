@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,24 +17,40 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]  # as in 
 REDUCTIONS = ["none", "mean", "sum"]
 
 
-def build(name: str, folder: Path):
+@contextlib.contextmanager
+def alone(path: Path):
+    """One process at a time within it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(name: str, folders):
     """Compiles tests/simt/<name>.cpp with the sanitizers; a function that runs one case with it.
 
     It takes the launcher's name, its numbers, its arrays, and (shape, dtype) of its outputs.
+    Processes among which the tests are shared (xdist's) compile it once; `folders` is pytest's
+    tmp_path_factory, which has a folder of theirs.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler (g++ or clang++) to build the shim with")
-    program = folder / name
-    subprocess.run(
-        [
-            compiler, "-std=c++20", "-O0", "-fno-strict-aliasing",
-            "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-            f"-I{ROOT}/tests/simt/include", f"-I{ROOT}/csrc",
-            str(ROOT / f"tests/simt/{name}.cpp"), "-o", str(program),
-        ],
-        check=True,
-    )  # fmt: skip
+    folder = folders.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    program, unfinished = folder / f"simt_{name}", folder / f"simt_{name}.new"
+    with alone(folder / f"simt_{name}.lock"):
+        if not program.exists():
+            subprocess.run(
+                [
+                    compiler, "-std=c++20", "-O0", "-fno-strict-aliasing",
+                    "-pthread", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+                    f"-I{ROOT}/tests/simt/include", f"-I{ROOT}/csrc",
+                    str(ROOT / f"tests/simt/{name}.cpp"), "-o", str(unfinished),
+                ],
+                check=True,
+            )  # fmt: skip
+            unfinished.rename(program)
 
     def run(kernel, numbers, arrays, outputs):
         device = {"shared": 64 << 10, "clusters": True, "most_cluster": 8, "ptx": 90, "late": 0}
