@@ -345,10 +345,10 @@ def test_what_is_published_is_for_models_and_method_of_the_preset(
 ):
     pytest.importorskip("tyro")
     from dnkd_ext.cli import main
-    from dnkd_ext.train import arguments
+    from dnkd_ext.train import jobs
 
     planned = []
-    monkeypatch.setattr(arguments, "run_jobs", lambda jobs, *_, **__: planned.extend(jobs))
+    monkeypatch.setattr(jobs, "run_jobs", lambda jobs, *_, **__: planned.extend(jobs))
     command = ["train", "--data", "x", "--out", "y", "--device", "cpu", "--preset", name, *options]
     assert main(command) == 0
     wanted = published if isinstance(published, list) else [published]
@@ -369,10 +369,10 @@ def test_what_is_published_is_every_presets_own():
 def test_options_of_the_teacher_are_for_presets_that_have_one(monkeypatch, capsys):
     pytest.importorskip("tyro")
     from dnkd_ext.cli import main
-    from dnkd_ext.train import arguments
+    from dnkd_ext.train import jobs
 
     planned = []
-    monkeypatch.setattr(arguments, "run_jobs", lambda jobs, *_, **__: planned.extend(jobs))
+    monkeypatch.setattr(jobs, "run_jobs", lambda jobs, *_, **__: planned.extend(jobs))
     command = ["train", "--data", "x", "--out", "y", "--device", "cpu"]
     command += ["--teacher", "resnet34.tv_in1k", "--teacher-weights", "pretrained"]
     pair = "imagenet/resnet34-resnet18"

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dnkd_ext
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
-from dnkd_ext.train import arguments, gather
+from dnkd_ext.train import arguments, commands, engine, gather, shared, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import TrainConfig, flatten
@@ -28,7 +27,7 @@ pytestmark = SKIPPED
 
 def test_weights_that_are_not_finite_are_not_kept(images, tmp_path, monkeypatch, capsys):
     """A gradient that is NaN in an epoch's last step, with a loss that is finite."""
-    step = dnkd_ext.train.engine._Training._step
+    step = engine._Training._step
 
     def broken(self, batch):
         step(self, batch)
@@ -36,7 +35,7 @@ def test_weights_that_are_not_finite_are_not_kept(images, tmp_path, monkeypatch,
             with torch.no_grad():
                 self.parameters[1][0] = math.nan
 
-    monkeypatch.setattr(dnkd_ext.train.engine._Training, "_step", broken)
+    monkeypatch.setattr(engine._Training, "_step", broken)
     told = refused(options(images, tmp_path / "run"), capsys)
     assert "epoch 2: the weights student." in told
     assert "the checkpoint after 1 epochs is kept" in told
@@ -211,10 +210,8 @@ def test_missing_weights_are_told_before_images_are_read(
 ):
     """Which may take minutes."""
     read = []
-    monkeypatch.setattr(dnkd_ext.train.tasks, "open_data", lambda *_: read.append("train"))
-    monkeypatch.setattr(
-        dnkd_ext.train.commands, "open_source", lambda *_, **__: read.append("eval")
-    )
+    monkeypatch.setattr(tasks, "open_data", lambda *_: read.append("train"))
+    monkeypatch.setattr(commands, "open_source", lambda *_, **__: read.append("eval"))
     out, empty = str(tmp_path / "run"), tmp_path / "empty"
     empty.mkdir()
     train = [*options(images, out), *of(teacher, "kd", 1.0)]
@@ -416,9 +413,9 @@ def test_places_that_cannot_be_written_to_are_told_before_images_are_read(
     def read(*_, **__):
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(dnkd_ext.train.tasks, "open_data", read)
-    monkeypatch.setattr(dnkd_ext.train.shared.Shared, "source", read)
-    monkeypatch.setattr(dnkd_ext.train.commands, "open_source", read)
+    monkeypatch.setattr(tasks, "open_data", read)
+    monkeypatch.setattr(shared.Shared, "source", read)
+    monkeypatch.setattr(commands, "open_source", read)
     (tmp_path / "file").write_text("")
     save_file({"x": torch.zeros(1)}, tmp_path / "weights.safetensors")
     seen = ["--model", "cifar_resnet20", "--weights", str(tmp_path / "weights.safetensors")]

@@ -19,10 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import dnkd_ext
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
-from dnkd_ext.train import files, jobs
+from dnkd_ext.train import engine, files, jobs
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.engine import _Training, check_identity
@@ -164,7 +163,7 @@ def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_pat
         perf_counter=lambda: time.perf_counter() + passed[0], monotonic=time.monotonic
     )
     monkeypatch.setattr(_Training, "_save", slow)
-    monkeypatch.setattr(dnkd_ext.train.engine, "time", clock)
+    monkeypatch.setattr(engine, "time", clock)
     monkeypatch.setattr(Classification, "batches", killed)
     assert main(options(images, out, *more)) == 130
     state = load_checkpoint(out)
@@ -178,7 +177,7 @@ def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_pat
     for minutes in ("0", "30"):
         saved = []
         monkeypatch.setattr(
-            dnkd_ext.train.engine._Training, "_save",
+            engine._Training, "_save",
             lambda self, epoch, start, saved=saved: saved.append((epoch, start)),
         )  # fmt: skip
         run(images, tmp_path / minutes, "--checkpoint-minutes", minutes, "--log-every", "1")
@@ -187,14 +186,14 @@ def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_pat
 
 def test_a_damaged_checkpoint_leaves_the_one_before(images, teacher, whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    finish = dnkd_ext.train.engine._Training._finish
+    finish = engine._Training._finish
 
     def stop(self, epoch, *rest):
         if epoch == 3:
             raise KeyboardInterrupt
         finish(self, epoch, *rest)
 
-    monkeypatch.setattr(dnkd_ext.train.engine._Training, "_finish", stop)
+    monkeypatch.setattr(engine._Training, "_finish", stop)
     assert main(options(images, out, *student_options(teacher))) == 130
     monkeypatch.undo()
     newest = out / "checkpoint.pt"
@@ -496,14 +495,14 @@ def test_goes_on_in_another_memory_format(images, teacher, tmp_path, monkeypatch
     """The momentum is then laid out anew; a fused optimiser goes by its memory alone."""
     more = of(teacher, "kd", 1.0)
     wanted = run(images, tmp_path / "whole", *more, "--no-channels-last")
-    finish = dnkd_ext.train.engine._Training._finish
+    finish = engine._Training._finish
 
     def stop(self, epoch, *rest):
         if epoch == 1:
             raise KeyboardInterrupt
         finish(self, epoch, *rest)
 
-    monkeypatch.setattr(dnkd_ext.train.engine._Training, "_finish", stop)
+    monkeypatch.setattr(engine._Training, "_finish", stop)
     assert main(options(images, tmp_path / "run", *more, "--no-channels-last")) == 130
     monkeypatch.undo()
     rows = run(images, tmp_path / "run", *more, "--resume", "--channels-last")
