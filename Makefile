@@ -19,10 +19,10 @@ ARGS   ?=
 # What make compiles CUDA kernels for, unless TORCH_CUDA_ARCH_LIST says: the GPUs of this machine, or
 # where there is none, one architecture, so that they are at least compiled. (pip: all that setup.py
 # lists.)
-GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';' -)
+GPUS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -E '^[0-9.]+$$' | sort -u | paste -sd ';' -)
 ARCHITECTURES = $(or $(GPUS),8.0+PTX)
-CORES := $(shell getconf _NPROCESSORS_ONLN)
-WORKERS ?= $(if $(GPUS)$(PYTHON),1,$(if $(filter 1 2 3,$(CORES)),$(CORES),4))
+CORES = $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+WORKERS ?= $(if $(GPUS)$(PYTHON),1,$(or $(filter 1 2 3,$(CORES)),$(if $(CORES),4,1)))
 TORCH_STAMP := $(VENV)/.torch-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 

@@ -17,7 +17,7 @@ def constant_result(function: Function) -> Function:
     """``torch.compiler.assume_constant_result``, without the compiler.
 
     That imports all of it before it sets this attribute, which takes almost as long as to import
-    torch, in every process of every program.
+    torch, in programs that compile nothing.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -369,10 +369,9 @@ def _check_model(model: object) -> None:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     inner: object = model
     while isinstance(inner, nn.Module) and not torch.compiler.is_compiling():
-        dynamo = sys.modules.get("torch._dynamo")  # not imported where nothing was compiled
-        if (dynamo is not None and isinstance(inner, dynamo.OptimizedModule)) or getattr(
-            inner, "_compiled_call_impl", None
-        ) is not None:
+        # Where nothing was compiled the compiler has not been imported.
+        compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+        if isinstance(inner, compiled) or getattr(inner, "_compiled_call_impl", None) is not None:
             raise ValueError(
                 f"{type(model).__name__} was compiled by itself and calls hooks by chance alone: "
                 "compile the function around features() instead"

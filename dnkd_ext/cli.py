@@ -107,14 +107,19 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# What the training extras install, by the names they are imported by.
+EXTRAS = ("PIL", "matplotlib", "sklearn", "tensorboard", "tqdm", "tyro", "yaml")
+
+
 def _training(name: str, options: Sequence[str]) -> int:
     try:
         from dnkd_ext.train.arguments import COMMANDS
 
         return COMMANDS[name](options)
     except ModuleNotFoundError as error:
-        if error.name is None:
-            raise  # it says what is needed for what
+        # One without a name says itself what is needed for what.
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
         raise ModuleNotFoundError(
             f"dnkd {name} needs the training extras ({error}); install them with "
             "pip install 'dnkd_ext[train]'"

@@ -32,7 +32,9 @@ def pytest_configure(config):
     workers = getattr(config.option, "numprocesses", None)
     if workers:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(2, (os.cpu_count() or 1) // workers)))
+        os.environ.setdefault(
+            "OMP_NUM_THREADS", str(max(2, len(os.sched_getaffinity(0)) // workers))
+        )
 
 
 def pytest_report_header(config):

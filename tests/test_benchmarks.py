@@ -439,10 +439,15 @@ def test_the_share_of_the_cores_is_one(monkeypatch):
     """By the time of the process, of which half a core of two is a quarter."""
     monkeypatch.undo()
     assert 0 < harness.cpu_share(0.05) < 1.2
-    before, begin = time.process_time(), time.perf_counter()
-    cores = torch.get_num_threads()
-    passed = lambda: before + cores * (time.perf_counter() - begin) / 4  # noqa: E731
-    monkeypatch.setattr(time, "process_time", passed)
+    now, cores = 0.0, torch.get_num_threads()
+
+    def passed():
+        nonlocal now
+        now += 1e-3
+        return now
+
+    monkeypatch.setattr(time, "perf_counter", passed)
+    monkeypatch.setattr(time, "process_time", lambda: cores * now / 4)
     assert harness.cpu_share(0.05) == pytest.approx(0.25, rel=0.1)
 
 

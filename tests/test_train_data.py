@@ -14,9 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.data.batches import EvalBatches, Plan, TrainBatches
 from dnkd_ext.train.data.image_files import left_out, load_images
 from dnkd_ext.train.data.memory import Images, crop_and_flip
+from dnkd_ext.train.data.sources import open_source
+from dnkd_ext.train.world import World
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
@@ -437,12 +440,13 @@ def test_class_folders(test, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [None, 12])
-@pytest.mark.parametrize("layout", ["cifar", "folders"])
-def test_the_test_images_alone(layout, limit, tmp_path):
+@pytest.mark.parametrize("layout", ["cifar", "cifar-100-python", "folders"])
+def test_the_test_images_alone(layout, limit, tmp_path, recwarn):
     """The same as of both splits, whatever the training images are, or where there are none."""
-    if layout == "cifar":
-        write_cifar(tmp_path / "cifar-100-python", 2)
-        places = [tmp_path / "cifar-100-python" / "train"]
+    if layout != "folders":
+        tmp_path /= layout
+        write_cifar(tmp_path, 2)
+        places = [tmp_path / "train"]
     else:
         write_folders(tmp_path)
         # The first training image, of those that are chosen, decides the size of all.
@@ -452,7 +456,7 @@ def test_the_test_images_alone(layout, limit, tmp_path):
     options = {"limit": limit, "progress": False}
     wanted = load_images(tmp_path, **options)
     assert len(wanted.test) > 0
-    assert layout == "cifar" or wanted.test.pixels.shape[2:] == (9, 10)
+    assert layout != "folders" or wanted.test.pixels.shape[2:] == (9, 10)
     for place in places:
         place.write_bytes(b"cannot be read")
     with pytest.raises(ValueError, match="train"):
@@ -462,7 +466,7 @@ def test_the_test_images_alone(layout, limit, tmp_path):
     assert torch.equal(found.test.target, wanted.test.target)
     assert (found.name, found.classes, len(found.train)) == (wanted.name, wanted.classes, 0)
     assert found.channels == 3
-    if layout == "cifar":
+    if layout != "folders":
         places[0].unlink()
     else:
         shutil.rmtree(tmp_path / "train")
@@ -473,6 +477,24 @@ def test_the_test_images_alone(layout, limit, tmp_path):
     assert torch.equal(found.test.target, wanted.test.target)
     with pytest.raises(FileNotFoundError, match="train"):  # of which the file holds both
         load_images(tmp_path, test_only=True, cache=tmp_path / "cache.safetensors", **options)
+    assert not recwarn.list
+    if layout == "folders":  # the first of the test images decides now
+        (tmp_path / "train" / "empty").mkdir(parents=True)
+        for place in (tmp_path / "test" / CLASSES[-1]).iterdir():
+            Image.new("RGB", (10, 9)).save(place)
+        with pytest.warns(UserWarning, match=r"2 sizes in .*test are brought to 8 x 8 .* 0\.png"):
+            found = load_images(tmp_path, test_only=True, limit=None, progress=False)
+        assert found.test.pixels.shape[2:] == (8, 8)
+
+
+def test_what_a_cache_leaves_out_is_told_when_it_is_made(tmp_path):
+    """By an evaluation, too: the cache holds both splits."""
+    write_folders(tmp_path)
+    (tmp_path / "train" / CLASSES[0] / "x.pbm").touch()
+    config = replace(TrainConfig(), {"data": str(tmp_path), "cache": str(tmp_path / "cache")})
+    alone = World(0, 1, torch.device("cpu"))
+    with pytest.warns(UserWarning, match=r"1 image files of .* were left out \(1 \.pbm\)"):
+        open_source(config, alone, progress=False, test_only=True)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -218,6 +218,10 @@ def test_evaluation_needs_the_validation_images_alone(data, layout, teacher, tmp
     assert training
     for place in training:
         shutil.rmtree(place) if place.is_dir() else place.unlink()
+    if layout == "shards":
+        info = json.loads((copy / "_info.json").read_text())
+        del info["splits"]["train"]
+        (copy / "_info.json").write_text(json.dumps(info))
     assert main([*command, *reader, "--data", str(copy)]) == 0
     assert json.loads(capsys.readouterr().out) == wanted
     assert wanted["test_images"] == len(CLASSES) * VAL

@@ -59,11 +59,12 @@ _RUN = ("device", "precision", "channels_last", "eval_batch_size", "progress")
 SeenRun = _only(RunOptions, *_RUN)
 # Sums of features depend on the order of what is added.
 SummedRun = _only(RunOptions, *_RUN, "deterministic")
-SeenReader = _only(
-    ReaderOptions,
+_READER = (
     *("reader", "train_split", "val_split", "class_map", "num_classes", "image_size"),
     *("crop_pct", "interpolation", "workers", "on_error"),
 )
+SeenReader = _only(ReaderOptions, *_READER)
+EvaluatedReader = _only(ReaderOptions, *(name for name in _READER if name != "train_split"))
 _DETECTED = ("train_set", "val_set", "min_size", "max_size", "anchor_sizes", "detect_batch_size")
 SeenDetection = _only(DetectionOptions, *_DETECTED)
 # Class means are those of sampled proposals.
@@ -152,7 +153,8 @@ class ClassMeansArguments:
 class Eval:
     """Evaluate trained weights on the test images, and print JSON.
 
-    The training images are not read and need not be there, except to fill a --cache.
+    The training images need not be there, except with --cache, whose file holds both. Where they
+    are missing from class folders, the first test image decides the size to which all are brought.
     """
 
     model: str
@@ -165,7 +167,7 @@ class Eval:
     """Detection: file for what was found in every image, JSON in COCO's results format."""
     data: SeenData = field(default_factory=SeenData)
     run: SeenRun = field(default_factory=SeenRun)
-    reader: SeenReader = field(default_factory=SeenReader)
+    reader: EvaluatedReader = field(default_factory=EvaluatedReader)
     detection: SeenDetection = field(default_factory=SeenDetection)
 
 

@@ -301,6 +301,11 @@ def _run_ready(
 def _checked(job: Job, world: World) -> Job:
     """The job with its automatic options resolved; an error where options are wrong."""
     job.config.check(world.size)
+    if importlib.util.find_spec("matplotlib") is None:  # not after the last epoch
+        raise ModuleNotFoundError(
+            "the plots of a run need the training extras; install them with pip install "
+            "'dnkd_ext[train]'"
+        )
     if job.config.run.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ModuleNotFoundError(
             "--tensorboard needs the training extras; install them with pip install "

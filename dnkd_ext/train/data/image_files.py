@@ -123,7 +123,7 @@ def _cifar_folder(folder: Path) -> Path | None:
     """Where the three files are, or None where nothing looks like CIFAR-100's own form."""
     if (folder / CIFAR100_FOLDER).is_dir():
         return folder / CIFAR100_FOLDER
-    if folder.name == CIFAR100_FOLDER or (folder / "train").is_file():
+    if folder.name == CIFAR100_FOLDER or any((folder / n).is_file() for n in ("train", "test")):
         return folder
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -207,8 +208,9 @@ def load_image_folder(
             many test images; chosen by ``seed``.
         seed: of that choice.
         progress: show a progress bar while decoding.
-        test_only: the test images alone. Where there is a folder ``train``, they have its classes
-            and the size of its first image, as when both are read; it may be missing.
+        test_only: the test images alone. They have the classes of ``train`` and the size of its
+            first image, as when both are read; where it has no images, or is missing, their own
+            classes and the size of their own first image, with a warning if theirs differ.
 
     Raises:
         FileNotFoundError: ``folder``, its ``train``, or both ``test`` and ``val`` are missing.
@@ -229,21 +231,24 @@ def load_image_folder(
             f"--limit must be at least one image for each of {len(classes)} classes, got {limit}"
         )
     per_class = None if limit is None else limit // len(classes)
-    files = [
-        _chosen_files(split, classes, count, seed)
-        for split, count in (
-            (train_folder, per_class),
-            (test_folder, None if per_class is None else max(1, per_class // 3)),
+    training = []
+    if train_folder is not None:  # of which, for the test images alone, the first is enough
+        wanted = classes[:1] if test_only else classes
+        training = _chosen_files(train_folder, wanted, per_class, seed)
+    test = _chosen_files(
+        test_folder, classes, None if per_class is None else max(1, per_class // 3), seed
+    )
+    size = _target_size((training or test)[0][0])
+    if not training and len(sizes := _sizes(test)) > 1:
+        warnings.warn(
+            f"images of {len(sizes)} sizes in {test_folder} are brought to {size[0]} x {size[1]} "
+            f"pixels by the first, {test[0][0].name}, for want of training images",
+            stacklevel=2,
         )
-        if split is not None
-    ]
-    size = _target_size(files[0][0][0])
-    if test_only:
-        return image_set(
-            folder.resolve().name, None, _decode(files[-1], size, progress), classes, flips=True
-        )
-    train, test = (_decode(split, size, progress) for split in files)
-    return image_set(folder.resolve().name, train, test, classes, flips=True)
+    train = None if test_only else _decode(training, size, progress)
+    return image_set(
+        folder.resolve().name, train, _decode(test, size, progress), classes, flips=True
+    )
 
 
 def folder_files(folder: Path) -> list[Path]:
@@ -265,7 +270,9 @@ def other_images(folder: Path, *, test_only: bool = False) -> Counter[str]:
 
 
 def _split_folders(folder: Path, test_only: bool = False) -> tuple[Path | None, Path]:
-    """Those of training and of test; with ``test_only`` the first may be missing, and is None."""
+    """Those of training and of test; with ``test_only`` the first may be missing, or without
+    images, and is None.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {folder}")
     train_folder = folder / "train"
@@ -274,11 +281,17 @@ def _split_folders(folder: Path, test_only: bool = False) -> tuple[Path | None, 
         raise FileNotFoundError(f"{folder} has no folder train/ with one folder per class")
     if test_folder is None:
         raise FileNotFoundError(f"{folder} has neither test/ nor val/ with one folder per class")
-    return train_folder if train_folder.is_dir() else None, test_folder
+    if test_only and not any(_is_image(path) for path in train_folder.rglob("*")):
+        return None, test_folder
+    return train_folder, test_folder
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if _is_image(path))
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -317,6 +330,20 @@ def _open(path: Path):
     # An image that no decoder knows is an OSError, too.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable image: {error}") from error
+
+
+def _sizes(files: list[tuple[Path, int]]) -> set[tuple[int, int]]:
+    """Those in the images' headers; one that cannot be read is told when it is decoded."""
+    from PIL import Image
+
+    sizes = set()
+    for path, _ in files:
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue
+    return sizes
 
 
 def _target_size(path: Path) -> tuple[int, int]:

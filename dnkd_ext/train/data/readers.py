@@ -33,7 +33,8 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
             ``validation``, ``valid`` or ``test``; or with WebDataset shards and timm's
             ``_info.json``, which may have a list ``classes``.
         options: which of these, and more about it.
-        test_only: the validation images alone; those for training are not looked for.
+        test_only: the validation images alone, with their classes; those for training are not
+            looked for.
 
     A class is a folder of the first level, with all that lies in folders below it; in archives of
     the first level at which there are several.

@@ -264,7 +264,9 @@ def _open(config: TrainConfig, world: World, progress: bool, test_only: bool) ->
     )
     # Of a cache that was told when it was made; looking takes as long as listing all files.
     if world.is_first and not was_cached:
-        _tell_left_out(left_out(options.data, test_only=test_only), options.data)
+        # A cache holds both splits.
+        alone = test_only and not options.cache
+        _tell_left_out(left_out(options.data, test_only=alone), options.data)
     for name, values in options.normalisation.items():
         if len(values) != images.channels:
             raise ValueError(
