@@ -243,7 +243,7 @@ def _tell_left_out(counts: Mapping[str, int], place: str | Path) -> None:
         )
 
 
-def _open(config: TrainConfig, world: World, progress: bool, test_only: bool) -> Source:
+def _open(config: TrainConfig, world: World, progress: bool, test_only: bool = False) -> Source:
     options = config.data
     if config.data.task == "imagenet":
         splits = open_splits(options.data, config.reader, test_only=test_only)
