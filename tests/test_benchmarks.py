@@ -207,7 +207,7 @@ def test_host_time_ends_before_the_device(monkeypatch):
     monkeypatch.setattr(harness, "synchronise", synchronise)
     timing = measure({"queued": lambda: work.append(1)}, "cuda", seconds=0.1)["queued"]
     assert timing.median > 4e-3
-    assert timing.host < 1e-3
+    assert timing.host < timing.median / 4
 
 
 def test_warm_allocator_is_undone():
