@@ -10,6 +10,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -265,6 +266,26 @@ def test_class_folders_without_images(tmp_path):
         (tmp_path / "b").rename(tmp_path / split)
     with pytest.raises(ValueError, match=r"at least two classes, found train alone"):
         open_splits(tmp_path / "inside", PLAIN)
+
+
+def test_validation_images_alone_are_of_the_training_classes(tiles, tmp_path):
+    """Where training images lie in folders, whose names are compared without listing images."""
+    root = write(tmp_path / "data", tiles, "folders")
+    (root / "train" / ".cache").mkdir()  # another program's
+    shutil.copytree(root / "train" / "sky", root / "val" / ".sky")
+    assert open_splits(root, PLAIN, test_only=True).val.classes[0] == ".sky"
+    shutil.rmtree(root / "val" / ".sky")
+    shutil.rmtree(root / "val" / "roof")
+    with pytest.raises(ValueError, match=r"same classes, but .*train has roof alone$"):
+        open_splits(root, PLAIN, test_only=True)
+    listed = tmp_path / "classes.txt"
+    listed.write_text("".join(f"{name}\n" for name in sorted(os.listdir(root / "val"))))
+    open_splits(root, options(class_map=str(listed)), test_only=True)
+    for path in (root / "train").iterdir():
+        shutil.rmtree(path)
+    assert open_splits(root, PLAIN, test_only=True).train is None
+    (root / "train").rmdir()
+    assert open_splits(root, PLAIN, test_only=True).train is None
 
 
 def test_missing_and_wrong_folders(tiles, tmp_path):

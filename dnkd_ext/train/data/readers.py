@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +35,9 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
             ``validation``, ``valid`` or ``test``; or with WebDataset shards and timm's
             ``_info.json``, which may have a list ``classes``.
         options: which of these, and more about it.
-        test_only: the validation images alone, with their classes; those for training are not
-            looked for.
+        test_only: the validation images alone, with their classes. Those for training need not be
+            there, and are not looked for; where they lie in class folders, the folders' names are
+            compared.
 
     A class is a folder of the first level, with all that lies in folders below it; in archives of
     the first level at which there are several.
@@ -69,17 +72,41 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
         return Splits(*open_shards(str(data), options, test_only=test_only))
     if test_only:
         val = open_files(find_split(root, VAL_NAMES), options.class_map)
+        train_place, classes = _class_folders(root)
+        if classes and not options.class_map:
+            shown = [name for name in val.classes if not name.startswith(".")]
+            _require_equal(train_place, classes, val.place, shown)
         return Splits(None, val, val.classes)
     places = [find_split(root, names) for names in (TRAIN_NAMES, VAL_NAMES)]
     train, val = (open_files(place, options.class_map) for place in places)
-    if train.classes != val.classes:
-        told = [
-            f"{name} has {', '.join(more[:3])}{' ...' if len(more) > 3 else ''} alone"
-            for name, own, other in (
-                (places[0], train.classes, val.classes),
-                (places[1], val.classes, train.classes),
-            )
-            if (more := sorted(set(own) - set(other)))
-        ]
-        raise ValueError(f"both splits must have the same classes, but {' and '.join(told)}")
+    _require_equal(train.place, train.classes, val.place, val.classes)
     return Splits(train, val, train.classes)
+
+
+def _class_folders(root: Path) -> tuple[str, list[str]]:
+    """The training images' folder, and the classes in it; none where there are no such folders.
+
+    Hidden ones are other programs', unless images lie in them: they are left out.
+    """
+    try:
+        place = find_split(root, TRAIN_NAMES)
+    except FileNotFoundError:
+        return "", []
+    if not place.is_dir() or any(place.glob("*.tar")):
+        return str(place), []
+    with os.scandir(place) as entries:
+        names = [entry.name for entry in entries if entry.is_dir()]
+    return str(place), [name for name in names if not name.startswith(".")]
+
+
+def _require_equal(
+    train_place: str, train: Sequence[str], val_place: str, val: Sequence[str]
+) -> None:
+    """ValueError where the classes of the splits differ."""
+    told = [
+        f"{place} has {', '.join(more[:3])}{' ...' if len(more) > 3 else ''} alone"
+        for place, own, other in ((train_place, train, val), (val_place, val, train))
+        if (more := sorted(set(own) - set(other)))
+    ]
+    if told:
+        raise ValueError(f"both splits must have the same classes, but {' and '.join(told)}")
