@@ -1,4 +1,7 @@
-"""The code that is shown runs: README.md's blocks, one after another, and docstrings' examples."""
+"""The code that is shown runs: README.md's blocks, one after another, and docstrings' examples.
+
+And what the Markdown files name is there.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ import torch
 
 import dnkd_ext
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_code_blocks(tmp_path, monkeypatch):
@@ -57,11 +62,11 @@ def test_losses_and_criteria_have_examples():
 
 
 def test_commands_exist():
-    """Every make target and dnkd command that README names is there."""
-    text = README.read_text()
-    makefile = (README.parent / "Makefile").read_text()
+    """Every make target and dnkd command that README and the pages beside it name is there."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"\bmake ([a-z-]+)\b", text))
-    assert {"demo", "test"} <= targets
+    assert {"demo", "test", "bench", "gpu-check"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     from dnkd_ext.cli import _parser
@@ -69,3 +74,25 @@ def test_commands_exist():
     usage = _parser().format_help()
     for command in set(re.findall(r"\bdnkd ([a-z-]+)", text)):
         assert command in usage
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"], ids=lambda p: p.name
+)
+def test_links_lead_somewhere(page):
+    """Those within the repository, to a heading of the page where they name one."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    assert links or page != README
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, heading = link.partition("#")
+        found = (page.parent / path) if path else page
+        assert found.exists(), link
+        assert not heading or heading in anchors(found), link
