@@ -1435,7 +1435,15 @@ def test_an_exported_criterion_is_saved(kind, generator, tmp_path):
         def forward(self, *args):
             return self.criterion(*args)
 
-    torch.export.save(torch.export.export(Model(), given), tmp_path / "model.pt2")
+    program = torch.export.export(Model(), given)
+    torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(tuple(loaded(*given)), tuple(Model()(*given)))
     assert isinstance(loaded(*given), dnkd_ext.CriterionTerms)
+    gradients = []
+    for module in (Model(), program.run_decompositions().module()):
+        students = [inputs[name].detach().requires_grad_() for name in (names[0], names[2])]
+        loss = module(students[0], given[1], students[1], given[3]).loss
+        gradients.append(torch.autograd.grad(loss, students))
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])

@@ -128,6 +128,14 @@ def test_export(case, generator):
         torch.testing.assert_close(
             program.module()(*tensors_of(other).values()), case.fused(*other[0], **other[1])
         )
+        # Decomposed, it can still be trained.
+        found = []
+        for module in (Criterion(), program.run_decompositions().module()):
+            student, *rest = tensors_of(first).values()
+            student = student.clone().requires_grad_()
+            found.append(torch.autograd.grad(module(student, *rest), student)[0])
+        torch.testing.assert_close(*found, equal_nan=True)
+        assert found[0].abs().sum() > 0
 
 
 def test_fake_tensors_check_arguments(case, generator):

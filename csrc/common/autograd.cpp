@@ -19,6 +19,8 @@
 
 namespace dnkd {
 
+bool is_traced(const at::Tensor& tensor) { return at::areAnyTensorSubclassLike({tensor}); }
+
 bool has_tangent(const at::Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }

@@ -9,6 +9,19 @@
 
 namespace dnkd {
 
+// How an operator of a loss, which is registered twice, treats a call without a gradient.
+enum class Level {
+  // Among autograd's kernels: where the call is_traced(), as itself, so that the graph holds the
+  // operator that can be differentiated. torch.export decomposes programs without gradients, and
+  // they may be trained.
+  kAutograd,
+  // Below them, where a traced operator arrives at last.
+  kBelowAutograd,
+};
+
+// Whether tensors or modes of Python see what is done with a tensor.
+bool is_traced(const at::Tensor& tensor);
+
 // Whether a tensor has a tangent, of forward-mode differentiation.
 bool has_tangent(const at::Tensor& tensor);
 bool has_tangent(const std::optional<at::Tensor>& tensor);

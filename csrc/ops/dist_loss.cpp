@@ -367,9 +367,10 @@ class DistLoss : public torch::autograd::Function<DistLoss> {
   }
 };
 
-Tensor dist_loss_autograd(const Tensor& student, const Tensor& teacher, const OptionalTensor& rows,
-                          const OptionalTensor& moments, double beta, double gamma, double tau,
-                          int64_t processes) {
+template <Level kLevel>
+Tensor dist_loss(const Tensor& student, const Tensor& teacher, const OptionalTensor& rows,
+                 const OptionalTensor& moments, double beta, double gamma, double tau,
+                 int64_t processes) {
   const Arguments a{student, teacher, rows, moments, beta, gamma, tau, processes};
   check_arguments(a);
   if (has_tangent(student)) {  // forward-mode differentiation
@@ -384,6 +385,12 @@ Tensor dist_loss_autograd(const Tensor& student, const Tensor& teacher, const Op
     return DistLoss::apply(student, &a);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (kLevel == Level::kAutograd && is_traced(student)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::dist_loss", "")
+                               .typed<decltype(dist_loss<kLevel>)>();
+    return op.call(student, teacher, rows, moments, beta, gamma, tau, processes);
+  }
   return call_forward(prepare(student, teacher), a, /*needs_gradient=*/false).loss;
 }
 
@@ -411,10 +418,10 @@ TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
       "float tau) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("dist_loss", dist_loss_autograd); }
+TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("dist_loss", dist_loss<Level::kAutograd>); }
 
 TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
-  m.impl("dist_loss", dist_loss_autograd);
+  m.impl("dist_loss", dist_loss<Level::kBelowAutograd>);
   m.impl("_dist_loss_forward", dist_loss_forward);
   m.impl("_dist_loss_moments", dist_loss_moments);
   m.impl("_dist_loss_finish", dist_loss_finish);
@@ -423,7 +430,7 @@ TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
 
 #ifdef DNKD_WITH_CUDA
 TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
-  m.impl("dist_loss", dist_loss_autograd);
+  m.impl("dist_loss", dist_loss<Level::kBelowAutograd>);
   m.impl("_dist_loss_forward", dist_loss_forward);
   m.impl("_dist_loss_moments", dist_loss_moments);
   m.impl("_dist_loss_finish", dist_loss_finish);

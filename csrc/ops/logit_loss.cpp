@@ -466,12 +466,12 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
   }
 };
 
-Terms logit_loss_autograd(const Tensor& student, const Tensor& teacher,
-                          const OptionalTensor& target, const OptionalTensor& ce_scale,
-                          const OptionalTensor& kd_scale, std::string_view kind, double temperature,
-                          double ce_weight, double kd_weight, double alpha, double beta,
-                          double label_smoothing, int64_t ignore_index, std::string_view reduction,
-                          bool logit_standardization) {
+template <Level kLevel>
+Terms logit_loss(const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
+                 const OptionalTensor& ce_scale, const OptionalTensor& kd_scale,
+                 std::string_view kind, double temperature, double ce_weight, double kd_weight,
+                 double alpha, double beta, double label_smoothing, int64_t ignore_index,
+                 std::string_view reduction, bool logit_standardization) {
   const Arguments a{student, teacher,         target,       ce_scale,  kd_scale,
                     kind,    temperature,     ce_weight,    kd_weight, alpha,
                     beta,    label_smoothing, ignore_index, reduction, logit_standardization};
@@ -507,6 +507,14 @@ Terms logit_loss_autograd(const Tensor& student, const Tensor& teacher,
     return {std::move(loss), std::move(terms.first), std::move(terms.second)};
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (kLevel == Level::kAutograd && is_traced(student)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::logit_loss", "")
+                               .typed<decltype(logit_loss<kLevel>)>();
+    return op.call(student, teacher, target, ce_scale, kd_scale, kind, temperature, ce_weight,
+                   kd_weight, alpha, beta, label_smoothing, ignore_index, reduction,
+                   logit_standardization);
+  }
   const auto terms = call_forward(prepare(a), a, /*needs_gradient=*/false);
   return {shaped(std::get<0>(terms), student), shaped(std::get<1>(terms), student),
           shaped(std::get<2>(terms), student)};
@@ -538,17 +546,17 @@ TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
       "str reduction, bool logit_standardization) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("logit_loss", logit_loss_autograd); }
+TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) { m.impl("logit_loss", logit_loss<Level::kAutograd>); }
 
 TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
-  m.impl("logit_loss", logit_loss_autograd);
+  m.impl("logit_loss", logit_loss<Level::kBelowAutograd>);
   m.impl("_logit_loss_forward", logit_loss_forward);
   m.impl("_logit_loss_backward", logit_loss_backward);
 }
 
 #ifdef DNKD_WITH_CUDA
 TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
-  m.impl("logit_loss", logit_loss_autograd);
+  m.impl("logit_loss", logit_loss<Level::kBelowAutograd>);
   m.impl("_logit_loss_forward", logit_loss_forward);
   m.impl("_logit_loss_backward", logit_loss_backward);
 }

@@ -372,10 +372,11 @@ class NdLossAdded : public NdFunction<NdLossAdded> {
   }
 };
 
-Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tensor& class_means,
-                        const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
-                        const OptionalTensor& weight, double loss_weight, int64_t ignore_index,
-                        std::string_view reduction, double eps) {
+template <Level kLevel>
+Tensor nd_loss(const Tensor& student, const Tensor& target, const Tensor& class_means,
+               const OptionalTensor& teacher_features, const OptionalTensor& teacher_norms,
+               const OptionalTensor& weight, double loss_weight, int64_t ignore_index,
+               std::string_view reduction, double eps) {
   check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
   const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
                     weight,  loss_weight, ignore_index, reduction,        eps};
@@ -392,17 +393,25 @@ Tensor nd_loss_autograd(const Tensor& student, const Tensor& target, const Tenso
     return NdLoss::apply(student, &a);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (kLevel == Level::kAutograd && is_traced(student)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::nd_loss", "")
+                               .typed<decltype(nd_loss<kLevel>)>();
+    return op.call(student, target, class_means, teacher_features, teacher_norms, weight,
+                   loss_weight, ignore_index, reduction, eps);
+  }
   const NdArguments in =
       prepare_nd(student, target, class_means, teacher_features, teacher_norms, weight);
   return shaped_loss(std::get<0>(call_forward(in, a, /*needs_gradient=*/false)), student);
 }
 
-std::tuple<Tensor, Tensor> nd_loss_added_autograd(const Tensor& base, const Tensor& student,
-                                                  const Tensor& target, const Tensor& class_means,
-                                                  const OptionalTensor& teacher_features,
-                                                  const OptionalTensor& teacher_norms,
-                                                  const OptionalTensor& weight, double loss_weight,
-                                                  int64_t ignore_index, double eps) {
+template <Level kLevel>
+std::tuple<Tensor, Tensor> nd_loss_added(const Tensor& base, const Tensor& student,
+                                         const Tensor& target, const Tensor& class_means,
+                                         const OptionalTensor& teacher_features,
+                                         const OptionalTensor& teacher_norms,
+                                         const OptionalTensor& weight, double loss_weight,
+                                         int64_t ignore_index, double eps) {
   check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, weight, eps);
   check_base(base, student);
   const Arguments a{student,       target, class_means, teacher_features,
@@ -417,10 +426,17 @@ std::tuple<Tensor, Tensor> nd_loss_added_autograd(const Tensor& base, const Tens
   }
   Tensor sum;
   if (is_forward_mode) {  // the reference's, which has a tangent; nd has none
-    sum = base.add(nd_loss_autograd(student, target, class_means, teacher_features, teacher_norms,
-                                    weight, loss_weight, ignore_index, "mean", eps));
+    sum = base.add(nd_loss<kLevel>(student, target, class_means, teacher_features, teacher_norms,
+                                   weight, loss_weight, ignore_index, "mean", eps));
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (kLevel == Level::kAutograd && !is_forward_mode && is_traced(student)) {
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("dnkd_ext::_nd_loss_added", "")
+                               .typed<decltype(nd_loss_added<kLevel>)>();
+    return op.call(base, student, target, class_means, teacher_features, teacher_norms, weight,
+                   loss_weight, ignore_index, eps);
+  }
   const NdArguments in =
       prepare_nd(student, target, class_means, teacher_features, teacher_norms, weight);
   auto [loss, nd, saved] = call_forward(in, a, /*needs_gradient=*/false);
@@ -459,13 +475,13 @@ TORCH_LIBRARY_FRAGMENT(dnkd_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(dnkd_ext, Autograd, m) {
-  m.impl("nd_loss", nd_loss_autograd);
-  m.impl("_nd_loss_added", nd_loss_added_autograd);
+  m.impl("nd_loss", nd_loss<Level::kAutograd>);
+  m.impl("_nd_loss_added", nd_loss_added<Level::kAutograd>);
 }
 
 TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
-  m.impl("nd_loss", nd_loss_autograd);
-  m.impl("_nd_loss_added", nd_loss_added_autograd);
+  m.impl("nd_loss", nd_loss<Level::kBelowAutograd>);
+  m.impl("_nd_loss_added", nd_loss_added<Level::kBelowAutograd>);
   m.impl("_nd_loss_forward", nd_loss_forward);
   m.impl("_nd_loss_added_forward", nd_loss_added_forward);
   m.impl("_nd_loss_backward", nd_loss_backward);
@@ -473,8 +489,8 @@ TORCH_LIBRARY_IMPL(dnkd_ext, CPU, m) {
 
 #ifdef DNKD_WITH_CUDA
 TORCH_LIBRARY_IMPL(dnkd_ext, CUDA, m) {
-  m.impl("nd_loss", nd_loss_autograd);
-  m.impl("_nd_loss_added", nd_loss_added_autograd);
+  m.impl("nd_loss", nd_loss<Level::kBelowAutograd>);
+  m.impl("_nd_loss_added", nd_loss_added<Level::kBelowAutograd>);
   m.impl("_nd_loss_forward", nd_loss_forward);
   m.impl("_nd_loss_added_forward", nd_loss_added_forward);
   m.impl("_nd_loss_backward", nd_loss_backward);
