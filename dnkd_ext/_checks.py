@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,11 @@ from dnkd_ext._export import constant_result
 
 LOSS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
+
+
+def shown(numbers: Sequence[int]) -> str:
+    """The first ten, for a message."""
+    return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
 
 
 def require_tensor(value: object, name: str) -> None:
@@ -65,7 +70,7 @@ def require_same_device(tensor: Tensor, name: str, other: Tensor, other_name: st
 
 def require_reduction(reduction: object) -> None:
     """ValueError unless the reduction is one of the three."""
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
 
 

@@ -63,6 +63,10 @@ def find_classifier(model: nn.Module) -> nn.Module:
             )
         if isinstance(classifier, tuple) and len(classifier) == 2 and classifier[1] is None:
             classifier = classifier[0]  # a model that could have had a distillation head
+        # A whole head of timm's (Sequencer2D, SAM's), which pools before its layer.
+        layer = getattr(classifier, "fc", None)
+        if hasattr(classifier, "global_pool") and isinstance(layer, nn.Module):
+            classifier = layer
         if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
             return classifier
         raise ValueError(
@@ -83,7 +87,10 @@ def features(
     *,
     classifier: str | nn.Module | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a classifier once and return what its last linear layer read, and the logits.
+    """Run a classifier once and return what its last layer read, and the logits.
+
+    The last layer is the linear one, or what timm's ``get_classifier()`` names: of some models
+    (CAFormer's) a head of several layers, which reads what ``pre_logits`` would give.
 
     Works for every model whose forward pass ends in that layer: timm's, torchvision's, one's own,
     those of transformers that return an object with ``logits``, in DistributedDataParallel or not.
@@ -123,7 +130,7 @@ def features(
     ):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
-    heads = _find_heads(model) if classifier is None else None
+    heads = find_heads(model) if classifier is None else None
     if heads is None:
         return _listen(model, images, classifier)
     both, output = _run_heads(model, images, heads)
@@ -174,7 +181,7 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
         True
     """
     _check_model(model)
-    heads = _find_heads(model)
+    heads = find_heads(model)
     if heads is None:
         own, logits = features(model, images)
         return DistilledFeatures(own, logits, logits)
@@ -359,8 +366,14 @@ def _listen(
             "instead)"
         )
     own = seen[0][0]
-    # A convolution that classifies: what it reads has a width and a height of 1.
-    return (own.flatten(1) if own.dim() == 4 and own.shape[2:] == (1, 1) else own), logits
+    if own.dim() == 4 and own.shape[2:] == (1, 1):
+        own = own.flatten(1)  # what a convolution that classifies reads
+    if own.dim() > logits.dim():
+        raise ValueError(
+            f"{type(classifier).__name__} reads maps of shape {list(own.shape)}, which it pools "
+            "itself; pass the layer behind that as classifier="
+        )
+    return own, logits
 
 
 def _check_model(model: object) -> None:
@@ -379,7 +392,7 @@ def _check_model(model: object) -> None:
         inner = getattr(inner, "module", None)  # of a wrapper, as DistributedDataParallel
 
 
-def _kind_of(model: Callable[..., object]) -> type:
+def kind_of(model: Callable[..., object]) -> type:
     """Of the model inside of wrappers such as DistributedDataParallel."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
@@ -413,6 +426,7 @@ def _hear(
     handles = []
     has_gradients = torch.is_grad_enabled()
     without: list[bool] = []
+    versions: list[tuple[Tensor, int]] = []
     # A model may run in several threads at once, of which each hears the others' calls.
     thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -424,6 +438,12 @@ def _hear(
             kwargs, output = rest
             given = args[0] if args else next(iter(kwargs.values()))
             calls.append((given, output))
+            if (
+                not torch.compiler.is_compiling()
+                and isinstance(output, Tensor)
+                and not output.is_inference()
+            ):
+                versions.append((output, output._version))
             if has_gradients and not torch.is_grad_enabled() and not given.requires_grad:
                 without.append(True)
 
@@ -432,13 +452,18 @@ def _hear(
     try:
         for layer, calls in zip(layers, seen, strict=True):
             handles.append(layer.register_forward_hook(listener(calls), with_kwargs=True))
-        named = isinstance(images, Mapping) and _takes_names(_kind_of(model), tuple(images))
+        named = isinstance(images, Mapping) and _takes_names(kind_of(model), tuple(images))
         output = model(**images) if named else model(images)
         logits = _logits_of(output)
         if without and isinstance(logits, Tensor) and logits.requires_grad:
             raise ValueError(
                 "the classifier ran without gradients inside a model whose output has one, so that "
                 "its input has none: use torch.utils.checkpoint with use_reentrant=False"
+            )
+        if any(given._version != version for given, version in versions):
+            raise ValueError(
+                "the model changes the output of its last layer in place, so that what it returns "
+                "is not what that layer made of the features"
             )
         return seen, output
     finally:
@@ -461,7 +486,7 @@ def _is_pair(classifier: object) -> bool:
     )
 
 
-def _find_heads(model: nn.Module) -> Heads | None:
+def find_heads(model: nn.Module) -> Heads | None:
     """The heads of the class and the distillation token; None for all other models.
 
     A wrapper's are those of the model inside, unless a linear layer follows that model.

@@ -20,6 +20,7 @@ from dnkd_ext._checks import (
     require_integer,
     require_same_device,
     require_tensor,
+    shown,
 )
 from dnkd_ext._files import replacing
 
@@ -113,7 +114,9 @@ class ClassMeans:
         """Add a batch, or with a momentum move the means of its classes.
 
         Args:
-            features: ``(..., D)``, float16, bfloat16, float32 or float64.
+            features: ``(..., D)``, float16, bfloat16, float32 or float64. One that is NaN or
+                infinite makes its class's mean so, for good: nothing is looked at here, which
+                would wait for a GPU; :meth:`save` and the criteria refuse such means.
             target: ``(...)`` class indices in int64 or int32 on the same device. An index outside
                 ``[0, C)`` other than ``ignore_index`` raises IndexError on the CPU, before anything
                 is added; on other devices, and in code that ``torch.compile`` has traced, it is
@@ -430,8 +433,9 @@ class ClassMeans:
         Raises:
             TypeError: the loader yields something else than pairs of tensors.
             ValueError: the loader yields nothing, or the classifier cannot be found.
+            FloatingPointError: features are NaN, infinite, or too large for float32.
         """
-        from dnkd_ext.adapters import extract_features
+        from dnkd_ext.adapters import extract_features, kind_of
         from dnkd_ext.progress import progress_bar
 
         if device is None:
@@ -460,6 +464,11 @@ class ClassMeans:
                 module.training = mode
         if means is None:
             raise ValueError("loader yielded no batch; class means need at least one sample")
+        wrong = _not_finite(means.compute())
+        if wrong:
+            raise FloatingPointError(
+                f"the model's features are not finite, in the classes {shown(wrong)}"
+            )
         if means.out_of_range:
             warnings.warn(
                 f"{means.out_of_range} samples have a target outside the {means.num_classes} "
@@ -467,7 +476,7 @@ class ClassMeans:
                 UserWarning,
                 stacklevel=2,
             )
-        means.metadata = {"teacher": type(model).__name__, **(metadata or {})}
+        means.metadata = {"teacher": kind_of(model).__name__, **(metadata or {})}
         return means
 
     # -- files ---------------------------------------------------------------------------------
@@ -479,11 +488,15 @@ class ClassMeans:
 
         Raises:
             OSError: the folder does not exist or cannot be written, or the path is a folder's.
-            ValueError: :attr:`metadata` uses a name that the file format does.
+            ValueError: :attr:`metadata` uses a name that the file format does, or means are not
+                finite, because features were not.
         """
         from safetensors.torch import save as to_bytes
 
         tensors = {"class_means": self.compute().cpu().contiguous()}
+        wrong = _not_finite(tensors["class_means"])
+        if wrong:
+            raise ValueError(f"the class means are not finite in the classes {shown(wrong)}")
         if self._table is None:
             sums, counts = (total[:-1] for total in self._totals())
             tensors["sums" if self.momentum is None else "averages"] = sums.cpu().contiguous()
@@ -676,6 +689,11 @@ def _require_table(value: Any, name: str, shape: tuple[int, ...], dtype: torch.d
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"state's {name} must be {dtype} {list(shape)}, got {got}")
+
+
+def _not_finite(table: Tensor) -> list[int]:
+    """The classes whose means are NaN or infinite."""
+    return (~table.isfinite().all(1)).nonzero().flatten().tolist()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dnkd_ext._checks import require_floating, require_same_device, require_sequence
 from dnkd_ext._export import exportable
-from dnkd_ext.adapters import run_head
+from dnkd_ext.adapters import find_heads, run_head
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
 
@@ -238,6 +238,11 @@ def _timm_stages(model: nn.Module) -> list[int]:
             "DistributedDataParallel, pass its module; a student's maps are to be taken in the "
             "forward of a module that is wrapped, else its gradients are not exchanged)"
         )
+    if find_heads(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has two heads, of the class and the distillation token, and "
+            "no embedding that is read by one alone: ReviewKD wants a model with a single head"
+        )
     return [i for i, info in enumerate(model.feature_info) if info["reduction"] > 2]
 
 
@@ -274,8 +279,8 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
         ``(maps, features, logits)``, see :class:`StageMaps`.
 
     Raises:
-        ValueError: the model does not tell its stages (torchvision's do not), or
-            ``pre_activation=True`` of a model that has none.
+        ValueError: the model does not tell its stages (torchvision's do not), has two heads (DeiT's
+            with a distillation token), or ``pre_activation=True`` of a model that has none.
 
     Example:
         >>> from dnkd_ext.train.models import create_model

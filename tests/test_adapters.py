@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 import dnkd_ext
 from dnkd_ext import extract_features
 from dnkd_ext.adapters import (
-    _find_heads,
     _is_distilled_vit,
     _is_split,
     _listen,
     distilled_features,
     features,
     find_classifier,
+    find_heads,
 )
 from dnkd_ext.train import models
 from tests.test_distributed import in_processes
@@ -445,6 +445,45 @@ def test_a_head_that_scales_the_logits_is_refused(images):
         dnkd_ext.features(Scales(), images)
 
 
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_logits_that_are_changed_in_place_are_refused(images, has_gradients):
+    class Caps(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).div_(3).tanh_().mul_(3)
+
+    model = Caps(nn.Flatten(), nn.Linear(images[0].numel(), 6), nn.Linear(6, 4))
+    with (
+        torch.set_grad_enabled(has_gradients),
+        pytest.raises(ValueError, match="changes the output of its last layer in place"),
+    ):
+        dnkd_ext.features(model, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sequencer2d_s", 32), ("samvit_base_patch16_224", 224)]
+)
+def test_a_head_that_pools_is_no_last_layer(name, size, generator):
+    """timm's get_classifier() gives the head as a whole."""
+    timm = pytest.importorskip("timm")
+    options = {"depth": 1} if name.startswith("samvit") else {"layers": (1, 1, 1, 1)}
+    model = timm.create_model(name, num_classes=7, **options).eval()
+    images = torch.randn(2, 3, size, size, generator=generator)
+    features, logits = dnkd_ext.features(model, images)
+    pooled = model.forward_head(model.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(features, pooled)
+    torch.testing.assert_close(logits, model(images))
+
+
+def test_a_layer_that_reads_maps_is_told(images):
+    class Pools(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    model = nn.Sequential(nn.Conv2d(images.shape[1], 5, 1), Pools())
+    with pytest.raises(ValueError, match=r"Pools reads maps of shape \[.*pass the layer behind"):
+        dnkd_ext.features(model, images, classifier="1")
+
+
 def test_a_head_in_a_module_of_its_own_is_run_by_its_parts(images):
     model = PoolsInside().eval()
     assert _is_split(model)
@@ -844,8 +883,8 @@ def test_what_follows_two_heads_is_the_classifier(images):
     own, logits = features(model, images)
     assert torch.equal(own, model[0](images))
     assert torch.equal(logits, model(images))
-    assert _find_heads(model) is None
-    assert _find_heads(nn.Sequential(model[0], nn.Identity())) == model[0].get_classifier()
+    assert find_heads(model) is None
+    assert find_heads(nn.Sequential(model[0], nn.Identity())) == model[0].get_classifier()
 
 
 def test_gradients_of_two_heads(images, generator):
@@ -1058,7 +1097,7 @@ def test_timm_with_two_heads(name, size, options, training, distilled, generator
     assert own.shape == (2, model.num_features)
     assert hooks(model) == []
     if not training:
-        heads = _find_heads(model)
+        heads = find_heads(model)
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         torch.testing.assert_close(own, pooled)
         if not name.startswith("pit"):  # whose heads read a token each

@@ -455,6 +455,18 @@ class TestFiles:
         assert torch.equal(again.counts, loaded.counts)
         assert again.metadata == loaded.metadata
 
+    @pytest.mark.parametrize("momentum", [None, 0.9])
+    def test_means_that_are_not_finite_are_not_saved(self, path, momentum, generator):
+        """They could not be loaded; what the file held before stays."""
+        means = ClassMeans(CLASSES, WIDTH, momentum=momentum)
+        means.update(*batch(generator, 20, classes=4, ignored=0))
+        means.save(path)
+        before = path.read_bytes()
+        means.update(torch.full((1, WIDTH), math.nan), torch.tensor([2]))
+        with pytest.raises(ValueError, match=r"not finite in the classes 2$"):
+            means.save(path)
+        assert path.read_bytes() == before
+
     def test_file_is_plain_safetensors(self, path, generator):
         """Other programs find the table under its name."""
         from safetensors import safe_open
@@ -939,10 +951,24 @@ class TestFromModel:
         criterion(student, loader[0][1], teacher_norms=torch.ones(4)).backward()
         assert student.grad.abs().max() > 0
 
+    def test_features_that_are_not_finite(self, generator):
+        loader = images_and_labels(generator)
+        images, target = loader[1]
+        images[2, 0] = torch.inf
+        with pytest.raises(
+            FloatingPointError, match=f"not finite, in the classes {int(target[2])}$"
+        ):
+            ClassMeans.from_model(convnet(), loader, progress=False)
+
     def test_metadata(self, generator, tmp_path):
         loader = images_and_labels(generator)
         means = ClassMeans.from_model(convnet(), loader, progress=False)
         assert means.metadata == {"teacher": "Sequential"}
+        wrapped = nn.Module()  # as DistributedDataParallel
+        wrapped.module = convnet()
+        wrapped.forward = wrapped.module.forward
+        of_wrapped = ClassMeans.from_model(wrapped, loader, progress=False)
+        assert of_wrapped.metadata == means.metadata
         means = ClassMeans.from_model(
             convnet(), loader, progress=False, metadata={"teacher": "net", "dataset": "noise"}
         )

@@ -970,6 +970,12 @@ def test_bad_temperature(kind, value):
         ({"target": torch.full((12,), 10)}, IndexError, r"target\[0\] = 10 is out of range for 10"),
         ({"target": None}, TypeError, "target must be a torch.Tensor"),
         ({"teacher_features": torch.ones(11, 24)}, ValueError, "teacher_features must have the"),
+        ({"teacher_features": [1.0]}, TypeError, "teacher_features must be a torch.Tensor, got"),
+        (
+            {"teacher_features": None, "teacher_norms": np.ones(12)},
+            TypeError,
+            "teacher_norms must be a torch.Tensor, got ndarray",
+        ),
         ({"teacher_norms": torch.ones(12)}, ValueError, "were both given"),
         (
             {"teacher_logits": torch.ones(12, 10).long()},
@@ -1245,6 +1251,19 @@ class TestFeatureProjector:
             projector([1.0])
 
 
+def test_what_is_no_process_group():
+    with pytest.raises(TypeError, match="process_group must be a torch"):
+        dnkd_ext.DISTPlusPlus(torch.ones(3, 4), process_group="all")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_class_means_that_are_not_finite(kind, value):
+    means = torch.ones(5, 4)
+    means[[1, 3], 2] = value
+    with pytest.raises(ValueError, match="class_means is not finite in the classes 1, 3"):
+        CRITERIA[kind](means, **OPTIONS[kind])
+
+
 def test_a_copy_stays_in_its_process_group():
     """A process group cannot be copied; averages of weights and checkpoints copy criteria."""
 
@@ -1253,7 +1272,8 @@ def test_a_copy_stays_in_its_process_group():
             raise TypeError("cannot be copied")
 
     group = Group()
-    criterion = dnkd_ext.DISTPlusPlus(torch.ones(3, 4), process_group=group, beta=2.0)
+    criterion = dnkd_ext.DISTPlusPlus(torch.ones(3, 4), beta=2.0)
+    criterion.process_group = group
     other = copy.deepcopy(criterion)
     assert other.process_group is group
     assert other.beta == 2.0

@@ -703,7 +703,7 @@ def test_models_of_timm_whose_stages_do_not_make_the_logits():
     images = torch.zeros(1, 3, 64, 64)
     for name, options, match in (
         ("resnet18", {"num_classes": 0}, r"get_classifier\(\) gives Identity"),
-        ("levit_128s", {"img_size": 64}, "gives two heads"),
+        ("levit_128s", {"img_size": 64}, "has two heads"),
     ):
         with pytest.raises(ValueError, match=match):
             dnkd_ext.stage_maps(timm.create_model(name, **options).eval(), images)
@@ -711,6 +711,11 @@ def test_models_of_timm_whose_stages_do_not_make_the_logits():
     model.aux_head = nn.Linear(1, 1)  # as VOLO's
     with pytest.raises(ValueError, match="adds the output of its aux_head"):
         dnkd_ext.stage_maps(model, images)
+    two = timm.create_model("deit_tiny_distilled_patch16_224")
+    one = timm.create_model("deit_tiny_patch16_224")
+    for pair in ((two, one), (one, two)):
+        with pytest.raises(ValueError, match="VisionTransformerDistilled has two heads"):
+            dnkd_ext.ReviewKDPlusPlus.from_models(*pair, None, nd_weight=0)
 
 
 def test_models_that_do_not_tell():

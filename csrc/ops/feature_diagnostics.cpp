@@ -58,6 +58,9 @@ Tensor feature_diagnostics_without_gradient(const Tensor& student, const Tensor&
                                             const OptionalTensor& teacher_features,
                                             const OptionalTensor& teacher_norms,
                                             int64_t ignore_index, double eps) {
+  // Here already: of arguments that are not dense the dispatcher finds no kernel.
+  check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, std::nullopt,
+                     eps);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("dnkd_ext::feature_diagnostics", "")

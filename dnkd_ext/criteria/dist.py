@@ -11,7 +11,7 @@ from torch import Tensor
 from dnkd_ext._checks import require_finite, require_positive
 from dnkd_ext.criteria._base import LogitPlusPlus
 from dnkd_ext.losses._logits import LogitTerms
-from dnkd_ext.losses.dist_loss import dist_loss
+from dnkd_ext.losses.dist_loss import dist_loss, require_process_group
 
 if TYPE_CHECKING:
     from dnkd_ext.class_means import ClassMeans
@@ -84,6 +84,8 @@ class DISTPlusPlus(LogitPlusPlus):
         require_positive(tau, "tau")
         require_finite(beta, "beta")
         require_finite(gamma, "gamma")
+        if process_group is not None:
+            require_process_group(process_group)
         self.beta = beta
         self.gamma = gamma
         self.tau = tau

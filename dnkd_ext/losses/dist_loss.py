@@ -148,14 +148,19 @@ def _check(
         raise ValueError(f"tau must be finite and greater than 0, got {tau}")
 
 
-def _size(process_group: ProcessGroup) -> int:
+def require_process_group(process_group: object) -> None:
+    """TypeError unless the value is a group of torch.distributed."""
     distributed = torch.distributed
     if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
         raise TypeError(
             "process_group must be a torch.distributed.ProcessGroup or None, "
             f"got {type(process_group).__name__}"
         )
-    return distributed.get_world_size(process_group)
+
+
+def _size(process_group: ProcessGroup) -> int:
+    require_process_group(process_group)
+    return torch.distributed.get_world_size(process_group)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from dnkd_ext._checks import (
     require_same_device,
     require_tensor,
     require_weight,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def add_nd_loss(
         and base.device == student_features.device
         and _extension.has_kernel_for(student_features)
     ):
+        require_nd_tensors(target, class_means, teacher_features, teacher_norms)
         is_tensor = isinstance(loss_weight, Tensor)
         return _added(
             base,
@@ -643,11 +645,10 @@ def class_means_table(
     if isinstance(class_means, ClassMeans):
         missing = class_means.missing
         if missing and warns_of_missing:
-            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
             warnings.warn(
                 f"class_means has no samples for {len(missing)} of {class_means.num_classes} "
-                f"classes ({shown}); their rows are zero and samples of these classes get no "
-                "gradient from the ND loss",
+                f"classes ({shown(missing)}); their rows are zero and samples of these classes get "
+                "no gradient from the ND loss",
                 UserWarning,
                 stacklevel=stacklevel,
             )
@@ -655,6 +656,10 @@ def class_means_table(
     require_floating(class_means, "class_means")
     if class_means.dim() != 2:
         raise ValueError(f"class_means must be (C, D), got shape {list(class_means.shape)}")
+    if not class_means.is_meta and not isinstance(class_means, torch._subclasses.FakeTensor):
+        wrong = (~class_means.isfinite().all(1)).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(f"class_means is not finite in the classes {shown(wrong)}")
     with torch.inference_mode(False):  # a buffer that training can save for backward
         # Contiguous, or every call would copy a transposed one whole.
         return class_means.detach().clone(memory_format=torch.contiguous_format)

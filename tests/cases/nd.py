@@ -251,6 +251,27 @@ ND_BAD_INPUTS = (
         is_traceable=False,
     ),
     BadInput(
+        "target is sparse",
+        put(1, lambda x: x.to_sparse()),
+        TypeError,
+        "target must be a dense tensor, got layout",
+        is_traceable=False,
+    ),
+    BadInput(
+        "class means are sparse",
+        put(2, lambda x: x.to_sparse()),
+        TypeError,
+        "class_means must be a dense tensor, got layout",
+        is_traceable=False,
+    ),
+    BadInput(
+        "teacher is sparse",
+        option(teacher_features=lambda a, k: k["teacher_features"].to_sparse()),
+        TypeError,
+        "teacher_features must be a dense tensor, got layout",
+        is_traceable=False,
+    ),
+    BadInput(
         "target of too few probabilities",
         put(1, lambda x: torch.rand(len(x), 2)),
         ValueError,
