@@ -55,7 +55,7 @@ def find_classifier(model: nn.Module) -> nn.Module:
     """
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
-        if _is_pair(classifier):
+        if is_pair(classifier):
             raise ValueError(
                 f"{type(model).__name__}.get_classifier() gives two heads, of the class and the "
                 "distillation token; call dnkd_ext.features(model, images) for the mean of both, "
@@ -130,7 +130,7 @@ def features(
     ):
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         return pooled, model.get_classifier()(pooled)
-    heads = find_heads(model) if classifier is None else None
+    heads = _find_heads(model) if classifier is None else None
     if heads is None:
         return _listen(model, images, classifier)
     both, output = _run_heads(model, images, heads)
@@ -181,7 +181,7 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
         True
     """
     _check_model(model)
-    heads = find_heads(model)
+    heads = _find_heads(model)
     if heads is None:
         own, logits = features(model, images)
         return DistilledFeatures(own, logits, logits)
@@ -426,7 +426,7 @@ def _hear(
     handles = []
     has_gradients = torch.is_grad_enabled()
     without: list[bool] = []
-    versions: list[tuple[Tensor, int]] = []
+    versions: list[tuple[Tensor, int, torch.Size]] = []
     # A model may run in several threads at once, of which each hears the others' calls.
     thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -443,7 +443,7 @@ def _hear(
                 and isinstance(output, Tensor)
                 and not output.is_inference()
             ):
-                versions.append((output, output._version))
+                versions.append((output, output._version, output.shape))
             if has_gradients and not torch.is_grad_enabled() and not given.requires_grad:
                 without.append(True)
 
@@ -460,7 +460,10 @@ def _hear(
                 "the classifier ran without gradients inside a model whose output has one, so that "
                 "its input has none: use torch.utils.checkpoint with use_reentrant=False"
             )
-        if any(given._version != version for given, version in versions):
+        # One whose shape was changed was squeezed in place, which leaves the numbers.
+        if any(
+            given._version != version and given.shape == shape for given, version, shape in versions
+        ):
             raise ValueError(
                 "the model changes the output of its last layer in place, so that what it returns "
                 "is not what that layer made of the features"
@@ -476,7 +479,7 @@ def _hear(
 Heads = tuple[nn.Module, nn.Module]
 
 
-def _is_pair(classifier: object) -> bool:
+def is_pair(classifier: object) -> bool:
     """Whether these are the heads of a class and a distillation token, which give logits."""
     return (
         isinstance(classifier, tuple)
@@ -486,7 +489,7 @@ def _is_pair(classifier: object) -> bool:
     )
 
 
-def find_heads(model: nn.Module) -> Heads | None:
+def _find_heads(model: nn.Module) -> Heads | None:
     """The heads of the class and the distillation token; None for all other models.
 
     A wrapper's are those of the model inside, unless a linear layer follows that model.
@@ -507,7 +510,7 @@ def _own_heads(model: nn.Module) -> Heads | None:
     classifier = model.get_classifier()
     if isinstance(classifier, nn.Module):  # one that holds both, as RepViT's
         classifier = (getattr(classifier, "head", None), getattr(classifier, "head_dist", None))
-    return classifier if _is_pair(classifier) else None
+    return classifier if is_pair(classifier) else None
 
 
 # All that forward_head of a VisionTransformerDistilled names. One that names more does more.

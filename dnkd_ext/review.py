@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dnkd_ext._checks import require_floating, require_same_device, require_sequence
 from dnkd_ext._export import exportable
-from dnkd_ext.adapters import find_heads, run_head
+from dnkd_ext.adapters import is_pair, run_head
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
 
@@ -238,7 +238,7 @@ def _timm_stages(model: nn.Module) -> list[int]:
             "DistributedDataParallel, pass its module; a student's maps are to be taken in the "
             "forward of a module that is wrapped, else its gradients are not exchanged)"
         )
-    if find_heads(model) is not None:
+    if is_pair(model.get_classifier()):
         raise ValueError(
             f"{type(model).__name__} has two heads, of the class and the distillation token, and "
             "no embedding that is read by one alone: ReviewKD wants a model with a single head"
@@ -250,7 +250,7 @@ def stage_channels(model: nn.Module) -> list[int]:
     """Channels of the maps that :func:`stage_maps` gives: the stages', then the embedding's.
 
     Raises:
-        ValueError: the model does not tell its stages (torchvision's do not).
+        ValueError: the model does not tell its stages (torchvision's do not), or has two heads.
     """
     info = list(model.feature_info) if _has_stages(model) else None
     if info is None:

@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 import dnkd_ext
 from dnkd_ext import extract_features
 from dnkd_ext.adapters import (
+    _find_heads,
     _is_distilled_vit,
     _is_split,
     _listen,
     distilled_features,
     features,
     find_classifier,
-    find_heads,
 )
 from dnkd_ext.train import models
 from tests.test_distributed import in_processes
@@ -459,6 +459,17 @@ def test_logits_that_are_changed_in_place_are_refused(images, has_gradients):
         dnkd_ext.features(model, images)
 
 
+def test_logits_that_are_squeezed_in_place_are_the_layers_own(images):
+    class Squeezes(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).squeeze_(-1).squeeze_(-1)
+
+    model = Squeezes(nn.AdaptiveAvgPool2d(1), nn.Conv2d(images.shape[1], 4, 1))
+    features, logits = dnkd_ext.features(model, images, classifier="1")
+    assert features.shape == images.shape[:2]
+    torch.testing.assert_close(logits, model(images))
+
+
 @pytest.mark.parametrize(
     ("name", "size"), [("sequencer2d_s", 32), ("samvit_base_patch16_224", 224)]
 )
@@ -883,8 +894,8 @@ def test_what_follows_two_heads_is_the_classifier(images):
     own, logits = features(model, images)
     assert torch.equal(own, model[0](images))
     assert torch.equal(logits, model(images))
-    assert find_heads(model) is None
-    assert find_heads(nn.Sequential(model[0], nn.Identity())) == model[0].get_classifier()
+    assert _find_heads(model) is None
+    assert _find_heads(nn.Sequential(model[0], nn.Identity())) == model[0].get_classifier()
 
 
 def test_gradients_of_two_heads(images, generator):
@@ -1097,7 +1108,7 @@ def test_timm_with_two_heads(name, size, options, training, distilled, generator
     assert own.shape == (2, model.num_features)
     assert hooks(model) == []
     if not training:
-        heads = find_heads(model)
+        heads = _find_heads(model)
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         torch.testing.assert_close(own, pooled)
         if not name.startswith("pit"):  # whose heads read a token each

@@ -160,6 +160,15 @@ def image_folder(tmp_path_factory):
 QUICK = ["--seeds", "2", "--teacher-epochs", "2", "--epochs", "2"]
 
 
+def test_a_demo_of_one_epoch_distils(tmp_path):
+    """The ramp ends with the last epoch at the latest; KD was a second CE."""
+    out = tmp_path / "out"
+    options = ["--seeds", "1", "--teacher-epochs", "1", "--epochs", "1"]
+    assert main(["demo", "--out", str(out), *options]) == 0
+    students = json.loads((out / "results.json").read_text())["students"]
+    assert students["KD"]["norm_ratio"] != students["CE"]["norm_ratio"]
+
+
 @pytest.mark.parametrize("data", ["digits", "folder"])
 def test_demo(data, image_folder, tmp_path, capsys):
     """A short run: the table, both plots, weights and class means that belong together."""

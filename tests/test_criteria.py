@@ -1264,6 +1264,21 @@ def test_class_means_that_are_not_finite(kind, value):
         CRITERIA[kind](means, **OPTIONS[kind])
 
 
+def test_criteria_are_made_where_nothing_can_be_looked_at(kind):
+    """While a graph is compiled or transformed, and of fake tensors."""
+    torch._dynamo.reset()
+
+    def width(means):
+        return CRITERIA[kind](means, **OPTIONS[kind]).class_means.sum()
+
+    means = torch.ones(5, 4)
+    assert torch.compile(width, backend="eager", fullgraph=True)(means) == 20
+    assert torch.func.vmap(width)(torch.stack([means, 2 * means])).tolist() == [20, 40]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert width(means).shape == ()
+        assert width(mode.from_tensor(means)).shape == ()
+
+
 def test_a_copy_stays_in_its_process_group():
     """A process group cannot be copied; averages of weights and checkpoints copy criteria."""
 

@@ -398,6 +398,9 @@ def test_files_that_are_no_weights(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"no weights at .*x\.pth"):
         models.load_weights(model, path)
     torch.save({"model": Command()}, path)
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.pth is not .* alone: it is of another format"):
+        models.load_weights(model, tmp_path / "text.pth")
     told = r"x\.pth is not a PyTorch file of weights alone: it holds (builtins\.)?print, which"
     with pytest.raises(ValueError, match=told):
         models.load_weights(model, path)

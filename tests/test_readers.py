@@ -307,7 +307,7 @@ def test_missing_and_wrong_folders(tiles, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"val/ or val\.tar"):
         open_splits(tmp_path / "empty", PLAIN)
     (tmp_path / "empty" / "val").mkdir()
-    with pytest.raises(ValueError, match="train holds no images in class folders"):
+    with pytest.raises(ValueError, match=r"train holds no images in class folders(?!.*extensions)"):
         open_splits(tmp_path / "empty", PLAIN)
     (tmp_path / "empty" / "train").rmdir()
     with tarfile.open(tmp_path / "empty" / "train.tar", "w") as archive:

@@ -711,6 +711,10 @@ def test_models_of_timm_whose_stages_do_not_make_the_logits():
     model.aux_head = nn.Linear(1, 1)  # as VOLO's
     with pytest.raises(ValueError, match="adds the output of its aux_head"):
         dnkd_ext.stage_maps(model, images)
+    # Both heads read one embedding.
+    both = timm.create_model("repvit_m0_9", num_classes=3).eval()
+    found = dnkd_ext.stage_maps(both, images)
+    torch.testing.assert_close(found.logits, both(images))
     two = timm.create_model("deit_tiny_distilled_patch16_224")
     one = timm.create_model("deit_tiny_patch16_224")
     for pair in ((two, one), (one, two)):

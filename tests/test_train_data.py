@@ -572,7 +572,10 @@ def test_cache(kind, tmp_path, monkeypatch):
         patch.setattr("dnkd_ext.train.data.image_files._read", fail)
         again = load_images(source, cache=cache, progress=False)
         for other in ({"limit": 8}, {"limit": 8, "seed": 1}):
-            with pytest.raises(AssertionError, match="decoded again"):
+            with (
+                pytest.warns(UserWarning, match="holds other images .*: it is replaced"),
+                pytest.raises(AssertionError, match="decoded again"),
+            ):
                 load_images(source, cache=cache, progress=False, **other)
         for a, b in ((first.train, again.train), (first.test, again.test)):
             assert torch.equal(a.pixels, b.pixels)
@@ -580,9 +583,13 @@ def test_cache(kind, tmp_path, monkeypatch):
         assert (again.name, again.classes, again.flips) == (first.name, first.classes, True)
         torch.testing.assert_close(again.mean, first.mean)
         os.utime(changed, ns=(1, 1))
-        with pytest.raises(AssertionError, match="decoded again"):
+        with (
+            pytest.warns(UserWarning, match="files that have changed"),
+            pytest.raises(AssertionError, match="decoded again"),
+        ):
             load_images(source, cache=cache, progress=False)
-    load_images(source, cache=cache, progress=False)
+    with pytest.warns(UserWarning, match="it is replaced"):
+        load_images(source, cache=cache, progress=False)
     with monkeypatch.context() as patch:
         patch.setattr("dnkd_ext.train.data.image_files._read", fail)
         load_images(source, cache=cache, progress=False)

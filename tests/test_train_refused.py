@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dnkd_ext import ClassMeans
+from dnkd_ext import ClassMeans, class_means
 from dnkd_ext.cli import main
 from dnkd_ext.train import arguments, commands, engine, gather, shared, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint
@@ -170,6 +170,9 @@ def test_wrong_inputs_are_told_before_anything_is_written(images, teacher, tmp_p
         (["--milestones", "3", "2"], "--milestones must be growing"),
         (["--method", "kd"], "needs a --teacher"),
         (["--teacher", "cifar_resnet32"], "has no part in --method ce"),
+        (["--teacher-weights", str(teacher)], "--teacher-weights has no part in --method ce"),
+        (["--class-means", str(teacher)], "--class-means has no part in --method ce"),
+        (["--seeds", f"0,{2**64}"], f"--seed must be from 0 to 2^63 - 1, got {2**64}"),
         (["--method", "kd", "--teacher", "cifar_resnet32"], "--teacher-weights must name"),
         ([*kd, "--teacher", "cifar_resnet20"], "holds the weights of another network"),
         (
@@ -285,7 +288,9 @@ def test_weights_and_features_that_are_not_finite(images, teacher, tmp_path, cap
         assert f"2 of 2 runs failed: run, seed 0, in {tmp_path}" in refused([*both, *more], capsys)
     table = ClassMeans(CLASSES, 64)
     table.update(torch.full((CLASSES, 64), math.nan), torch.arange(CLASSES))
-    table.save(means)
+    with monkeypatch.context() as patch:  # save() refuses
+        patch.setattr(class_means, "_not_finite", lambda _: [])
+        table.save(means)
     named = of(teacher, "kd", 1.0, "--class-means", str(means))
     told = refused(options(images, tmp_path / "run", *named), capsys)
     assert f"{means} holds class means that are not finite" in told

@@ -636,6 +636,18 @@ class NDLoss(nn.Module):
         )
 
 
+def _has_values(tensor: Tensor) -> bool:
+    """Whether numbers can be looked at: not while a graph is traced, transformed or captured."""
+    return not (
+        tensor.is_meta
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def class_means_table(
     class_means: Tensor | ClassMeans, *, stacklevel: int, warns_of_missing: bool = True
 ) -> Tensor:
@@ -656,7 +668,7 @@ def class_means_table(
     require_floating(class_means, "class_means")
     if class_means.dim() != 2:
         raise ValueError(f"class_means must be (C, D), got shape {list(class_means.shape)}")
-    if not class_means.is_meta and not isinstance(class_means, torch._subclasses.FakeTensor):
+    if _has_values(class_means):
         wrong = (~class_means.isfinite().all(1)).nonzero().flatten().tolist()
         if wrong:
             raise ValueError(f"class_means is not finite in the classes {shown(wrong)}")

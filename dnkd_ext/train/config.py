@@ -312,6 +312,8 @@ class TrainConfig:
         for name in ("lr", "lr_decay", "temperature"):
             if not (math.isfinite(flat[name]) and flat[name] > 0):
                 raise ValueError(f"--{_option(name)} must be greater than 0, got {flat[name]}")
+        if not 0 <= self.run.seed < 2**63:
+            raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {self.run.seed}")
         for name in ("dropout", "drop_path", "label_smoothing"):
             if not 0 <= flat[name] <= 1:
                 raise ValueError(f"--{_option(name)} must be between 0 and 1, got {flat[name]}")
@@ -382,6 +384,13 @@ class TrainConfig:
                 f"--teacher {self.model.teacher} has no part in --method ce with --nd-weight 0; "
                 "name a --method"
             )
+        elif not self.preset:  # of several presets they are for those with a teacher
+            for name in ("teacher_weights", "class_means"):
+                if getattr(self.model, name) is not None:
+                    raise ValueError(
+                        f"--{_option(name)} has no part in --method ce with --nd-weight 0, which "
+                        "has no teacher; name a --teacher and a --method"
+                    )
 
     def _check_class_means(self) -> None:
         """The moving average, and what it does not go with."""

@@ -162,7 +162,9 @@ def _train_student(
             return F.cross_entropy(logits, target)
         with torch.no_grad():
             teacher_features, teacher_logits = extract_features(teacher, images)
-        ramp = min(1.0, epoch / config.kd_warm_up) if config.kd_warm_up else 1.0
+        # At least the last epoch distils.
+        warm_up = min(config.kd_warm_up, config.epochs - 1)
+        ramp = min(1.0, epoch / warm_up) if warm_up else 1.0
         return criterion(
             logits,
             teacher_logits,

@@ -549,7 +549,10 @@ def _run(
                 title = f"{name}: features of the test images"
                 plot_features(norms, cosines, title, out / FEATURES)
             if isinstance(task, Classification) and task.step.running is not None:
-                task.step.running.means.save(out / CLASS_MEANS)
+                try:
+                    task.step.running.means.save(out / CLASS_MEANS)
+                except ValueError as error:  # not finite: the training is done all the same
+                    warnings.warn(f"{CLASS_MEANS} is not written: {error}", stacklevel=1)
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
             print(result_line(result, out), flush=True)

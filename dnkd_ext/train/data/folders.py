@@ -210,7 +210,9 @@ def open_files(place: Path, class_map: str) -> FileSplit:
     except tarfile.TarError as error:
         raise ValueError(f"{place} is not a readable tar archive: {error}") from error
     except (AssertionError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{none} ({error})" if str(error) else none) from error
+        # timm adds every kind that was looked for, among them those that are not read.
+        told = str(error).partition("Supported image extensions")[0].strip()
+        raise ValueError(f"{none} ({told})" if told else none) from error
     # timm's classes are the last folders, whatever lies above them.
     if isinstance(reader, ReaderImageInTar):
         names = _archive_classes(reader.samples)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,11 @@ def _read_cache(path: Path, key: str) -> ImageSet | None:
                     f"cache {path} holds something else than images; choose another name"
                 )
             if notes["key"] != key:
+                warnings.warn(
+                    f"cache {path} holds other images (of {notes['name']}, another --limit or "
+                    "seed, or files that have changed): it is replaced",
+                    stacklevel=2,
+                )
                 return None
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

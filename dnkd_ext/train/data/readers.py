@@ -36,8 +36,8 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
             ``_info.json``, which may have a list ``classes``.
         options: which of these, and more about it.
         test_only: the validation images alone, with their classes. Those for training need not be
-            there, and are not looked for; where they lie in class folders, the folders' names are
-            compared.
+            there, and are not listed; where they lie in class folders that can be read, the
+            folders' names are compared.
 
     A class is a folder of the first level, with all that lies in folders below it; in archives of
     the first level at which there are several.
@@ -94,8 +94,11 @@ def _class_folders(root: Path) -> tuple[str, list[str]]:
         return "", []
     if not place.is_dir() or any(place.glob("*.tar")):
         return str(place), []
-    with os.scandir(place) as entries:
-        names = [entry.name for entry in entries if entry.is_dir()]
+    try:
+        with os.scandir(place) as entries:
+            names = [entry.name for entry in entries if entry.is_dir()]
+    except PermissionError:
+        return str(place), []
     return str(place), [name for name in names if not name.startswith(".")]
 
 

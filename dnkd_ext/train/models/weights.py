@@ -139,4 +139,6 @@ def _why(error: Exception) -> str:
     if foreign:
         return f"it holds {foreign[1]}, which is neither a tensor nor a plain value"
     told = told.rpartition("WeightsUnpickler error:")[2].strip()
+    if told.isdecimal():  # the instruction that no pickle has
+        return "it is of another format"
     return told.splitlines()[0] if told else type(error).__name__
