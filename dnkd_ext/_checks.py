@@ -27,6 +27,11 @@ def shown(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
 
 
+def rows_not_finite(table: Tensor) -> list[int]:
+    """The rows of a matrix that hold NaN or infinity; waits for a GPU."""
+    return (~table.isfinite().all(1)).nonzero().flatten().tolist()
+
+
 def require_tensor(value: object, name: str) -> None:
     """TypeError unless the value is a tensor."""
     if not isinstance(value, Tensor):

@@ -20,6 +20,7 @@ from dnkd_ext._checks import (
     require_integer,
     require_same_device,
     require_tensor,
+    rows_not_finite,
     shown,
 )
 from dnkd_ext._files import replacing
@@ -464,7 +465,7 @@ class ClassMeans:
                 module.training = mode
         if means is None:
             raise ValueError("loader yielded no batch; class means need at least one sample")
-        wrong = _not_finite(means.compute())
+        wrong = rows_not_finite(means.compute())
         if wrong:
             raise FloatingPointError(
                 f"the model's features are not finite, in the classes {shown(wrong)}"
@@ -494,7 +495,7 @@ class ClassMeans:
         from safetensors.torch import save as to_bytes
 
         tensors = {"class_means": self.compute().cpu().contiguous()}
-        wrong = _not_finite(tensors["class_means"])
+        wrong = rows_not_finite(tensors["class_means"])
         if wrong:
             raise ValueError(f"the class means are not finite in the classes {shown(wrong)}")
         if self._table is None:
@@ -689,11 +690,6 @@ def _require_table(value: Any, name: str, shape: tuple[int, ...], dtype: torch.d
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"state's {name} must be {dtype} {list(shape)}, got {got}")
-
-
-def _not_finite(table: Tensor) -> list[int]:
-    """The classes whose means are NaN or infinite."""
-    return (~table.isfinite().all(1)).nonzero().flatten().tolist()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -289,7 +289,7 @@ def test_weights_and_features_that_are_not_finite(images, teacher, tmp_path, cap
     table = ClassMeans(CLASSES, 64)
     table.update(torch.full((CLASSES, 64), math.nan), torch.arange(CLASSES))
     with monkeypatch.context() as patch:  # save() refuses
-        patch.setattr(class_means, "_not_finite", lambda _: [])
+        patch.setattr(class_means, "rows_not_finite", lambda _: [])
         table.save(means)
     named = of(teacher, "kd", 1.0, "--class-means", str(means))
     told = refused(options(images, tmp_path / "run", *named), capsys)

@@ -27,6 +27,7 @@ from dnkd_ext._checks import (
     require_same_device,
     require_tensor,
     require_weight,
+    rows_not_finite,
     shown,
 )
 
@@ -669,7 +670,7 @@ def class_means_table(
     if class_means.dim() != 2:
         raise ValueError(f"class_means must be (C, D), got shape {list(class_means.shape)}")
     if _has_values(class_means):
-        wrong = (~class_means.isfinite().all(1)).nonzero().flatten().tolist()
+        wrong = rows_not_finite(class_means)
         if wrong:
             raise ValueError(f"class_means is not finite in the classes {shown(wrong)}")
     with torch.inference_mode(False):  # a buffer that training can save for backward

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnkd_ext._checks import rows_not_finite
 from dnkd_ext._files import UNREADABLE, replacing
 from dnkd_ext.adapters import features
 from dnkd_ext.class_means import ClassMeans
@@ -232,7 +233,7 @@ def gather_means(
     keep(number)
     result = means.all_reduce()
     result.metadata = dict(metadata)
-    wrong = (~result.compute().isfinite().all(1)).nonzero().flatten().tolist()
+    wrong = rows_not_finite(result.compute())
     if wrong:
         if path is not None:  # it would only be gone on with
             _part(path, world).unlink(missing_ok=True)

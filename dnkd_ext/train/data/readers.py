@@ -86,7 +86,7 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
 def _class_folders(root: Path) -> tuple[str, list[str]]:
     """The training images' folder, and the classes in it; none where there are no such folders.
 
-    Hidden ones are other programs', unless images lie in them: they are left out.
+    Hidden ones, which may be other programs', are left out.
     """
     try:
         place = find_split(root, TRAIN_NAMES)
