@@ -1089,11 +1089,14 @@ def test_pictures_of_a_teacher_that_moved(shapes, teacher, tmp_path, capsys):
     settings = json.loads((student / "config.json").read_text())
     settings |= {"teacher": R18, "teacher_weights": str(tmp_path / "none"), "method": "kd"}
     (student / "config.json").write_text(json.dumps(settings))
-    command = ["plot", str(student), "--out", str(tmp_path), "--task", "detection", "--count", "1"]
+    out = tmp_path / "pictures"
+    command = ["plot", str(student), "--out", str(out), "--task", "detection", "--count", "1"]
     command += ["--device", "cpu"]
     assert f"no weights at {tmp_path / 'none'}" in refused(command, capsys)
+    assert not out.exists()
     assert main([*command, "--teacher-weights", str(teacher)]) == 0
-    assert (tmp_path / "boxes.png").stat().st_size > 1000
+    assert (out / "boxes.png").stat().st_size > 1000
+    assert (out / "curves.png").is_file()
 
 
 def test_evaluation_and_pictures_need_the_images_of_the_evaluation_alone(

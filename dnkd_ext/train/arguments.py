@@ -534,23 +534,21 @@ def plot(argv: Sequence[str]) -> int:
             task = read_run(folder)[0].get("task")
             if task != arguments.task:
                 raise ValueError(f"{folder} is a run of --task {task}, not of detection")
-    print(run_plot(folders, out))
-    if arguments.task == "curves":
-        return 0
-    with join_world(arguments.device) as world:
-        for number, folder in enumerate(folders, 1):
-            print(
-                run_pictures(
-                    folder,
-                    out / ("boxes.png" if len(folders) == 1 else f"boxes-{number}.png"),
-                    world,
-                    images=arguments.images,
-                    count=arguments.count,
-                    threshold=arguments.threshold,
-                    data=arguments.data,
-                    teacher_weights=arguments.teacher_weights,
+        with join_world(arguments.device) as world:  # first, for what may be refused there
+            for number, folder in enumerate(folders, 1):
+                print(
+                    run_pictures(
+                        folder,
+                        out / ("boxes.png" if len(folders) == 1 else f"boxes-{number}.png"),
+                        world,
+                        images=arguments.images,
+                        count=arguments.count,
+                        threshold=arguments.threshold,
+                        data=arguments.data,
+                        teacher_weights=arguments.teacher_weights,
+                    )
                 )
-            )
+    print(run_plot(folders, out))
     return 0
 
 

@@ -143,5 +143,6 @@ def draw_run(
     }
     titles = [f"image {split.image_ids[place]}" for place in places]
     pixels = [image.permute(1, 2, 0).numpy() for image in opened]
+    out.parent.mkdir(parents=True, exist_ok=True)
     draw_boxes(pixels, columns, split.classes, titles, out)
     return out
