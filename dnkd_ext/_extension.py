@@ -15,10 +15,12 @@ import torch
 
 from dnkd_ext._export import constant_result
 
-__all__ = ["build_info", "has_kernel_for", "is_loaded", "load_error"]
+__all__ = ["build_info", "has_kernel_for", "is_loaded", "load_error", "operator"]
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 IN_PLACE = "pip install --no-build-isolation --no-deps -e ."
+# What Python calls: a library without one of these was built from other sources than this package.
+OPERATORS = ("nd_loss", "_nd_loss_added", "logit_loss", "dist_loss", "feature_diagnostics")
 
 _library: Any = None
 _load_error: str | None = None
@@ -92,6 +94,11 @@ def _load() -> None:
                 f"{torch.__version__}: {error}"
             )
         return
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.dnkd_ext, name)]
+    if missing:
+        _library = None
+        _load_error = f"the library was built from other sources and has no {', '.join(missing)}"
+        return
     _has_cuda = _library.build_info()["cuda"] is not None
 
 
@@ -110,6 +117,13 @@ if _load_error is not None:
 def is_loaded() -> bool:
     """Whether the compiled library is in use."""
     return _library is not None
+
+
+def operator(name: str) -> Any:
+    """An operator of the library, to be kept: looking it up takes time at every dot."""
+    if name not in OPERATORS:
+        raise KeyError(f"{name} is not in dnkd_ext._extension.OPERATORS, which imports check")
+    return getattr(torch.ops.dnkd_ext, name).default
 
 
 def load_error() -> str | None:

@@ -171,6 +171,6 @@ def _fake(
 
 
 if _extension.is_loaded():
-    _operator = torch.ops.dnkd_ext.feature_diagnostics.default
+    _operator = _extension.operator("feature_diagnostics")
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     torch.library.register_fake("dnkd_ext::feature_diagnostics", _fake, lib=_library)

@@ -290,6 +290,27 @@ def test_damaged_record(copy, record):
     assert "no compiled library" in copy.assert_fallback()
 
 
+@needs_library
+def test_library_of_other_sources(copy):
+    """One that has not all operators, as after new sources were pulled, is not half in use."""
+    copy.add_library()
+    source = copy.package / "_extension.py"
+    text = source.read_text()
+    changed = text.replace("OPERATORS = (", 'OPERATORS = ("made_later", ')
+    assert changed != text
+    source.write_text(changed)
+    report = copy.report()
+    ((category, message, _),) = report["warnings"]
+    assert category == "UserWarning"
+    assert "the library was built from other sources and has no made_later" in message
+    assert message.endswith(REBUILD)
+    assert report["info"]["loaded"] is False
+    copy.assert_results()
+    done = copy.python("import dnkd_ext", DNKD_REQUIRE_EXT="1")
+    assert done.returncode != 0
+    assert f"ImportError: {message}" in done.stderr
+
+
 # -- with the library -----------------------------------------------------------------------------
 
 

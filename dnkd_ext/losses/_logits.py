@@ -7,7 +7,7 @@ settings of it: a cross entropy or none, beside a divergence that is decoupled o
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -477,7 +477,7 @@ def _fake_backward(
 
 
 if _extension.is_loaded():
-    _operator: Any = torch.ops.dnkd_ext.logit_loss.default
+    _operator = _extension.operator("logit_loss")
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     _library.impl("_logit_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::logit_loss", _fake, lib=_library)

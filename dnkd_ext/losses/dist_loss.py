@@ -6,7 +6,7 @@ Source: "Knowledge Distillation from A Stronger Teacher" (arXiv 2205.10536).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -330,7 +330,7 @@ def _fake_backward(upstream, student_logits, teacher_logits, rows, columns, beta
 
 
 if _extension.is_loaded():
-    _operator: Any = torch.ops.dnkd_ext.dist_loss.default  # looked up once: each dot costs time
+    _operator = _extension.operator("dist_loss")
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     _library.impl("_dist_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::dist_loss", _fake, lib=_library)

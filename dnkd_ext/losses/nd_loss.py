@@ -518,8 +518,8 @@ def _fake_backward(upstream, student_features, target, directions, coefficients)
 
 
 if _extension.is_loaded():
-    _operator = torch.ops.dnkd_ext.nd_loss.default  # looked up once: each dot costs time
-    _added = torch.ops.dnkd_ext._nd_loss_added.default
+    _operator = _extension.operator("nd_loss")
+    _added = _extension.operator("_nd_loss_added")
     _library = torch.library.Library("dnkd_ext", "FRAGMENT")
     _library.impl("_nd_loss_reference", _reference_operator, "CompositeImplicitAutograd")
     torch.library.register_fake("dnkd_ext::nd_loss", _fake, lib=_library)
