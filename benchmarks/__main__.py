@@ -440,7 +440,7 @@ def _targets(arguments: argparse.Namespace) -> int:
         commons = [one.common for one in found.values()] or groups[-1]
         commit = commons[-1]["commit"]
         print(f"{hardware}, torch {torch}, at {commit}, {commons[-1]['kernels']} kernels")
-        verdicts = targets.evaluate(found, device) if found else []
+        verdicts = targets.evaluate(found, device, [found, *older]) if found else []
         missed = targets.missed_before(verdicts, older, device)
         if device == "cuda":
             others = {str(group[0]["commit"]): None for group in groups} if found else {}

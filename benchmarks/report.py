@@ -430,7 +430,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             )
         )
     now, *older = versions(found)
-    verdicts = targets.evaluate(now, device)
+    verdicts = targets.evaluate(now, device, [now, *older])
     missed = targets.missed_before(verdicts, older, device)
     parts.append(
         "\nThe targets, on the figures of the newest version"

@@ -6,7 +6,7 @@ All are ratios of what was measured in one run; nothing here is a result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.cases import CACHE, Case, KdPlusPlusCase, LogitCase, NdCase, all_cases, cases
 from benchmarks.results import FORWARD, Latest, Measurement, Row
@@ -291,9 +291,30 @@ def targets(device: str) -> list[Target]:
     return _cpu() if device == "cpu" else _cuda()
 
 
-def evaluate(found: Latest, device: str) -> list[Verdict]:
-    """The verdicts of a ladder."""
-    return [target.evaluate(found) for target in targets(device)]
+def evaluate(found: Latest, device: str, recorded: Iterable[Latest] = ()) -> list[Verdict]:
+    """The verdicts of a ladder.
+
+    ``recorded``: all that one machine has measured, of which ``found`` is a part. A loss that it
+    never measured, because it came later, is left out of the targets of all losses and named there.
+    """
+    known = {_family(name) for one in recorded for name, _ in one}
+    verdicts = []
+    for target in targets(device):
+        new = dict.fromkeys(_family(name) for name, _ in target.cases if _family(name) not in known)
+        if not known or len(new) == len({_family(name) for name, _ in target.cases}):
+            new = {}
+        asked = tuple(key for key in target.cases if _family(key[0]) not in new)
+        verdict = replace(target, cases=asked).evaluate(found)
+        if new:
+            where = "; ".join([verdict.where, f"without {', '.join(new)}"])
+            verdict = replace(verdict, where=where.removeprefix("; "))
+        verdicts.append(verdict)
+    return verdicts
+
+
+def _family(name: str) -> str:
+    case = all_cases().get(name)
+    return name if case is None else case.family
 
 
 def missed_before(verdicts: Sequence[Verdict], older: Sequence[Latest], device: str) -> list[str]:

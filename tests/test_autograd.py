@@ -586,9 +586,7 @@ def test_teacher_in_a_reused_buffer(case, dtype, reduction, needs_extension, dev
         if not create_graph and (is_formed or not case.forms_gradient_from_teacher):
             assert torch.equal(torch.autograd.grad(loss, args[0])[0], expected)
             continue
-        with pytest.raises(
-            RuntimeError, match=r"teacher('s|_logits) .*modified by an inplace operation"
-        ):
+        with pytest.raises(RuntimeError, match=r"teacher\S* .*modified by an inplace operation"):
             torch.autograd.grad(loss, args[0], create_graph=create_graph)
 
 

@@ -152,11 +152,10 @@ def test_the_registry_covers_every_loss_on_every_device():
     for device in ("cpu", "cuda"):
         ladder = cases.cases(device)
         assert len({case.name for case in ladder}) == len(ladder)
-        families = {(case.family, case.dtype) for case in ladder}
-        assert families == {
-            (family, dtype)
-            for family in ("nd_loss", "ce_kd_loss", "ce_dkd_loss", "dist_loss", "KD++")
-            for dtype in (torch.float32, torch.bfloat16)
+        families = {case.family for case in ladder}
+        assert families >= {"nd_loss", "ce_kd_loss", "ce_dkd_loss", "dist_loss", "KD++"}
+        assert {(case.family, case.dtype) for case in ladder} == {
+            (family, dtype) for family in families for dtype in (torch.float32, torch.bfloat16)
         }
 
 
@@ -317,6 +316,32 @@ def test_rows_are_appended_and_read_again(tmp_path, no_compile):
     assert results.latest([first, second]) == {
         first.machine: {(SMALL.name, "default"): second},
     }
+
+
+def test_a_loss_that_came_later_takes_no_verdict_from_recorded_runs():
+    rows = results.read(results.RESULTS / "losses.csv")
+    ladders = results.latest(results.measurements(rows))
+    machine = next(m for m in ladders if m[1] == "cpu" and m[2] == "2.13.0+cpu")
+    found = results.versions(ladders[machine])[0]
+    verdicts = targets.evaluate(found, "cpu", [found])
+    assert verdicts == targets.evaluate(found, "cpu")
+    (memory,) = (i for i, one in enumerate(verdicts) if one.text.startswith("peak extra memory"))
+    assert verdicts[memory].status == targets.PASS
+    older = {key: one for key, one in found.items() if not key[0].startswith("dist_loss")}
+    before = targets.evaluate(older, "cpu", [older])[memory]
+    assert before.status == targets.PASS
+    assert before.where.endswith("without dist_loss")
+    # Where it was measured once, a run without it has no verdict.
+    assert targets.evaluate(older, "cpu", [older, found])[memory].status == targets.NOT_MEASURED
+    assert targets.evaluate(older, "cpu")[memory].status == targets.NOT_MEASURED
+    # What no loss answers that was measured is not measured.
+    (kdpp,) = (
+        i
+        for i, one in enumerate(verdicts)
+        if one.text.startswith("KD++ at 512x1000 with 2048 features: at least 6x")
+    )
+    older = {key: one for key, one in found.items() if not key[0].startswith("KD++")}
+    assert targets.evaluate(older, "cpu", [older])[kdpp].status == targets.NOT_MEASURED
 
 
 def test_sixteen_bits_take_turns_with_float32(monkeypatch):

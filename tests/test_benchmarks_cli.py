@@ -594,12 +594,12 @@ def test_regression_without_a_record_says_so(small, tmp_path, capsys):
 
 
 def test_the_committed_report_is_that_of_the_committed_results():
-    """Otherwise: python -m benchmarks report."""
     rows = results.read(results.RESULTS / "losses.csv")
     trained = parts.read_training(parts.TRAINING)
     loaded = disk.read_loading(disk.LOADING) if disk.LOADING.exists() else []
     text = report.render(rows, steps.read_steps(steps.STEPS), trained, loaded)
-    assert (ROOT / "benchmarks/README.md").read_text(encoding="utf-8") == text
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    assert page == text, "run python -m benchmarks report"
     shown = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
     assert shown
     assert all((ROOT / "benchmarks" / path).is_file() for path in shown)

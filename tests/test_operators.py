@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 from tests.cases import CASES, ND_LOSS, convert, finite, replaced, tensors_of
@@ -138,26 +141,36 @@ def test_export(case, generator):
         assert found[0].abs().sum() > 0
 
 
-def test_fake_tensors_check_arguments(case, generator):
-    """Wrong arguments surface while tracing, in the words of the eager ones."""
-    from torch._subclasses import FakeTensorMode
-
+@contextlib.contextmanager
+def fakes(case, generator):
+    """Arguments without values, and the mode of tensors that have none, as in a trace."""
+    given = convert(case.variants[case.main](generator, 6, 8, 5), torch.float32, "cpu")
     with FakeTensorMode() as mode:
+        yield replaced(given, {w: mode.from_tensor(t) for w, t in tensors_of(given).items()})
 
-        def fakes():
-            given = convert(case.variants[case.main](generator, 6, 8, 5), torch.float32, "cpu")
-            return replaced(given, {w: mode.from_tensor(t) for w, t in tensors_of(given).items()})
 
-        args, kwargs = fakes()
+def test_shapes_of_fake_tensors(case, generator):
+    with fakes(case, generator) as (args, kwargs):
         assert case.fused(*args, **kwargs).shape == ()
         if case.is_sum_of_rows:
             assert case.fused(*args, **kwargs, reduction="none").shape == (6,)
-        for bad in case.bad_inputs:
-            if bad.is_traceable:
-                args, kwargs = fakes()
-                bad.change(args, kwargs)
-                with pytest.raises(bad.error, match=bad.match):
-                    case.fused(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("one", "bad"),
+    [
+        pytest.param(case, bad, id=f"{case.name}-{bad.name}")
+        for case in CASES
+        for bad in case.bad_inputs
+        if bad.is_traceable
+    ],
+)
+def test_fake_tensors_check_arguments(one, bad, generator):
+    """Wrong arguments surface while tracing, in the words of the eager ones."""
+    with fakes(one, generator) as (args, kwargs):
+        bad.change(args, kwargs)
+        with pytest.raises(bad.error, match=bad.match):
+            one.fused(*args, **kwargs)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

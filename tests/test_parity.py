@@ -78,10 +78,18 @@ def test_half_precision(case, reduction, dtype, device, generator):
         assert errors[0] <= errors[1] + 0.25 * epsilon, (name, width, errors)
 
 
+def vectors(case, arrays):
+    """The golden vectors of a loss in a file."""
+    found = [] if case.golden is None else list(case.golden(arrays))
+    if not found:
+        pytest.skip(f"the file has no golden vectors of {case.name}")
+    return found
+
+
 @pytest.mark.parametrize("implementation", ["fused", "reference"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_golden(case, implementation, dtype, tolerance, golden, device):
-    for arguments, loss, gradient in case.golden(golden):
+    for arguments, loss, gradient in vectors(case, golden):
         args, kwargs = convert(arguments, dtype, device)
         result = getattr(case, implementation)(*args, **kwargs)
         result.backward()
@@ -93,7 +101,7 @@ def test_golden(case, implementation, dtype, tolerance, golden, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_golden_half(case, dtype, golden, device):
     """On the golden inputs rounded to half, no worse than PyTorch operations in that dtype."""
-    for arguments, _, _ in case.golden(golden):
+    for arguments, _, _ in vectors(case, golden):
         args, kwargs = convert(arguments, dtype, device)
         expected = truth(case, (args, kwargs), "mean")
         naive = case.same_dtype(*args, **kwargs)

@@ -141,8 +141,8 @@ class LossCase:
     # Arguments with a row per row of the student, given or not.
     per_row: tuple[Where, ...]
     teacher: Where
-    # Golden vectors: arrays of a file -> (arguments, loss, gradient).
-    golden: Callable[[dict[str, np.ndarray]], Iterator[tuple[Arguments, float, np.ndarray]]]
+    # Golden vectors: arrays of a file -> (arguments, loss, gradient); None where no file has any.
+    golden: Callable[[dict[str, np.ndarray]], Iterator[tuple[Arguments, float, np.ndarray]]] | None
     # The mean loss in plain PyTorch operations in the inputs' own dtype.
     same_dtype: Callable[..., Tensor]
     # name -> where a value makes the loss of its row NaN, and the value
