@@ -64,8 +64,8 @@ if it were another peer: its distance from 1 is the noise. Peak memory is what o
 backward pass holds at most beyond its inputs. On a CPU ours keeps the memory of freed gradients for
 the next ones, up to 256 MiB, so that the page faults of fresh memory, which are part of the others'
 times with the default allocator, are not part of ours; what is kept so is not in the peak memory.
-The copy moves as many bytes as must be moved at least (both inputs and the gradient once, and each
-class mean that occurs; DIST reads both inputs twice), in the same run.
+The copy moves as many bytes as the case must move at least, in the same run: for the losses here
+both inputs and the gradient once and each class mean that occurs, for DIST both inputs twice.
 
 | peer | what it is |
 |---|---|

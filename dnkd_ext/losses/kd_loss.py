@@ -40,7 +40,7 @@ def kd_loss(
         student_logits: ``(..., C)``, float16, bfloat16, float32 or float64. Rows of stride-1
             logits are read in place whatever the stride between rows.
         teacher_logits: ``(..., C)``, any of the four dtypes; gets no gradient. Those of another
-            dtype than the student's and than float32 are converted once. Made under
+            dtype than the student's and than the loss's are converted once. Made under
             ``torch.inference_mode`` they must not change before the backward pass: that they did
             cannot be seen.
         temperature: T, greater than 0.

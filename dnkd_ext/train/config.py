@@ -43,9 +43,9 @@ class DataOptions:
 
     task: Literal["cifar", "imagenet", "detection"] = "cifar"
     """cifar: small images that are held in memory; imagenet: images that are read from disk while
-    training (the reader options are theirs, and --limit, --cache, --pad and --flip are not);
-    detection: boxes in images of COCO's format (the detection options are theirs, and of the
-    reader's --workers)."""
+    training (the reader options are theirs; --limit, --cache, --pad and --flip, where a command has
+    them, are not); detection: boxes in images of COCO's format (the detection options are theirs,
+    and of the reader's --workers)."""
     data: str = ""
     """Folder of the data set: train/CLASS/* and test or val; for cifar also CIFAR-100 as
     torchvision unpacks it, for imagenet also tar archives and WebDataset shards. For detection
@@ -109,9 +109,9 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD) + nd_weight ND.
+    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD | hard KD) + nd_weight ND.
 
-    In detection all of the detector's own losses stand in the place of CE, and a sample is a
+    The ramp is that of --kd-warm-up, which ND has with --nd-ramp. In detection all of the detector's own losses stand in the place of CE, and a sample is a
     proposal.
     """
 

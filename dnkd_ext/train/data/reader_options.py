@@ -13,7 +13,7 @@ class ReaderOptions:
     """Images that are read from disk while training, and what is done to them.
 
     Where they are, their normalisation and the smoothing of labels are options of the other
-    groups: ``data``, ``mean``, ``std`` and ``label_smoothing``.
+    groups: --data, --mean, --std and --label-smoothing.
     """
 
     reader: str = ""
@@ -23,7 +23,8 @@ class ReaderOptions:
     """WebDataset: split of _info.json, or shards and their number of images, as
     'train-{0000..0009}.tar|12000'; by default train."""
     val_split: str = ""
-    """Likewise; by default val, validation, valid or test, whichever _info.json has."""
+    """WebDataset: the same of the images for evaluation; by default val, validation, valid or test,
+    whichever _info.json has."""
     class_map: str = ""
     """Text file with a class per line in the order of the labels; by default the sorted names of
     the folders. Images of other classes are left out."""
