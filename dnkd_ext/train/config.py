@@ -109,9 +109,10 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD | hard KD) + nd_weight ND.
+    """The loss: ce_weight CE + ramp kd_weight (KD | DKD | DIST | ReviewKD | hard KD) + nd_weight
+    ND. The ramp is that of --kd-warm-up; with --nd-ramp it is ND's, too.
 
-    The ramp is that of --kd-warm-up, which ND has with --nd-ramp. In detection all of the detector's own losses stand in the place of CE, and a sample is a
+    In detection all of the detector's own losses stand in the place of CE, and a sample is a
     proposal.
     """
 
