@@ -78,6 +78,16 @@ def find_classifier(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear to take the features before; pass classifier="
         )
+    # Some of transformers' models register their head before their body.
+    inner = _unwrapped(model)
+    prefix = getattr(inner, "base_model_prefix", None)
+    if isinstance(prefix, str) and isinstance(getattr(inner, prefix or "-", None), nn.Module):
+        outside = [
+            module
+            for name, module in inner.named_modules()
+            if isinstance(module, nn.Linear) and not name.startswith(f"{prefix}.")
+        ]
+        linear = outside or linear
     return linear[-1]
 
 
@@ -98,7 +108,9 @@ def features(
     keep working; a model that ``torch.compile`` has already compiled does not call it: compile the
     function around this one. There a bare model with timm's interface, whose
     ``forward_head`` has no more than the layer behind ``pre_logits``, is run by
-    ``forward_features`` and ``forward_head(pre_logits=True)``, which traces without a break.
+    ``forward_features`` and ``forward_head(pre_logits=True)``, which traces without a break. With
+    all others the hook breaks the graph (``fullgraph=True`` is refused), and what runs inside of
+    ``forward`` is compiled by itself; of a bare ``nn.Sequential`` that is nothing.
 
     Of a model with a head for a class token and one for a distillation token (timm's
     ``deit_*_distilled_*``, ``levit_*``, ``efficientformer_*`` and others) it gives the mean of what
@@ -335,6 +347,7 @@ def _listen(
 
     ``run``: what is called, if not the model.
     """
+    is_given = classifier is not None
     if classifier is None:
         classifier = find_classifier(model)
     elif isinstance(classifier, str):
@@ -359,11 +372,21 @@ def _listen(
         name = next(
             (f" {name}" for name, m in model.named_modules() if m is classifier and name), ""
         )
+        shapes = ""
+        if len(seen) == 1 and isinstance(seen[0][1], Tensor) and seen[0][1].shape != logits.shape:
+            made, returned = list(seen[0][1].shape), list(logits.shape)
+            shapes = f" (it made {made}, the model returned {returned})"
+        remedy = (
+            "features() takes models that return what their last layer made, and none that picks "
+            "or averages behind it"
+            if is_given
+            else "pass the last linear layer as classifier= (this one is the last that the model "
+            "registers)"
+        )
         raise ValueError(
             f"{type(classifier).__name__}{name} ran {len(seen)} times and did not produce the "
-            "model's output; pass the last linear layer as classifier= (where a part of the model "
-            "is compiled by itself it does not call hooks: compile the function around features() "
-            "instead)"
+            f"model's output{shapes}; {remedy}. Where a part of the model is compiled by itself it "
+            "does not call hooks: compile the function around features() instead"
         )
     own = seen[0][0]
     if own.dim() == 4 and own.shape[2:] == (1, 1):
@@ -392,11 +415,16 @@ def _check_model(model: object) -> None:
         inner = getattr(inner, "module", None)  # of a wrapper, as DistributedDataParallel
 
 
-def kind_of(model: Callable[..., object]) -> type:
-    """Of the model inside of wrappers such as DistributedDataParallel."""
+def _unwrapped(model: Any) -> Any:
+    """The model inside of wrappers such as DistributedDataParallel."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
-    return type(model)
+    return model
+
+
+def kind_of(model: Callable[..., object]) -> type:
+    """Of the model inside of wrappers."""
+    return type(_unwrapped(model))
 
 
 @constant_result
@@ -406,8 +434,18 @@ def _takes_names(kind: type, names: tuple[str, ...]) -> bool:
     if forward is None:
         return False
     try:
-        inspect.signature(forward).bind(None, **dict.fromkeys(names))
+        signature = inspect.signature(forward)
     except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(None, **dict.fromkeys(names))
+    except TypeError as error:
+        own = [*signature.parameters][1:]
+        if len(own) > 1 and not set(own).isdisjoint(names):
+            raise TypeError(
+                f"{kind.__name__}.forward takes {', '.join(own)}, but images is a mapping of "
+                f"{', '.join(names)}: {error}"
+            ) from None
         return False
     return True
 

@@ -413,6 +413,7 @@ class ClassMeans:
         num_classes: int | None = None,
         classifier: str | torch.nn.Module | None = None,
         device: torch.device | str | None = None,
+        ignore_index: int = -100,
         progress: bool = True,
         metadata: dict[str, str] | None = None,
     ) -> ClassMeans:
@@ -423,11 +424,13 @@ class ClassMeans:
                 found. The training mode of each of its modules is restored afterwards: one that
                 goes on as a teacher must be put into evaluation mode by its owner.
             loader: yields ``(images, target)``, the images a tensor or, for models that take
-                keyword arguments, a mapping of tensors; for the paper's method the training set
-                without augmentation.
+                keyword arguments, a mapping of these; for the paper's method the training set
+                without augmentation. Of batches that are mappings with the target in them make
+                pairs, ``(({"pixel_values": b["pixel_values"]}, b["labels"]) for b in loader)``.
             num_classes: ``C``; by default the width of the model's logits.
             classifier: the last linear layer or its name, where it cannot be found.
             device: where to move the batches; by default where the model's parameters are.
+            ignore_index: samples with this class index count in no mean.
             progress: show a progress bar (needs tqdm; without it there is none).
             metadata: kept with the result and written by :meth:`save` ("teacher", "dataset").
 
@@ -456,7 +459,7 @@ class ClassMeans:
                     )
                     if means is None:
                         classes = logits.shape[-1] if num_classes is None else num_classes
-                        means = cls(classes, features.shape[-1])
+                        means = cls(classes, features.shape[-1], ignore_index=ignore_index)
                     means.update(features, target.to(device, non_blocking=True))
         finally:
             if is_training:
@@ -702,18 +705,13 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _parts(images: Any) -> list[Any]:
-    """The tensors of a mapping that does not move itself; else what there is."""
-    is_plain = isinstance(images, Mapping) and not hasattr(images, "to")
-    return [*images.values()] if is_plain else [images]
-
-
-def _moved(
-    images: Tensor | Mapping[str, Tensor], device: torch.device | str
-) -> Tensor | dict[str, Tensor]:
-    if not hasattr(images, "to"):
+def _moved(images: Any, device: torch.device | str) -> Any:
+    """What can move itself, or the parts of a mapping that can."""
+    if hasattr(images, "to"):
+        return images.to(device, non_blocking=True)
+    if isinstance(images, Mapping):
         return {name: _moved(part, device) for name, part in images.items()}
-    return images.to(device, non_blocking=True)
+    return images
 
 
 def _pair(batch: Any) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
@@ -721,10 +719,16 @@ def _pair(batch: Any) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
     if (
         not isinstance(batch, (tuple, list))
         or len(batch) != 2
-        or not all(callable(getattr(part, "to", None)) for part in (*_parts(batch[0]), batch[1]))
+        or not (isinstance(batch[0], Mapping) or callable(getattr(batch[0], "to", None)))
+        or not callable(getattr(batch[1], "to", None))
     ):
         kinds = type(batch).__name__
         if isinstance(batch, (tuple, list)):
             kinds += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
-        raise TypeError(f"loader must yield pairs of tensors (images, target), got a {kinds}")
+        elif isinstance(batch, Mapping):
+            kinds += f" of {', '.join(map(str, batch))}"
+        raise TypeError(
+            f"loader must yield pairs (images, target) of tensors, or of a mapping of inputs and a "
+            f"tensor, got a {kinds}"
+        )
     return batch[0], batch[1]

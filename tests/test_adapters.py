@@ -1285,6 +1285,72 @@ def test_a_model_that_takes_a_mapping_as_such(generator):
     torch.testing.assert_close(dnkd_ext.features(wrapped, inputs)[1], logits)
 
 
+class HeadFirst(nn.Module):
+    """As XLM-RoBERTa in transformers, which registers its classifier before its body."""
+
+    base_model_prefix = "body"
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.body = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 4))
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_head_that_is_registered_before_its_body(is_wrapped):
+    model = inner = HeadFirst()
+    if is_wrapped:
+        model = nn.Module()
+        model.module, model.forward = inner, inner.forward
+    images = torch.rand(5, 6)
+    features, logits = dnkd_ext.features(model, images)
+    assert torch.equal(features, inner.body(images))
+    assert torch.equal(logits, inner(images))
+    inner.head = nn.Identity()  # the body's own is the last one then
+    assert torch.equal(dnkd_ext.features(model, images)[1], inner.body(images))
+
+
+def test_a_model_that_picks_behind_its_last_layer_is_told_what_it_made():
+    class Picks(OfTokens):
+        def forward(self, input_ids):
+            return self.classifier(self.embedding(input_ids))[:, -1]
+
+    ids = torch.zeros(4, 7, dtype=torch.long)
+    made = r"\(it made \[4, 7, \d+\], the model returned \[4, \d+\]\)"
+    with pytest.raises(ValueError, match=f"{made}; pass the last linear layer"):
+        dnkd_ext.features(Picks(), ids)
+    with pytest.raises(ValueError, match=f"{made}; features.. takes models that return what"):
+        dnkd_ext.features(Picks(), ids, classifier="classifier")
+
+
+def test_a_mapping_of_other_arguments_is_told_their_names(generator):
+    inputs = tokens(generator)
+    taken = r"OfTokens.forward takes input_ids, attention_mask, but images is a mapping of"
+    with pytest.raises(TypeError, match=f"{taken} input_ids, attention_mask, type_ids: .*type_ids"):
+        dnkd_ext.features(OfTokens(), {**inputs, "type_ids": inputs["input_ids"]})
+    with pytest.raises(TypeError, match=f"{taken} input_ids: missing .*attention_mask"):
+        dnkd_ext.features(OfTokens(), {"input_ids": inputs["input_ids"]})
+
+
+def test_class_means_of_samples_and_inputs_that_are_left_out(generator):
+    class Scaled(OfTokens):
+        def forward(self, input_ids, attention_mask, factor=None):
+            return super().forward(input_ids, attention_mask)
+
+    model = Scaled()
+    target = torch.tensor([0, 255, 2, 1])
+    batches = [({**tokens(generator), "factor": 2.0}, target) for _ in range(2)]
+    means = dnkd_ext.ClassMeans.from_model(
+        model, batches, progress=False, num_classes=3, ignore_index=255
+    ).compute()
+    seen = torch.cat([dnkd_ext.features(model, inputs)[0].detach() for inputs, _ in batches])
+    for label in range(3):
+        torch.testing.assert_close(means[label], seen[target.repeat(2) == label].mean(0))
+
+
 def test_an_object_without_logits_is_named():
     class Other(OfTokens):
         def forward(self, input_ids, attention_mask):

@@ -1442,13 +1442,13 @@ def test_an_ignored_index_that_is_no_integer(ignored):
 @pytest.mark.parametrize(
     ("batch", "named"),
     [
-        ({"image": torch.zeros(1)}, "a dict"),
+        ({"image": torch.zeros(1), "label": torch.zeros(1)}, "a dict of image, label"),
         ((torch.zeros(1), torch.zeros(1), torch.zeros(1)), "a tuple of Tensor, Tensor, Tensor"),
         (([torch.zeros(1)], torch.zeros(1)), "a tuple of list, Tensor"),
     ],
 )
 def test_batches_that_are_no_pairs_of_tensors(batch, named):
-    with pytest.raises(TypeError, match=f"pairs of tensors .*got {named}$"):
+    with pytest.raises(TypeError, match=rf"pairs \(images, target\) of tensors.*got {named}$"):
         ClassMeans.from_model(convnet(), [batch], progress=False)
 
 

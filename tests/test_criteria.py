@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
 import warnings
 import weakref
 
@@ -1291,6 +1292,10 @@ def test_a_copy_stays_in_its_process_group():
     criterion.process_group = group
     other = copy.deepcopy(criterion)
     assert other.process_group is group
+    with pytest.raises(TypeError, match="DISTPlusPlus cannot be pickled with its process_group"):
+        pickle.dumps(criterion)
+    criterion.process_group = None
+    assert pickle.loads(pickle.dumps(criterion)).tau == criterion.tau
     assert other.beta == 2.0
     assert torch.equal(other.class_means, criterion.class_means)
     assert other.class_means.data_ptr() != criterion.class_means.data_ptr()

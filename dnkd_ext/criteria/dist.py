@@ -100,6 +100,14 @@ class DISTPlusPlus(LogitPlusPlus):
         result.__setstate__(copy.deepcopy(state, memo))
         return result
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.process_group is not None:
+            raise TypeError(
+                "DISTPlusPlus cannot be pickled with its process_group: save its state_dict(), or "
+                "set criterion.process_group = None before"
+            )
+        return super().__reduce_ex__(protocol)
+
     def _logit_terms(
         self,
         student_logits: Tensor,

@@ -130,6 +130,8 @@ def ce_dkd_loss(
 
     The sum of ``ce_weight * torch.nn.functional.cross_entropy(student_logits, target, ...)`` and
     ``kd_weight * dkd_loss(student_logits, teacher_logits, target, ...)``, times ``loss_weight``.
+    Classes come last, whatever the shape; that function has them second in sequences and maps: of
+    ``(N, C, H, W)`` give ``logits.movedim(1, -1)``, and class probabilities likewise.
 
     Args:
         student_logits: see :func:`dnkd_ext.dkd_loss`.

@@ -117,6 +117,8 @@ def ce_kd_loss(
 
     The sum of ``ce_weight * torch.nn.functional.cross_entropy(student_logits, target, ...)`` and
     ``kd_weight * kd_loss(student_logits, teacher_logits, ...)``, times ``loss_weight``.
+    Classes come last, whatever the shape; that function has them second in sequences and maps: of
+    ``(N, C, H, W)`` give ``logits.movedim(1, -1)``, and class probabilities likewise.
 
     Args:
         student_logits: ``(..., C)``, float16, bfloat16, float32 or float64.
