@@ -134,15 +134,16 @@ def require_weight(weight: object, name: str, other: Any, other_name: str) -> No
         raise ValueError(f"{name} must not require a gradient; multiply the loss by it instead")
 
 
-def product(*weights: float | Tensor) -> tuple[Tensor | None, float]:
-    """The product of weights as a 0-dim tensor (None without any) and a float.
+def product(*weights: float | Tensor, of: Tensor) -> tuple[Tensor | None, float]:
+    """The product of weights of a loss of `of` as a 0-dim tensor (None without any) and a float.
 
-    Half-precision tensors are multiplied in float32, in which two of them are exact.
+    Half-precision tensors are multiplied in float32, in which two of them are exact, and all in
+    float64 where that is the loss's dtype.
     """
     tensor, scale = None, 1.0
     for weight in weights:
         if isinstance(weight, Tensor):
-            wide = weight.to(accumulate_dtype(weight.dtype))
+            wide = weight.to(torch.promote_types(*map(accumulate_dtype, (weight.dtype, of.dtype))))
             tensor = wide if tensor is None else tensor * wide
         else:
             scale = scale * weight

@@ -516,3 +516,13 @@ def test_the_most_probable_class_of_finer_probabilities(implementation, device, 
     assert target.float()[0, 2] == target.float()[0, 4]
     wanted = implementation.dkd_loss(student, teacher, torch.tensor([4], device=device))
     assert torch.equal(implementation.dkd_loss(student, teacher, target), wanted)
+
+
+def test_two_tensors_weigh_float64_logits_exactly(generator):
+    student, teacher = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    target = torch.arange(5)
+    weights = {"ce_weight": torch.tensor(0.1), "loss_weight": torch.tensor(2.3), "kd_weight": 0.0}
+    loss = dnkd_ext.ce_kd_loss(student, teacher, target, **weights).loss
+    exact = torch.nn.functional.cross_entropy(student, target)
+    exact = exact * weights["ce_weight"].double() * weights["loss_weight"].double()
+    assert abs(loss / exact - 1) < 1e-14

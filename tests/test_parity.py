@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dnkd_ext
 from tests.cases import (
     CASES,
     DTYPES,
@@ -55,6 +57,24 @@ def test_equals_loop(case, reduction, dtype, device, generator):
             where = (implementation, name, width)
             assert expected.loss_error(loss) <= TOLERANCE[dtype], where
             assert expected.gradient_error(gradient) <= TOLERANCE[dtype], where
+
+
+@pytest.mark.parametrize("width", [2048, 16384])
+def test_wide_rows_of_one_value_keep_their_digits(width, device, generator):
+    """Where every addition to a sum is rounded the same way."""
+    features = torch.full((4, width), 0.1)
+    means = torch.rand(4, width, generator=generator) + 0.5
+    target = torch.arange(4)
+
+    def run(function, *tensors):
+        return function(*(tensor.to(device) for tensor in tensors)).double().cpu()
+
+    loss = functools.partial(dnkd_ext.nd_loss, reduction="none")
+    exact = run(dnkd_ext.reference.nd_loss, features.double(), target, means.double()).mean()
+    assert abs(run(loss, features, target, means).mean() / exact - 1) < 1e-5
+    now = run(lambda *given: dnkd_ext.feature_diagnostics(*given).norm_ratio, features, target,
+              means, 3 * features)  # fmt: skip
+    assert abs(now.item() * 3 - 1) < 1e-6
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

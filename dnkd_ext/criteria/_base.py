@@ -304,5 +304,5 @@ def _ramped(weight: float | Tensor, ramp: float | Tensor | None, logits: Tensor)
         # and past torch's limit nothing any more. A product is not, whatever the number; but a
         # number that is compared with 1 here is one that every later graph is compiled for anew.
         ramp = ramp * logits.new_ones((), dtype=accumulate_dtype(logits.dtype))
-    tensor, scale = product(weight, ramp)
+    tensor, scale = product(weight, ramp, of=logits)
     return scale if tensor is None else tensor * scale

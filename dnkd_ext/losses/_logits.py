@@ -111,8 +111,8 @@ def logit_loss(
         reduction,
         logit_standardization,
     )
-    ce_scale, ce_factor = product(ce_weight, loss_weight)
-    kd_scale, kd_factor = product(kd_weight, loss_weight)
+    ce_scale, ce_factor = product(ce_weight, loss_weight, of=student_logits)
+    kd_scale, kd_factor = product(kd_weight, loss_weight, of=student_logits)
     return LogitTerms(
         *_operator(
             student_logits,
