@@ -19,8 +19,14 @@ __all__ = ["build_info", "has_kernel_for", "is_loaded", "load_error", "operator"
 
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 IN_PLACE = "pip install --no-build-isolation --no-deps -e ."
-# What Python calls: a library without one of these was built from other sources than this package.
-OPERATORS = ("nd_loss", "_nd_loss_added", "logit_loss", "dist_loss", "feature_diagnostics")
+# What Python calls or describes to torch: a library that lacks one is of other sources than this.
+OPERATORS = (
+    "nd_loss", "_nd_loss_added", "_nd_loss_forward", "_nd_loss_added_forward", "_nd_loss_backward",
+    "_nd_loss_reference", "_nd_mixtures", "logit_loss", "_logit_loss_forward",
+    "_logit_loss_backward", "_logit_loss_reference", "dist_loss", "_dist_loss_forward",
+    "_dist_loss_moments", "_dist_loss_finish", "_dist_loss_backward", "_dist_loss_reference",
+    "feature_diagnostics",
+)  # fmt: skip
 
 _library: Any = None
 _load_error: str | None = None

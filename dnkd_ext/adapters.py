@@ -47,12 +47,17 @@ def find_classifier(model: nn.Module) -> nn.Module:
     """The last linear layer of a classifier, whose input are the model's features.
 
     timm's ``get_classifier()`` decides where there is one; otherwise the model's last
-    ``nn.Linear``.
+    ``nn.Linear``, of transformers' models the last outside of their body.
 
     Raises:
         ValueError: there is none; pass the layer by hand. Or there are two, of a class and a
             distillation token, which :func:`features` and :func:`distilled_features` both run.
     """
+    return _candidates(model)[0]
+
+
+def _candidates(model: nn.Module) -> list[nn.Module]:
+    """The layer that is likely the last of a classifier, and the one that else may be."""
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()
         if is_pair(classifier):
@@ -68,7 +73,7 @@ def find_classifier(model: nn.Module) -> nn.Module:
         if hasattr(classifier, "global_pool") and isinstance(layer, nn.Module):
             classifier = layer
         if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
-            return classifier
+            return [classifier]
         raise ValueError(
             f"{type(model).__name__}.get_classifier() gives {type(classifier).__name__}, which is "
             "no layer to take the features before; pass classifier="
@@ -81,14 +86,12 @@ def find_classifier(model: nn.Module) -> nn.Module:
     # Some of transformers' models register their head before their body.
     inner = _unwrapped(model)
     prefix = getattr(inner, "base_model_prefix", None)
-    if isinstance(prefix, str) and isinstance(getattr(inner, prefix or "-", None), nn.Module):
-        outside = [
-            module
-            for name, module in inner.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith(f"{prefix}.")
-        ]
-        linear = outside or linear
-    return linear[-1]
+    body = getattr(inner, prefix, None) if isinstance(prefix, str) and prefix else None
+    inside = {*body.modules()} if isinstance(body, nn.Module) else set()
+    if linear[-1] in inside:
+        outside = [module for module in linear if module not in inside]
+        return [*outside[-1:], linear[-1]]
+    return linear[-1:]
 
 
 def features(
@@ -349,7 +352,7 @@ def _listen(
     """
     is_given = classifier is not None
     if classifier is None:
-        classifier = find_classifier(model)
+        layers = _candidates(model)
     elif isinstance(classifier, str):
         try:
             if not classifier:
@@ -361,32 +364,42 @@ def _listen(
         raise TypeError(
             f"classifier must be a name or an nn.Module, got {type(classifier).__name__}"
         )
-    (seen,), output = _hear(run or model, images, [classifier])
+    if classifier is not None:
+        layers = [classifier]
+    heard, output = _hear(run or model, images, layers)
     logits = _logits_of(output)
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"the model returned {type(output).__name__}, expected a tensor of logits, or an "
             "object that has one as its attribute logits"
         )
+    classifier, seen = next(
+        (
+            (layer, calls)
+            for layer, calls in zip(layers, heard, strict=True)
+            if len(calls) == 1 and _is_same(calls[0][1], logits)
+        ),
+        (layers[0], heard[0]),
+    )
     if len(seen) != 1 or not _is_same(seen[0][1], logits):
         name = next(
             (f" {name}" for name, m in model.named_modules() if m is classifier and name), ""
         )
         shapes = ""
-        if len(seen) == 1 and isinstance(seen[0][1], Tensor) and seen[0][1].shape != logits.shape:
+        remedy = f"pass {'another' if is_given else 'the last linear'} layer as classifier="
+        if len(seen) == 1 and isinstance(seen[0][1], Tensor):
             made, returned = list(seen[0][1].shape), list(logits.shape)
-            shapes = f" (it made {made}, the model returned {returned})"
-        remedy = (
-            "features() takes models that return what their last layer made, and none that picks "
-            "or averages behind it"
-            if is_given
-            else "pass the last linear layer as classifier= (this one is the last that the model "
-            "registers)"
-        )
+            if made != returned:
+                shapes = f" (it made {made}, the model returned {returned})"
+            if made[-1:] == returned[-1:]:
+                remedy += (
+                    ", unless this one is the last: what a model makes of its output behind it, "
+                    "features() does not see"
+                )
         raise ValueError(
             f"{type(classifier).__name__}{name} ran {len(seen)} times and did not produce the "
-            f"model's output{shapes}; {remedy}. Where a part of the model is compiled by itself it "
-            "does not call hooks: compile the function around features() instead"
+            f"model's output{shapes}; {remedy} (where a part of the model is compiled by itself it "
+            "does not call hooks: compile the function around features() instead)"
         )
     own = seen[0][0]
     if own.dim() == 4 and own.shape[2:] == (1, 1):
@@ -434,20 +447,32 @@ def _takes_names(kind: type, names: tuple[str, ...]) -> bool:
     if forward is None:
         return False
     try:
-        signature = inspect.signature(forward)
+        inspect.signature(forward).bind(None, **dict.fromkeys(names))
     except (TypeError, ValueError):
         return False
-    try:
-        signature.bind(None, **dict.fromkeys(names))
-    except TypeError as error:
-        own = [*signature.parameters][1:]
-        if len(own) > 1 and not set(own).isdisjoint(names):
-            raise TypeError(
-                f"{kind.__name__}.forward takes {', '.join(own)}, but images is a mapping of "
-                f"{', '.join(names)}: {error}"
-            ) from None
-        return False
     return True
+
+
+def _call(model: Callable[..., object], images: Tensor | Mapping[str, Tensor]) -> object:
+    """Give a model its input; a mapping as arguments where it takes these."""
+    if not isinstance(images, Mapping):
+        return model(images)
+    kind, names = kind_of(model), tuple(images)
+    if _takes_names(kind, names):
+        return model(**images)
+    if torch.compiler.is_compiling():
+        return model(images)
+    try:
+        return model(images)
+    except Exception as error:
+        # One name too many or too few, and all are handed over as one argument.
+        own = [*inspect.signature(kind.forward).parameters][1:] if hasattr(kind, "forward") else []
+        if set(own).isdisjoint(names):
+            raise
+        raise TypeError(
+            f"{kind.__name__}.forward takes {', '.join(own)}; images, a mapping of "
+            f"{', '.join(map(str, names))}, which are not its arguments, was given to it as one"
+        ) from error
 
 
 def _logits_of(output: object) -> object:
@@ -490,8 +515,7 @@ def _hear(
     try:
         for layer, calls in zip(layers, seen, strict=True):
             handles.append(layer.register_forward_hook(listener(calls), with_kwargs=True))
-        named = isinstance(images, Mapping) and _takes_names(kind_of(model), tuple(images))
-        output = model(**images) if named else model(images)
+        output = _call(model, images)
         logits = _logits_of(output)
         if without and isinstance(logits, Tensor) and logits.requires_grad:
             raise ValueError(

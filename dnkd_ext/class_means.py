@@ -424,7 +424,7 @@ class ClassMeans:
                 found. The training mode of each of its modules is restored afterwards: one that
                 goes on as a teacher must be put into evaluation mode by its owner.
             loader: yields ``(images, target)``, the images a tensor or, for models that take
-                keyword arguments, a mapping of these; for the paper's method the training set
+                keyword arguments, a mapping of inputs; for the paper's method the training set
                 without augmentation. Of batches that are mappings with the target in them make
                 pairs, ``(({"pixel_values": b["pixel_values"]}, b["labels"]) for b in loader)``.
             num_classes: ``C``; by default the width of the model's logits.
@@ -711,6 +711,8 @@ def _moved(images: Any, device: torch.device | str) -> Any:
         return images.to(device, non_blocking=True)
     if isinstance(images, Mapping):
         return {name: _moved(part, device) for name, part in images.items()}
+    if isinstance(images, (list, tuple)):
+        return [_moved(part, device) for part in images]
     return images
 
 
@@ -726,7 +728,7 @@ def _pair(batch: Any) -> tuple[Tensor | Mapping[str, Tensor], Tensor]:
         if isinstance(batch, (tuple, list)):
             kinds += f" of {', '.join(type(part).__name__ for part in batch) or 'nothing'}"
         elif isinstance(batch, Mapping):
-            kinds += f" of {', '.join(map(str, batch))}"
+            kinds += f" of {', '.join(map(str, batch)) or 'nothing'}"
         raise TypeError(
             f"loader must yield pairs (images, target) of tensors, or of a mapping of inputs and a "
             f"tensor, got a {kinds}"

@@ -1313,6 +1313,44 @@ def test_a_head_that_is_registered_before_its_body(is_wrapped):
     assert torch.equal(dnkd_ext.features(model, images)[1], inner.body(images))
 
 
+@pytest.mark.parametrize("body", [nn.Linear(6, 4), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))])
+def test_a_head_beside_any_body(body):
+    model, images = HeadFirst(), torch.rand(5, 6)
+    model.body = body
+    assert torch.equal(dnkd_ext.features(model, images)[0], body(images))
+
+
+def test_a_head_inside_of_what_the_prefix_names():
+    class Whole(nn.Module):
+        base_model_prefix = "model"
+
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(6, 6)
+            self.model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+
+        def forward(self, images):
+            return self.model(self.stem(images))
+
+    model, images = Whole(), torch.rand(5, 6)
+    features, logits = dnkd_ext.features(model, images)
+    assert torch.equal(features, model.model[:2](model.stem(images)))
+    assert torch.equal(logits, model(images))
+
+
+def test_a_head_around_a_wrapped_body():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.head = HeadFirst(), nn.Linear(3, 2)
+
+        def forward(self, images):
+            return self.head(self.module(images))
+
+    model, images = Around(), torch.rand(5, 6)
+    assert torch.equal(dnkd_ext.features(model, images)[0], model.module(images))
+
+
 def test_a_model_that_picks_behind_its_last_layer_is_told_what_it_made():
     class Picks(OfTokens):
         def forward(self, input_ids):
@@ -1320,19 +1358,35 @@ def test_a_model_that_picks_behind_its_last_layer_is_told_what_it_made():
 
     ids = torch.zeros(4, 7, dtype=torch.long)
     made = r"\(it made \[4, 7, \d+\], the model returned \[4, \d+\]\)"
-    with pytest.raises(ValueError, match=f"{made}; pass the last linear layer"):
+    with pytest.raises(ValueError, match=f"{made}; pass the last linear layer as.*behind it"):
         dnkd_ext.features(Picks(), ids)
-    with pytest.raises(ValueError, match=f"{made}; features.. takes models that return what"):
+    with pytest.raises(ValueError, match=f"{made}; pass another layer as.*behind it"):
         dnkd_ext.features(Picks(), ids, classifier="classifier")
 
 
 def test_a_mapping_of_other_arguments_is_told_their_names(generator):
     inputs = tokens(generator)
-    taken = r"OfTokens.forward takes input_ids, attention_mask, but images is a mapping of"
-    with pytest.raises(TypeError, match=f"{taken} input_ids, attention_mask, type_ids: .*type_ids"):
-        dnkd_ext.features(OfTokens(), {**inputs, "type_ids": inputs["input_ids"]})
-    with pytest.raises(TypeError, match=f"{taken} input_ids: missing .*attention_mask"):
+    told = r"OfTokens.forward takes input_ids, attention_mask; images, a mapping of"
+    with pytest.raises(TypeError, match=f"{told} input_ids, attention_mask, 1, which are not"):
+        dnkd_ext.features(OfTokens(), {**inputs, 1: inputs["input_ids"]})
+    with pytest.raises(TypeError, match=f"{told} input_ids, which are not its arguments"):
         dnkd_ext.features(OfTokens(), {"input_ids": inputs["input_ids"]})
+
+
+def test_a_mapping_that_is_one_argument_may_share_names(generator):
+    class OfBatch(OfTokens):
+        def forward(self, batch, labels=None):
+            return super().forward(batch["input_ids"], batch["attention_mask"]).logits
+
+    model, inputs = OfBatch(), {**tokens(generator), "labels": torch.arange(4)}
+    assert torch.equal(dnkd_ext.features(model, inputs)[1], model(inputs))
+
+    class Failing(OfBatch):
+        def forward(self, batch):
+            raise RuntimeError("its own")
+
+    with pytest.raises(RuntimeError, match="its own"):
+        dnkd_ext.features(Failing(), inputs)
 
 
 def test_class_means_of_samples_and_inputs_that_are_left_out(generator):

@@ -1292,6 +1292,9 @@ def test_a_copy_stays_in_its_process_group():
     criterion.process_group = group
     other = copy.deepcopy(criterion)
     assert other.process_group is group
+    shallow = copy.copy(criterion)
+    assert shallow.process_group is group
+    assert shallow.class_means is criterion.class_means
     with pytest.raises(TypeError, match="DISTPlusPlus cannot be pickled with its process_group"):
         pickle.dumps(criterion)
     criterion.process_group = None

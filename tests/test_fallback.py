@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import dnkd_ext
+from dnkd_ext import _extension
 from dnkd_ext.losses import LOSSES
 from tests.cases import CASES, DTYPES, convert, truth
 
@@ -288,6 +290,20 @@ def test_damaged_record(copy, record):
     """Counts as none."""
     (copy.package / "_build.json").write_text(record)
     assert "no compiled library" in copy.assert_fallback()
+
+
+def test_all_operators_are_looked_for():
+    """Those that Python calls, and those to which it brings a fake kernel or the reference."""
+    used = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        used |= set(
+            re.findall(
+                r'(?:"dnkd_ext::|torch\.ops\.dnkd_ext\.|_library\.impl\("|\boperator\(")(\w+)',
+                path.read_text(encoding="utf-8"),
+            )
+        )
+    assert {"nd_loss", "_dist_loss_moments", "_logit_loss_reference"} <= used
+    assert sorted(_extension.OPERATORS) == sorted(used)
 
 
 @needs_library

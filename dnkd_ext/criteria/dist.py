@@ -100,6 +100,11 @@ class DISTPlusPlus(LogitPlusPlus):
         result.__setstate__(copy.deepcopy(state, memo))
         return result
 
+    def __copy__(self) -> DISTPlusPlus:
+        result = type(self).__new__(type(self))
+        result.__setstate__(self.__getstate__())
+        return result
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.process_group is not None:
             raise TypeError(
