@@ -425,7 +425,10 @@ def _regression(arguments: argparse.Namespace) -> int:
 def _targets(arguments: argparse.Namespace) -> int:
     from benchmarks import results, steps, targets
 
-    ladders = results.latest(results.measurements(results.read(arguments.csv)))
+    rows = results.read(arguments.csv)
+    recorded = results.RESULTS / "losses.csv"
+    first = targets.first_measured([*rows, *(results.read(recorded) if recorded.exists() else [])])
+    ladders = results.latest(results.measurements(rows))
     walked: dict[results.Machine, list[results.Row]] = {}
     for row in steps.read_steps(arguments.steps) if arguments.steps else []:
         machine = results.machine_of(row, str(row["device"]))
@@ -440,7 +443,7 @@ def _targets(arguments: argparse.Namespace) -> int:
         commons = [one.common for one in found.values()] or groups[-1]
         commit = commons[-1]["commit"]
         print(f"{hardware}, torch {torch}, at {commit}, {commons[-1]['kernels']} kernels")
-        verdicts = targets.evaluate(found, device, [found, *older]) if found else []
+        verdicts = targets.evaluate(found, device, first) if found else []
         missed = targets.missed_before(verdicts, older, device)
         if device == "cuda":
             others = {str(group[0]["commit"]): None for group in groups} if found else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from benchmarks import targets
 from benchmarks.cases import Case
@@ -111,7 +111,7 @@ def render(
 ) -> str:
     """The text of benchmarks/README.md."""
     parts = [HEAD + "".join(f"| {name} | {text} |\n" for name, text in PEERS.items())]
-    machines = known_machines(rows)
+    machines, first = known_machines(rows), targets.first_measured(rows)
     grouped = latest_steps(steps)
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         parts.append(f"\n## Losses on a {title}\n")
@@ -119,7 +119,7 @@ def render(
         if not mine:
             parts.append("\n" + (NOT_RUN_ON_A_GPU if device == "cuda" else "Not run.\n"))
         for number, (machine, found) in enumerate(mine.items()):
-            parts.append(_ladder(machine, found, with_plots=number == 0))
+            parts.append(_ladder(machine, found, first, with_plots=number == 0))
     for device, title in (("cpu", "CPU"), ("cuda", "GPU")):
         parts.append(f"\n## Training steps on a {title}\n")
         mine = [group for group in grouped if group[0]["device"] == device]
@@ -294,7 +294,7 @@ def _size(case: Case) -> str:
     return f"{case.label}, {str(case.dtype)[6:]}"
 
 
-def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
+def _ladder(machine: Machine, found: Latest, first: Mapping[str, str], *, with_plots: bool) -> str:
     hardware, device, torch = machine
     default = "default" if device == "cpu" else "warm"
     ladder = ordered(found, default)
@@ -430,7 +430,7 @@ def _ladder(machine: Machine, found: Latest, *, with_plots: bool) -> str:
             )
         )
     now, *older = versions(found)
-    verdicts = targets.evaluate(now, device, [now, *older])
+    verdicts = targets.evaluate(now, device, first)
     missed = targets.missed_before(verdicts, older, device)
     parts.append(
         "\nThe targets, on the figures of the newest version"

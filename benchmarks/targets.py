@@ -5,7 +5,7 @@ All are ratios of what was measured in one run; nothing here is a result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.cases import CACHE, Case, KdPlusPlusCase, LogitCase, NdCase, all_cases, cases
@@ -291,18 +291,29 @@ def targets(device: str) -> list[Target]:
     return _cpu() if device == "cpu" else _cuda()
 
 
-def evaluate(found: Latest, device: str, recorded: Iterable[Latest] = ()) -> list[Verdict]:
+def first_measured(rows: Iterable[Row]) -> dict[str, str]:
+    """By family of cases the date of its first row."""
+    first: dict[str, str] = {}
+    for row in rows:
+        family, date = _family(str(row["case"])), str(row["date"])
+        first[family] = min(date, first.get(family, date))
+    return first
+
+
+def evaluate(found: Latest, device: str, first: Mapping[str, str] | None = None) -> list[Verdict]:
     """The verdicts of a ladder.
 
-    ``recorded``: all that one machine has measured, of which ``found`` is a part. A loss that it
-    never measured, because it came later, is left out of the targets of all losses and named there.
+    ``first``: of first_measured() over all that was recorded. A loss that nobody had measured when
+    this ladder was, because it came later, is left out of the targets of all losses and named
+    there.
     """
-    known = {_family(name) for one in recorded for name, _ in one}
+    date = max((str(one.common["date"]) for one in found.values()), default="")
     verdicts = []
     for target in targets(device):
-        new = dict.fromkeys(_family(name) for name, _ in target.cases if _family(name) not in known)
-        if not known or len(new) == len({_family(name) for name, _ in target.cases}):
-            new = {}
+        asked_for = dict.fromkeys(_family(name) for name, _ in target.cases)
+        new = [] if first is None else [f for f in asked_for if first.get(f, "9999") > date]
+        if len(new) == len(asked_for):
+            new = []
         asked = tuple(key for key in target.cases if _family(key[0]) not in new)
         verdict = replace(target, cases=asked).evaluate(found)
         if new:

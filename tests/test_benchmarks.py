@@ -323,25 +323,33 @@ def test_a_loss_that_came_later_takes_no_verdict_from_recorded_runs():
     ladders = results.latest(results.measurements(rows))
     machine = next(m for m in ladders if m[1] == "cpu" and m[2] == "2.13.0+cpu")
     found = results.versions(ladders[machine])[0]
-    verdicts = targets.evaluate(found, "cpu", [found])
-    assert verdicts == targets.evaluate(found, "cpu")
-    (memory,) = (i for i, one in enumerate(verdicts) if one.text.startswith("peak extra memory"))
-    assert verdicts[memory].status == targets.PASS
-    older = {key: one for key, one in found.items() if not key[0].startswith("dist_loss")}
-    before = targets.evaluate(older, "cpu", [older])[memory]
-    assert before.status == targets.PASS
-    assert before.where.endswith("without dist_loss")
-    # Where it was measured once, a run without it has no verdict.
-    assert targets.evaluate(older, "cpu", [older, found])[memory].status == targets.NOT_MEASURED
-    assert targets.evaluate(older, "cpu")[memory].status == targets.NOT_MEASURED
+    date = next(iter(found.values())).common["date"]
+    first = targets.first_measured(rows)
+    assert first["nd_loss"] == min(row["date"] for row in rows if "nd_loss" in row["case"])
+
+    def of(ladder, text, since):
+        (verdict,) = (
+            one for one in targets.evaluate(ladder, "cpu", since) if one.text.startswith(text)
+        )
+        return verdict
+
+    assert targets.evaluate(found, "cpu", first) == targets.evaluate(found, "cpu")
+    memory, kdpp = "peak extra memory", "KD++ at 512x1000 with 2048 features: at least 6x"
+    assert of(found, memory, first).status == targets.PASS
+    without = {key: one for key, one in found.items() if not key[0].startswith("dist_loss")}
+    # Others had measured it by then: this run is a part of a ladder.
+    assert of(without, memory, first).status == targets.NOT_MEASURED
+    assert of(without, memory, None).status == targets.NOT_MEASURED
+    for since in ({**first, "dist_loss": "9998-01-01"}, {**first, "dist_loss": date}):
+        verdict = of(without, memory, since)
+        came_later = since["dist_loss"] > date
+        assert verdict.status == (targets.PASS if came_later else targets.NOT_MEASURED)
+        assert verdict.where.endswith("without dist_loss") is came_later
+    never = {family: when for family, when in first.items() if family != "dist_loss"}
+    assert of(without, memory, never).status == targets.PASS
     # What no loss answers that was measured is not measured.
-    (kdpp,) = (
-        i
-        for i, one in enumerate(verdicts)
-        if one.text.startswith("KD++ at 512x1000 with 2048 features: at least 6x")
-    )
-    older = {key: one for key, one in found.items() if not key[0].startswith("KD++")}
-    assert targets.evaluate(older, "cpu", [older])[kdpp].status == targets.NOT_MEASURED
+    without = {key: one for key, one in found.items() if not key[0].startswith("KD++")}
+    assert of(without, kdpp, {**first, "KD++": "9998-01-01"}).status == targets.NOT_MEASURED
 
 
 def test_sixteen_bits_take_turns_with_float32(monkeypatch):
