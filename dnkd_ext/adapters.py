@@ -464,7 +464,7 @@ def _call(model: Callable[..., object], images: Tensor | Mapping[str, Tensor]) -
         return model(images)
     try:
         return model(images)
-    except Exception as error:
+    except (TypeError, AttributeError) as error:
         # One name too many or too few, and all are handed over as one argument.
         own = [*inspect.signature(kind.forward).parameters][1:] if hasattr(kind, "forward") else []
         if set(own).isdisjoint(names):

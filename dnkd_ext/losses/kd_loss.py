@@ -50,9 +50,9 @@ def kd_loss(
             multiplies the result. Weighting inside keeps the backward pass free of a pass over the
             gradient.
         logit_standardization: subtract its mean from each row of both logits and divide by its
-            standard deviation (plus 1e-7) before the temperature. Where the sum
-            of a row's squares exceeds the loss's dtype (3.4e38 in float32) the row counts as
-            constant, and its gradient is 0.
+            standard deviation (plus 1e-7) before the temperature. Where the sum of a row's squares
+            exceeds the loss's dtype (3.4e38 in float32) the row counts as constant, and its
+            gradient is 0.
 
     Returns:
         The loss: float32 for half-precision students, else of the student's dtype. The gradient has
