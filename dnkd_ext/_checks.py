@@ -143,7 +143,9 @@ def product(*weights: float | Tensor, of: Tensor) -> tuple[Tensor | None, float]
     tensor, scale = None, 1.0
     for weight in weights:
         if isinstance(weight, Tensor):
-            wide = weight.to(torch.promote_types(*map(accumulate_dtype, (weight.dtype, of.dtype))))
+            # Not promote_types(), which is an operator of its own to who records them.
+            is_double = torch.float64 in (weight.dtype, of.dtype)
+            wide = weight.to(torch.float64 if is_double else torch.float32)
             tensor = wide if tensor is None else tensor * wide
         else:
             scale = scale * weight
