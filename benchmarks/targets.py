@@ -51,6 +51,7 @@ class Target:
         bound: the limit.
         least: whether the figure must be at least the bound, else at most.
         unit: behind the figure.
+        of_all: whether the cases are those of all losses by size or type, and not of named ones.
     """
 
     text: str
@@ -60,6 +61,7 @@ class Target:
     bound: float
     least: bool = True
     unit: str = "x"
+    of_all: bool = False
 
     def evaluate(self, found: Latest) -> Verdict:
         """The verdict; FAIL where any case fails, "not measured" where one is missing."""
@@ -162,8 +164,9 @@ def _cpu() -> list[Target]:
     nd = [case for case in plain if isinstance(case, NdCase)]
     logits = [case for case in plain if isinstance(case, LogitCase)]
 
-    def target(text, chosen, figure, bound, *, least=True, allocator="default"):
-        return Target(text, "cpu", _keys(chosen, allocator), figure, bound, least)
+    def target(text, chosen, figure, bound, *, least=True, allocator="default", of_all=False):
+        keys = _keys(chosen, allocator)
+        return Target(text, "cpu", keys, figure, bound, least, of_all=of_all)
 
     def of(rows, width):
         return [case for case in nd if (case.rows, case.width) == (rows, width)]
@@ -222,11 +225,12 @@ def _cpu() -> list[Target]:
         target(
             f"peak extra memory: the gradients, {ROW_SCALARS} bytes per row and 64 KiB",
             [case for case in everything if case.bytes <= CACHE], _memory, 1, least=False,
+            of_all=True,
         ),
         target(
             "bfloat16 within 5% of float32 inputs of the same shape, or faster",
             [case for case in everything if str(case.dtype) == "torch.bfloat16"],
-            _of_float32, 1.05, least=False,
+            _of_float32, 1.05, least=False, of_all=True,
         ),
     ]  # fmt: skip
 
@@ -254,7 +258,8 @@ def _cuda() -> list[Target]:
     rowwise = [case for case in bound_by_host if case not in dist]
 
     def target(text, chosen, figure, bound, *, least=True, unit="x"):
-        return Target(text, "cuda", _keys(chosen, "warm"), figure, bound, least, unit)
+        of_all = chosen not in (filling, dist)
+        return Target(text, "cuda", _keys(chosen, "warm"), figure, bound, least, unit, of_all)
 
     return [
         target(
@@ -311,7 +316,9 @@ def evaluate(found: Latest, device: str, first: Mapping[str, str] | None = None)
     verdicts = []
     for target in targets(device):
         asked_for = dict.fromkeys(_family(name) for name, _ in target.cases)
-        new = [] if first is None else [f for f in asked_for if first.get(f, "9999") > date]
+        new = []
+        if first is not None and target.of_all:
+            new = [family for family in asked_for if first.get(family, "9999") > date]
         if len(new) == len(asked_for):
             new = []
         asked = tuple(key for key in target.cases if _family(key[0]) not in new)

@@ -347,7 +347,7 @@ def test_a_loss_that_came_later_takes_no_verdict_from_recorded_runs():
         assert verdict.where.endswith("without dist_loss") is came_later
     never = {family: when for family, when in first.items() if family != "dist_loss"}
     assert of(without, memory, never).status == targets.PASS
-    # What no loss answers that was measured is not measured.
+    # Of what is named nothing is left out.
     without = {key: one for key, one in found.items() if not key[0].startswith("KD++")}
     assert of(without, kdpp, {**first, "KD++": "9998-01-01"}).status == targets.NOT_MEASURED
 
