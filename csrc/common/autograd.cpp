@@ -2,19 +2,14 @@
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#ifdef DNKD_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
-
 #include "common/checks.h"
+#include "common/launch.h"
+#include "common/operators.h"
 #include "common/scale.h"
 
 namespace dnkd {
@@ -37,9 +32,7 @@ at::Tensor differentiable_gradient(const char* reference, torch::jit::Stack argu
                                    const at::Tensor& input, const at::Tensor& upstream) {
   const bool keeps_graph = at::GradMode::is_enabled();
   const at::AutoGradMode with_graph(true);
-  const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(reference, "");
-  op.callBoxed(arguments);
-  const at::Tensor loss = arguments.at(0).toTensor();
+  const at::Tensor loss = call_reference(reference, std::move(arguments));
   const at::Tensor gradient = torch::autograd::grad({loss}, {input}, {upstream},
                                                     /*retain_graph=*/true, /*create_graph=*/true)
                                   .at(0);
@@ -108,9 +101,7 @@ at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is
       return gradient;
     }
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dnkd_ext::_scale_", "")
-                             .typed<void(at::Tensor&, const at::Tensor&)>();
+  static const auto op = find_operator<void(at::Tensor&, const at::Tensor&)>("dnkd_ext::_scale_");
   at::Tensor result = gradient;
   op.call(result, upstream);
   return result;

@@ -7,7 +7,16 @@
 
 #include <optional>
 
+#include "common/dtype.h"
+
 namespace dnkd {
+
+// Whether the forward pass keeps a few scalars per row rather than the gradient: in float16 that
+// would underflow, formed before the loss scale is known, and a loss per row has no single upstream
+// value.
+inline bool keeps_coefficients(at::ScalarType type, Reduction reduction) {
+  return type == at::kHalf || reduction == Reduction::kNone;
+}
 
 // How an operator of a loss, which is registered twice, treats a call without a gradient.
 enum class Level {

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/anomaly_mode.h>
 
 #include <cstdlib>
+#include <optional>
 #include <string_view>
 
 #include "common/dtype.h"
@@ -37,12 +38,46 @@ inline void check_same_device(const at::Tensor& tensor, const char* name, const 
               other_name, " is on ", other.device(), "; they must be on the same device");
 }
 
-// Whether targets on a GPU are to be checked at the cost of a synchronisation: DNKD_CHECK_TARGET=1,
-// or anomaly detection.
-inline bool checks_target_on_device() {
+// A target that is not floating, whose elements are probabilities then.
+inline void check_class_indices(const at::Tensor& target) {
+  check_dense(target, "target");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
+                   "target must hold int64 or int32 class indices or floating class "
+                   "probabilities, got ",
+                   c10::toString(target.scalar_type()));
+}
+
+// A loss's weight, where it is a tensor.
+inline void check_weight(const std::optional<at::Tensor>& weight, const char* name,
+                         const at::Tensor& other, const char* other_name) {
+  if (!weight.has_value()) {
+    return;
+  }
+  check_floating(*weight, name);
+  check_same_device(*weight, name, other, other_name);
+  TORCH_CHECK_VALUE(weight->dim() == 0, name, " must be a float or a 0-dim tensor, got shape ",
+                    weight->sym_sizes());
+  TORCH_CHECK_VALUE(!weight->requires_grad(), name,
+                    " must not require a gradient; multiply the loss by it instead");
+}
+
+// The CUDA kernels count the elements of a row (N, D) in 32 bits.
+inline void check_row_length(const at::Tensor& rows, const char* name, const char* elements) {
+  TORCH_CHECK(rows.is_cpu() || rows.size(1) < (int64_t{1} << 30), name,
+              " on a GPU must have fewer than 2^30 ", elements);
+}
+
+// The target on the CPU, where its range can be checked; none where that would cost a
+// synchronisation that nobody asked for by DNKD_CHECK_TARGET=1 or anomaly detection.
+inline std::optional<at::Tensor> target_to_check(const at::Tensor& target) {
+  if (target.is_cpu()) {
+    return target;
+  }
   const char* value = std::getenv("DNKD_CHECK_TARGET");
-  return (value != nullptr && *value != '\0' && std::string_view(value) != "0") ||
-         torch::autograd::AnomalyMode::is_enabled();
+  const bool is_asked_for =
+      (value != nullptr && *value != '\0' && std::string_view(value) != "0") ||
+      torch::autograd::AnomalyMode::is_enabled();
+  return is_asked_for ? std::optional(target.cpu()) : std::nullopt;
 }
 
 inline Dtype to_dtype(at::ScalarType type) {

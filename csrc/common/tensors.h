@@ -28,6 +28,11 @@ inline at::Tensor as_rows(const at::Tensor& tensor) {
   return rows.sym_stride(1) == 1 || rows.sym_size(1) == 1 ? rows : rows.contiguous();
 }
 
+// What as_rows() returns. Strides mean nothing where there is one column or no row.
+inline bool has_stride_1_rows(const at::Tensor& tensor) {
+  return tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) == 1 || tensor.size(0) == 0);
+}
+
 // (...) as (N,) whose elements lie side by side. A reshape alone keeps strides that merge: those of
 // x[..., ::2], or of an expanded scalar.
 inline at::Tensor flat(const at::Tensor& tensor) {
@@ -36,6 +41,10 @@ inline at::Tensor flat(const at::Tensor& tensor) {
 
 inline at::Tensor cast(const at::Tensor& tensor, at::ScalarType type) {
   return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
+inline OptionalTensor cast(const OptionalTensor& tensor, at::ScalarType type) {
+  return tensor.has_value() ? OptionalTensor(cast(*tensor, type)) : std::nullopt;
 }
 
 inline const void* data_or_null(const OptionalTensor& tensor) {

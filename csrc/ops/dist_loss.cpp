@@ -2,22 +2,17 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-
-#ifdef DNKD_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 #include <cmath>
 
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/launch.h"
+#include "common/operators.h"
 #include "common/tensors.h"
 
 namespace dnkd {
@@ -82,15 +77,11 @@ Prepared prepare(const Tensor& student, const Tensor& teacher) {
 // These operators are also reached from exported programs and torch.ops, so they check, too, what
 // would otherwise read out of bounds.
 void check_kernel_logits(const Tensor& student, const Tensor& teacher, double tau) {
-  // Strides mean nothing where there is one column or no row.
-  const auto is_matrix = [](const Tensor& t) {
-    return t.dim() == 2 && t.size(1) > 0 && (t.stride(1) == 1 || t.size(1) == 1 || t.size(0) == 0);
-  };
-  TORCH_CHECK(is_matrix(student) && is_loss_dtype(student.scalar_type()),
-              "student_logits must be (N, C) with stride-1 logits");
-  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 30),
-              "student_logits on a GPU must have fewer than 2^30 classes");
-  TORCH_CHECK(is_matrix(teacher) && teacher.sizes() == student.sizes() &&
+  TORCH_CHECK(
+      has_stride_1_rows(student) && student.size(1) > 0 && is_loss_dtype(student.scalar_type()),
+      "student_logits must be (N, C) with stride-1 logits");
+  check_row_length(student, "student_logits", "classes");
+  TORCH_CHECK(has_stride_1_rows(teacher) && teacher.sizes() == student.sizes() &&
                   teacher.device() == student.device() &&
                   (teacher.scalar_type() == student.scalar_type() ||
                    teacher.scalar_type() == accumulate_type(student.scalar_type())),
@@ -106,12 +97,6 @@ void check_rows(const Tensor& rows) {
                   (rows.scalar_type() == at::kFloat || rows.scalar_type() == at::kDouble),
               "rows must be (N, ", kDistRowValues, ") contiguous, of the accumulate type");
 }
-
-#ifdef DNKD_WITH_CUDA
-Tensor scratch_of(int64_t bytes, const Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
-}
-#endif
 
 DistLossMomentsParams moments_params(const Tensor& student, const Tensor& teacher, double tau,
                                      const Tensor& rows) {
@@ -149,10 +134,7 @@ std::tuple<Tensor, Tensor> dist_loss_moments(const Tensor& student, const Tensor
   p.moments = moments.mutable_data_ptr<double>();
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    const Tensor scratch = scratch_of(dist_loss_forward_scratch_bytes_cuda(p), student);
-    C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_moments_cuda(
-        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, dist_loss_moments_cuda, dist_loss_forward_scratch_bytes_cuda, p);
     return {rows, moments};
   }
 #endif
@@ -206,10 +188,7 @@ std::tuple<Tensor, Tensor> dist_loss_finish(const Tensor& rows, const Tensor& mo
   p.moments = moments.const_data_ptr<double>();
 #ifdef DNKD_WITH_CUDA
   if (rows.is_cuda()) {
-    const c10::cuda::CUDAGuard device(rows.device());
-    const Tensor scratch = scratch_of(dist_loss_finish_scratch_bytes_cuda(p), rows);
-    C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_finish_cuda(
-        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(rows, dist_loss_finish_cuda, dist_loss_finish_scratch_bytes_cuda, p);
     return {finish.loss, finish.columns};
   }
 #endif
@@ -228,10 +207,10 @@ std::tuple<Tensor, Tensor, Tensor> dist_loss_forward(const Tensor& student, cons
       prepare_finish(rows, p.columns, beta, gamma, tau, /*processes=*/1, needs_gradient);
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    const Tensor scratch = scratch_of(dist_loss_forward_scratch_bytes_cuda(p), student);
-    C10_CUDA_CHECK(static_cast<cudaError_t>(dist_loss_forward_cuda(
-        p, finish.params, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    const auto launch = [&](const DistLossMomentsParams& moments, void* scratch, void* stream) {
+      return dist_loss_forward_cuda(moments, finish.params, scratch, stream);
+    };
+    launch_cuda(student, launch, dist_loss_forward_scratch_bytes_cuda, p);
     return {finish.loss, rows, finish.columns};
   }
 #endif
@@ -279,9 +258,7 @@ Tensor dist_loss_backward(const Tensor& upstream, const Tensor& student, const T
   p.gradient = gradient.mutable_data_ptr();
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    C10_CUDA_CHECK(static_cast<cudaError_t>(
-        dist_loss_backward_cuda(p, c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, dist_loss_backward_cuda, p);
     return gradient;
   }
 #endif
@@ -301,16 +278,14 @@ struct Forward {
 
 Forward call_forward(const Prepared& in, const Arguments& a, bool needs_gradient) {
   if (a.rows.has_value()) {
-    static const auto finish = c10::Dispatcher::singleton()
-                                   .findSchemaOrThrow("dnkd_ext::_dist_loss_finish", "")
-                                   .typed<decltype(dist_loss_finish)>();
+    static const auto finish =
+        find_operator<decltype(dist_loss_finish)>("dnkd_ext::_dist_loss_finish");
     auto [loss, columns] =
         finish.call(*a.rows, *a.moments, a.beta, a.gamma, a.tau, a.processes, needs_gradient);
     return {loss, *a.rows, columns};
   }
-  static const auto forward = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("dnkd_ext::_dist_loss_forward", "")
-                                  .typed<decltype(dist_loss_forward)>();
+  static const auto forward =
+      find_operator<decltype(dist_loss_forward)>("dnkd_ext::_dist_loss_forward");
   auto [loss, rows, columns] =
       forward.call(in.student, in.teacher, a.beta, a.gamma, a.tau, needs_gradient);
   return {loss, rows, columns};
@@ -358,9 +333,8 @@ class DistLoss : public torch::autograd::Function<DistLoss> {
                   student, upstreams[0]),
               Tensor()};
     }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::_dist_loss_backward", "")
-                               .typed<decltype(dist_loss_backward)>();
+    static const auto op =
+        find_operator<decltype(dist_loss_backward)>("dnkd_ext::_dist_loss_backward");
     const Tensor gradient =
         op.call(upstreams[0], as_rows(student), as_rows(teacher), rows, columns, beta, tau);
     return {student.dim() == 2 ? gradient : gradient.view_symint(student.sym_sizes()), Tensor()};
@@ -375,20 +349,14 @@ Tensor dist_loss(const Tensor& student, const Tensor& teacher, const OptionalTen
   check_arguments(a);
   if (has_tangent(student)) {  // forward-mode differentiation
     TORCH_CHECK(!rows.has_value(), "dist_loss with a process_group has no forward-mode derivative");
-    torch::jit::Stack arguments{student, teacher, beta, gamma, tau};
-    c10::Dispatcher::singleton()
-        .findSchemaOrThrow("dnkd_ext::_dist_loss_reference", "")
-        .callBoxed(arguments);
-    return arguments.at(0).toTensor();
+    return call_reference("dnkd_ext::_dist_loss_reference", {student, teacher, beta, gamma, tau});
   }
   if (at::GradMode::is_enabled() && student.requires_grad()) {
     return DistLoss::apply(student, &a);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (kLevel == Level::kAutograd && is_traced(student)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::dist_loss", "")
-                               .typed<decltype(dist_loss<kLevel>)>();
+    static const auto op = find_operator<decltype(dist_loss<kLevel>)>("dnkd_ext::dist_loss");
     return op.call(student, teacher, rows, moments, beta, gamma, tau, processes);
   }
   return call_forward(prepare(student, teacher), a, /*needs_gradient=*/false).loss;

@@ -1,18 +1,13 @@
 #include "ops/feature_diagnostics.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#ifdef DNKD_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
-
 #include "common/checks.h"
+#include "common/launch.h"
+#include "common/operators.h"
 #include "ops/nd_arguments.h"
 
 namespace dnkd {
@@ -28,8 +23,7 @@ Tensor feature_diagnostics(const Tensor& student, const Tensor& target, const Te
                      eps);
   const NdArguments in =
       prepare_nd(student, target, class_means, teacher_features, teacher_norms, std::nullopt);
-  TORCH_CHECK(student.is_cpu() || in.student.size(1) < (int64_t{1} << 30),
-              "student_features on a GPU must have fewer than 2^30 features");
+  check_row_length(in.student, "student_features", "features");
   FeatureDiagnosticsParams p{nd_inputs(in.student, in.target, in.directions, in.teacher,
                                        in.teacher_norms, ignore_index, eps)};
   if (p.target != nullptr) {
@@ -40,11 +34,7 @@ Tensor feature_diagnostics(const Tensor& student, const Tensor& target, const Te
   p.result = result.mutable_data_ptr();
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    const Tensor scratch =
-        at::empty({feature_diagnostics_scratch_bytes_cuda(p)}, student.options().dtype(at::kByte));
-    C10_CUDA_CHECK(static_cast<cudaError_t>(feature_diagnostics_cuda(
-        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, feature_diagnostics_cuda, feature_diagnostics_scratch_bytes_cuda, p);
     return result;
   }
 #endif
@@ -62,9 +52,8 @@ Tensor feature_diagnostics_without_gradient(const Tensor& student, const Tensor&
   check_nd_arguments(student, target, class_means, teacher_features, teacher_norms, std::nullopt,
                      eps);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dnkd_ext::feature_diagnostics", "")
-                             .typed<decltype(feature_diagnostics)>();
+  static const auto op =
+      find_operator<decltype(feature_diagnostics)>("dnkd_ext::feature_diagnostics");
   return op.call(student, target, class_means, teacher_features, teacher_norms, ignore_index, eps);
 }
 

@@ -2,17 +2,10 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-
-#ifdef DNKD_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 #include <cmath>
 #include <string>
@@ -21,6 +14,8 @@
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/launch.h"
+#include "common/operators.h"
 #include "common/tensors.h"
 
 namespace dnkd {
@@ -76,27 +71,11 @@ void check_target(const Tensor& target, const Tensor& student) {
                       shape_of(student), ", got shape ", shape_of(target));
     return;
   }
-  check_dense(target, "target");
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
-                   "target must hold int64 or int32 class indices or floating class "
-                   "probabilities, got ",
-                   c10::toString(target.scalar_type()));
+  check_class_indices(target);
   TORCH_CHECK_VALUE(is_row_shape(target, student),
                     "target of class indices must have the leading shape of student_logits ",
                     shape_of(student), ", got shape ", shape_of(target),
                     "; classes come last, and class probabilities are floating");
-}
-
-void check_weight(const OptionalTensor& weight, const char* name, const Tensor& student) {
-  if (!weight.has_value()) {
-    return;
-  }
-  check_floating(*weight, name);
-  check_same_device(*weight, name, student, "student_logits");
-  TORCH_CHECK_VALUE(weight->dim() == 0, name, " must be a float or a 0-dim tensor, got shape ",
-                    shape_of(*weight));
-  TORCH_CHECK_VALUE(!weight->requires_grad(), name,
-                    " must not require a gradient; multiply the loss by it instead");
 }
 
 void check_arguments(const Arguments& a) {
@@ -115,8 +94,8 @@ void check_arguments(const Arguments& a) {
     TORCH_CHECK_TYPE(a.target.has_value(), "target must be a torch.Tensor, got NoneType");
     check_target(*a.target, a.student);
   }
-  check_weight(a.ce_scale, "ce_weight", a.student);
-  check_weight(a.kd_scale, "kd_weight", a.student);
+  check_weight(a.ce_scale, "ce_weight", a.student, "student_logits");
+  check_weight(a.kd_scale, "kd_weight", a.student, "student_logits");
   TORCH_CHECK_VALUE(std::isfinite(a.temperature) && a.temperature > 0,
                     "temperature must be finite and greater than 0, got ", a.temperature);
   TORCH_CHECK_VALUE(std::isfinite(a.alpha), "alpha must be finite, got ", a.alpha);
@@ -131,45 +110,31 @@ struct Prepared {
   Tensor teacher;                // of the student's dtype or the accumulate type
   OptionalTensor label;          // (N,) int64 or int32
   OptionalTensor probabilities;  // (N, C) accumulate type
-  OptionalTensor ce_scale;       // [] accumulate type
-  OptionalTensor kd_scale;
 };
 
-Prepared prepare(const Arguments& a) {
+Prepared prepare(const Tensor& student, const Tensor& teacher, const OptionalTensor& target,
+                 Kind kind) {
   // The casts below are chosen for exactness; autocast has no say in them.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Kind kind = to_kind(a.kind);
-  const auto type = a.student.scalar_type();
+  const auto type = student.scalar_type();
   const auto accumulate = accumulate_type(type);
   Prepared result;
-  result.student = as_rows(a.student);
-  const auto teacher_type = a.teacher.scalar_type();
+  result.student = as_rows(student);
+  const auto teacher_type = teacher.scalar_type();
   result.teacher = as_rows(
-      teacher_type == type || teacher_type == accumulate ? a.teacher : a.teacher.to(accumulate));
-  if (kind.has_target()) {
-    const Tensor& target = *a.target;
-    if (!at::isFloatingType(target.scalar_type())) {
-      result.label = flat(target);
-    } else {
-      if (kind.decoupled) {
-        result.label = as_rows(target).argmax(-1);
-      }
-      result.probabilities = as_rows(cast(target, accumulate));
-    }
+      teacher_type == type || teacher_type == accumulate ? teacher : teacher.to(accumulate));
+  if (!kind.has_target()) {
+    return result;
   }
-  if (a.ce_scale.has_value()) {
-    result.ce_scale = cast(*a.ce_scale, accumulate);
+  if (!at::isFloatingType(target->scalar_type())) {
+    result.label = flat(*target);
+    return result;
   }
-  if (a.kd_scale.has_value()) {
-    result.kd_scale = cast(*a.kd_scale, accumulate);
+  if (kind.decoupled) {
+    result.label = as_rows(*target).argmax(-1);
   }
+  result.probabilities = as_rows(cast(*target, accumulate));
   return result;
-}
-
-// A float16 gradient formed before the loss scale is known would underflow, and a gradient per row
-// has no single upstream value: for these the forward pass keeps a few scalars per row instead.
-bool keeps_coefficients(at::ScalarType type, Reduction reduction) {
-  return type == at::kHalf || reduction == Reduction::kNone;
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -182,18 +147,15 @@ void check_kernel_arguments(const Tensor& student, const Tensor& teacher,
                             const OptionalTensor& label, const OptionalTensor& probabilities,
                             Kind kind) {
   const auto accumulate = accumulate_type(student.scalar_type());
-  const auto is_matrix = [&](const Tensor& t) {
-    // Strides mean nothing where there is one column or no row.
-    return t.device() == student.device() && t.dim() == 2 && t.sizes() == student.sizes() &&
-           (t.stride(1) == 1 || t.size(1) == 1 || t.size(0) == 0);
+  const auto is_like_student = [&](const Tensor& t) {
+    return t.device() == student.device() && has_stride_1_rows(t) && t.sizes() == student.sizes();
   };
-  TORCH_CHECK(student.dim() == 2 && is_matrix(student) && is_loss_dtype(student.scalar_type()) &&
+  TORCH_CHECK(has_stride_1_rows(student) && is_loss_dtype(student.scalar_type()) &&
                   student.size(1) >= (kind.decoupled ? 2 : 1),
               "student_logits must be (N, C) with stride-1 logits");
-  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 30),
-              "student_logits on a GPU must have fewer than 2^30 classes");
-  TORCH_CHECK(is_matrix(teacher) && (teacher.scalar_type() == student.scalar_type() ||
-                                     teacher.scalar_type() == accumulate),
+  check_row_length(student, "student_logits", "classes");
+  TORCH_CHECK(is_like_student(teacher) && (teacher.scalar_type() == student.scalar_type() ||
+                                           teacher.scalar_type() == accumulate),
               "teacher_logits must be like student_logits, of its dtype or ", accumulate);
   TORCH_CHECK(!label.has_value() ||
                   (label->device() == student.device() && label->dim() == 1 &&
@@ -201,7 +163,7 @@ void check_kernel_arguments(const Tensor& student, const Tensor& teacher,
                    (label->scalar_type() == at::kLong || label->scalar_type() == at::kInt)),
               "labels must be (N,) contiguous int64 or int32 on ", student.device());
   TORCH_CHECK(!probabilities.has_value() ||
-                  (is_matrix(*probabilities) && probabilities->scalar_type() == accumulate),
+                  (is_like_student(*probabilities) && probabilities->scalar_type() == accumulate),
               "probabilities must be like student_logits, of type ", accumulate);
   TORCH_CHECK(!kind.decoupled || label.has_value(), "DKD needs labels");
   TORCH_CHECK(!kind.has_ce || label.has_value() || probabilities.has_value(),
@@ -210,17 +172,14 @@ void check_kernel_arguments(const Tensor& student, const Tensor& teacher,
 
 // On the CPU always; elsewhere where asked for, because it synchronises.
 void check_labels(const LogitLossParams& p, const Tensor& label) {
-  Tensor on_cpu = label;
-  LogitLossParams readable = p;
-  if (!label.is_cpu()) {
-    if (!checks_target_on_device()) {
-      return;
-    }
-    on_cpu = label.cpu();
-    readable.label = on_cpu.const_data_ptr();
+  const OptionalTensor on_cpu = target_to_check(label);
+  if (!on_cpu.has_value()) {
+    return;
   }
+  LogitLossParams readable = p;
+  readable.label = on_cpu->const_data_ptr();
   const int64_t position = logit_loss_find_bad_label_cpu(readable);
-  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", on_cpu[position].item<int64_t>(),
+  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", (*on_cpu)[position].item<int64_t>(),
                     " is out of range for ", p.columns, " classes");
 }
 
@@ -292,11 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logit_loss_forward(
   }
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    const Tensor scratch =
-        at::empty({logit_loss_scratch_bytes_cuda(p)}, student.options().dtype(at::kByte));
-    C10_CUDA_CHECK(static_cast<cudaError_t>(logit_loss_forward_cuda(
-        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, logit_loss_forward_cuda, logit_loss_scratch_bytes_cuda, p);
     return {loss, ce, kd, saved};
   }
 #endif
@@ -345,9 +300,7 @@ Tensor logit_loss_backward(const Tensor& upstream, const Tensor& student, const 
   p.gradient = gradient.mutable_data_ptr();
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    C10_CUDA_CHECK(static_cast<cudaError_t>(
-        logit_loss_backward_cuda(p, c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, logit_loss_backward_cuda, p);
     return gradient;
   }
 #endif
@@ -361,14 +314,15 @@ Tensor logit_loss_backward(const Tensor& upstream, const Tensor& student, const 
 
 using Terms = std::tuple<Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> call_forward(const Prepared& in, const Arguments& a,
-                                                        bool needs_gradient) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dnkd_ext::_logit_loss_forward", "")
-                             .typed<decltype(logit_loss_forward)>();
-  return op.call(in.student, in.teacher, in.label, in.probabilities, in.ce_scale, in.kd_scale,
-                 a.kind, a.temperature, a.ce_weight, a.kd_weight, a.alpha, a.beta,
-                 a.label_smoothing, a.ignore_index, a.reduction, a.standardize, needs_gradient);
+std::tuple<Tensor, Tensor, Tensor, Tensor> call_forward(const Arguments& a, bool needs_gradient) {
+  const Prepared in = prepare(a.student, a.teacher, a.target, to_kind(a.kind));
+  const auto accumulate = accumulate_type(a.student.scalar_type());
+  static const auto op =
+      find_operator<decltype(logit_loss_forward)>("dnkd_ext::_logit_loss_forward");
+  return op.call(in.student, in.teacher, in.label, in.probabilities, cast(a.ce_scale, accumulate),
+                 cast(a.kd_scale, accumulate), a.kind, a.temperature, a.ce_weight, a.kd_weight,
+                 a.alpha, a.beta, a.label_smoothing, a.ignore_index, a.reduction, a.standardize,
+                 needs_gradient);
 }
 
 // A term in the shape the caller sees: that of the rows for reduction 'none'.
@@ -383,8 +337,7 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
   static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& student,
                         const Arguments* a, std::pair<Tensor, Tensor>* terms) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const Prepared in = prepare(*a);
-    auto [loss, ce, kd, saved] = call_forward(in, *a, /*needs_gradient=*/true);
+    auto [loss, ce, kd, saved] = call_forward(*a, /*needs_gradient=*/true);
     // The logits are saved even where the gradient is already formed: changing them in place before
     // backward is then an error, as for PyTorch's own losses.
     const bool is_hooked = saves_through_hooks(a->teacher);
@@ -440,28 +393,13 @@ class LogitLoss : public torch::autograd::Function<LogitLoss> {
               Tensor()};
     }
     check_teacher();
-    const Arguments a{student,
-                      teacher,
-                      target,
-                      ce_scale,
-                      kd_scale,
-                      options[0].toStringRef(),
-                      options[1].toDouble(),
-                      0,
-                      0,
-                      0,
-                      0,
-                      0,
-                      0,
-                      "",
-                      options[9].toBool()};
-    const Prepared in = prepare(a);
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::_logit_loss_backward", "")
-                               .typed<decltype(logit_loss_backward)>();
-    const Tensor gradient =
-        op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream, in.student, in.teacher,
-                in.label, in.probabilities, saved, a.kind, a.temperature, a.standardize);
+    const std::string& kind = options[0].toStringRef();
+    const Prepared in = prepare(student, teacher, target, to_kind(kind));
+    static const auto op =
+        find_operator<decltype(logit_loss_backward)>("dnkd_ext::_logit_loss_backward");
+    const Tensor gradient = op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream,
+                                    in.student, in.teacher, in.label, in.probabilities, saved, kind,
+                                    options[1].toDouble(), options[9].toBool());
     return {gradient.view_symint(student.sym_sizes()), Tensor(), Tensor()};
   }
 };
@@ -478,27 +416,13 @@ Terms logit_loss(const Tensor& student, const Tensor& teacher, const OptionalTen
   check_arguments(a);
   if (has_tangent(student) || has_tangent(ce_scale) ||
       has_tangent(kd_scale)) {  // forward-mode differentiation
-    torch::jit::Stack arguments{student,
-                                teacher,
-                                target,
-                                ce_scale,
-                                kd_scale,
-                                std::string(kind),
-                                temperature,
-                                ce_weight,
-                                kd_weight,
-                                alpha,
-                                beta,
-                                label_smoothing,
-                                ignore_index,
-                                std::string(reduction),
-                                logit_standardization};
-    c10::Dispatcher::singleton()
-        .findSchemaOrThrow("dnkd_ext::_logit_loss_reference", "")
-        .callBoxed(arguments);
-    const Tensor loss = arguments.at(0).toTensor();
+    const Tensor loss =
+        call_reference("dnkd_ext::_logit_loss_reference",
+                       {student, teacher, target, ce_scale, kd_scale, std::string(kind),
+                        temperature, ce_weight, kd_weight, alpha, beta, label_smoothing,
+                        ignore_index, std::string(reduction), logit_standardization});
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    const auto terms = call_forward(prepare(a), a, /*needs_gradient=*/false);
+    const auto terms = call_forward(a, /*needs_gradient=*/false);
     return {loss, shaped(std::get<1>(terms), student), shaped(std::get<2>(terms), student)};
   }
   if (at::GradMode::is_enabled() && student.requires_grad()) {
@@ -508,14 +432,12 @@ Terms logit_loss(const Tensor& student, const Tensor& teacher, const OptionalTen
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (kLevel == Level::kAutograd && is_traced(student)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::logit_loss", "")
-                               .typed<decltype(logit_loss<kLevel>)>();
+    static const auto op = find_operator<decltype(logit_loss<kLevel>)>("dnkd_ext::logit_loss");
     return op.call(student, teacher, target, ce_scale, kd_scale, kind, temperature, ce_weight,
                    kd_weight, alpha, beta, label_smoothing, ignore_index, reduction,
                    logit_standardization);
   }
-  const auto terms = call_forward(prepare(a), a, /*needs_gradient=*/false);
+  const auto terms = call_forward(a, /*needs_gradient=*/false);
   return {shaped(std::get<0>(terms), student), shaped(std::get<1>(terms), student),
           shaped(std::get<2>(terms), student)};
 }

@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/matmul.h>
@@ -12,6 +11,7 @@
 #include <cmath>
 
 #include "common/checks.h"
+#include "common/operators.h"
 
 namespace dnkd {
 
@@ -41,11 +41,7 @@ void check_nd_arguments(const Tensor& student, const Tensor& target, const Tenso
         " classes and the leading shape of student_features ", shape_of(student), ", got shape ",
         shape_of(target));
   } else {
-    check_dense(target, "target");
-    TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt,
-                     "target must hold int64 or int32 class indices or floating class "
-                     "probabilities, got ",
-                     c10::toString(target.scalar_type()));
+    check_class_indices(target);
     TORCH_CHECK_VALUE(is_row_shape(target, student),
                       "target of class indices must have the leading shape of student_features ",
                       shape_of(student), ", got shape ", shape_of(target),
@@ -69,15 +65,7 @@ void check_nd_arguments(const Tensor& student, const Tensor& target, const Tenso
                       "teacher_norms must have the leading shape of student_features ",
                       shape_of(student), ", got shape ", shape_of(*teacher_norms));
   }
-  if (weight.has_value()) {
-    check_floating(*weight, "loss_weight");
-    check_same_device(*weight, "loss_weight", student, "student_features");
-    TORCH_CHECK_VALUE(weight->dim() == 0,
-                      "loss_weight must be a float or a 0-dim tensor, got shape ",
-                      shape_of(*weight));
-    TORCH_CHECK_VALUE(!weight->requires_grad(),
-                      "loss_weight must not require a gradient; multiply the loss by it instead");
-  }
+  check_weight(weight, "loss_weight", student, "student_features");
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0, "eps must be finite and not negative, got ",
                     eps);
 }
@@ -127,9 +115,8 @@ NdArguments prepare_nd(const Tensor& student, const Tensor& target, const Tensor
   TORCH_CHECK_VALUE(student.sym_size(-1) > 0, "student_features must have at least one feature");
   result.student = as_rows(student);
   if (at::isFloatingType(target.scalar_type())) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::_nd_mixtures", "")
-                               .typed<Tensor(const Tensor&, const Tensor&)>();
+    static const auto op =
+        find_operator<Tensor(const Tensor&, const Tensor&)>("dnkd_ext::_nd_mixtures");
     result.directions = op.call(cast(as_rows(target), accumulate), cast(class_means, accumulate));
   } else {
     result.target = flat(target);
@@ -148,9 +135,7 @@ NdArguments prepare_nd(const Tensor& student, const Tensor& target, const Tensor
   if (teacher_norms.has_value()) {
     result.teacher_norms = flat(cast(*teacher_norms, accumulate));
   }
-  if (weight.has_value()) {
-    result.weight = cast(*weight, accumulate);
-  }
+  result.weight = cast(weight, accumulate);
   return result;
 }
 
@@ -178,17 +163,14 @@ NdInputs nd_inputs(const Tensor& student, const OptionalTensor& target, const Te
 }
 
 void check_nd_target(const NdInputs& p, const Tensor& target) {
-  Tensor on_cpu = target;
-  NdInputs readable = p;
-  if (!target.is_cpu()) {
-    if (!checks_target_on_device()) {
-      return;
-    }
-    on_cpu = target.cpu();
-    readable.target = on_cpu.const_data_ptr();
+  const OptionalTensor on_cpu = target_to_check(target);
+  if (!on_cpu.has_value()) {
+    return;
   }
+  NdInputs readable = p;
+  readable.target = on_cpu->const_data_ptr();
   const int64_t position = nd_loss_find_bad_target_cpu(readable);
-  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", on_cpu[position].item<int64_t>(),
+  TORCH_CHECK_INDEX(position < 0, "target[", position, "] = ", (*on_cpu)[position].item<int64_t>(),
                     " is out of range for ", p.classes, " rows of class_means");
 }
 

@@ -1,16 +1,9 @@
 #include "ops/nd_loss.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
-
-#ifdef DNKD_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 #include <string>
 #include <utility>
@@ -18,6 +11,8 @@
 #include "common/allocate.h"
 #include "common/autograd.h"
 #include "common/checks.h"
+#include "common/launch.h"
+#include "common/operators.h"
 #include "common/tensors.h"
 #include "ops/nd_arguments.h"
 
@@ -25,12 +20,6 @@ namespace dnkd {
 namespace {
 
 using at::Tensor;
-
-// A float16 gradient formed before the loss scale is known would underflow, and a gradient per row
-// has no single upstream value: for these the forward pass keeps two scalars per row instead.
-bool keeps_coefficients(at::ScalarType type, Reduction reduction) {
-  return type == at::kHalf || reduction == Reduction::kNone;
-}
 
 // ---------------------------------------------------------------------------------------------
 // The operators without autograd.
@@ -46,18 +35,16 @@ void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
   };
   TORCH_CHECK(is_here(target) && is_here(directions) && is_here(teacher) && is_here(per_row),
               "all tensors must be on ", student.device());
-  const auto is_matrix = [&](const Tensor& t) {
-    // Strides mean nothing where there is one column or no row.
-    return t.dim() == 2 && t.size(1) == student.size(1) &&
-           (t.stride(1) == 1 || t.size(1) == 1 || t.size(0) == 0);
-  };
-  TORCH_CHECK(student.dim() == 2 && is_matrix(student) && is_loss_dtype(student.scalar_type()),
+  TORCH_CHECK(has_stride_1_rows(student) && is_loss_dtype(student.scalar_type()),
               "student_features must be (N, D) with stride-1 features");
-  TORCH_CHECK(student.is_cpu() || student.size(1) < (int64_t{1} << 30),
-              "student_features on a GPU must have fewer than 2^30 features");
-  TORCH_CHECK(is_matrix(directions) && (directions.scalar_type() == at::kFloat ||
-                                        directions.scalar_type() == student.scalar_type()),
-              "directions must be (C, D), stride-1, of the student's dtype or float32");
+  check_row_length(student, "student_features", "features");
+  const auto has_student_columns = [&](const Tensor& t) {
+    return has_stride_1_rows(t) && t.size(1) == student.size(1);
+  };
+  TORCH_CHECK(
+      has_student_columns(directions) && (directions.scalar_type() == at::kFloat ||
+                                          directions.scalar_type() == student.scalar_type()),
+      "directions must be (C, D), stride-1, of the student's dtype or float32");
   TORCH_CHECK(target.has_value() || directions.size(0) == student.size(0),
               "directions must have one row per row of student_features");
   TORCH_CHECK(
@@ -65,8 +52,9 @@ void check_kernel_arguments(const Tensor& student, const OptionalTensor& target,
           (target->dim() == 1 && target->size(0) == student.size(0) && target->is_contiguous() &&
            (target->scalar_type() == at::kLong || target->scalar_type() == at::kInt)),
       "target must be (N,) contiguous int64 or int32");
-  TORCH_CHECK(!teacher.has_value() || (is_matrix(*teacher) && teacher->size(0) == student.size(0) &&
-                                       teacher->scalar_type() == student.scalar_type()),
+  TORCH_CHECK(!teacher.has_value() ||
+                  (has_student_columns(*teacher) && teacher->size(0) == student.size(0) &&
+                   teacher->scalar_type() == student.scalar_type()),
               "teacher_features must be (N, D), stride-1, of the student's dtype");
   TORCH_CHECK(
       !per_row.has_value() ||
@@ -126,11 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(
   }
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    const Tensor scratch =
-        at::empty({nd_loss_scratch_bytes_cuda(p)}, student.options().dtype(at::kByte));
-    C10_CUDA_CHECK(static_cast<cudaError_t>(nd_loss_forward_cuda(
-        p, scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, nd_loss_forward_cuda, nd_loss_scratch_bytes_cuda, p);
     return {std::move(loss), std::move(nd), std::move(saved)};
   }
 #endif
@@ -190,9 +174,7 @@ Tensor nd_loss_backward(const Tensor& upstream, const Tensor& student, const Opt
   p.gradient = gradient.mutable_data_ptr();
 #ifdef DNKD_WITH_CUDA
   if (student.is_cuda()) {
-    const c10::cuda::CUDAGuard device(student.device());
-    C10_CUDA_CHECK(static_cast<cudaError_t>(
-        nd_loss_backward_cuda(p, c10::cuda::getCurrentCUDAStream().stream())));
+    launch_cuda(student, nd_loss_backward_cuda, p);
     return gradient;
   }
 #endif
@@ -222,15 +204,12 @@ struct Arguments {
 std::tuple<Tensor, Tensor, Tensor> call_forward(const NdArguments& in, const Arguments& a,
                                                 bool needs_gradient) {
   if (a.base.has_value()) {
-    static const auto added = c10::Dispatcher::singleton()
-                                  .findSchemaOrThrow("dnkd_ext::_nd_loss_added_forward", "")
-                                  .typed<decltype(nd_loss_added_forward)>();
+    static const auto added =
+        find_operator<decltype(nd_loss_added_forward)>("dnkd_ext::_nd_loss_added_forward");
     return added.call(*a.base, in.student, in.target, in.directions, in.teacher, in.teacher_norms,
                       in.weight, a.loss_weight, a.ignore_index, a.eps, needs_gradient);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("dnkd_ext::_nd_loss_forward", "")
-                             .typed<decltype(nd_loss_forward)>();
+  static const auto op = find_operator<decltype(nd_loss_forward)>("dnkd_ext::_nd_loss_forward");
   auto [loss, saved] =
       op.call(in.student, in.target, in.directions, in.teacher, in.teacher_norms, in.weight,
               a.loss_weight, a.ignore_index, a.reduction, a.eps, needs_gradient);
@@ -324,9 +303,7 @@ class NdFunction : public torch::autograd::Function<Function> {
       labels = in.target;
       directions = in.directions;
     }
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::_nd_loss_backward", "")
-                               .typed<decltype(nd_loss_backward)>();
+    static const auto op = find_operator<decltype(nd_loss_backward)>("dnkd_ext::_nd_loss_backward");
     const Tensor gradient = op.call(upstream.dim() > 1 ? upstream.reshape({-1}) : upstream,
                                     as_rows(student), labels, directions, saved);
     return gradient.view_symint(student.sym_sizes());
@@ -381,22 +358,16 @@ Tensor nd_loss(const Tensor& student, const Tensor& target, const Tensor& class_
   const Arguments a{student, target,      class_means,  teacher_features, teacher_norms,
                     weight,  loss_weight, ignore_index, reduction,        eps};
   if (has_tangent(student) || has_tangent(weight)) {  // forward-mode differentiation
-    torch::jit::Stack arguments{
-        student, target,      class_means,  teacher_features,       teacher_norms,
-        weight,  loss_weight, ignore_index, std::string(reduction), eps};
-    c10::Dispatcher::singleton()
-        .findSchemaOrThrow("dnkd_ext::_nd_loss_reference", "")
-        .callBoxed(arguments);
-    return arguments.at(0).toTensor();
+    return call_reference("dnkd_ext::_nd_loss_reference",
+                          {student, target, class_means, teacher_features, teacher_norms, weight,
+                           loss_weight, ignore_index, std::string(reduction), eps});
   }
   if (at::GradMode::is_enabled() && student.requires_grad()) {
     return NdLoss::apply(student, &a);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (kLevel == Level::kAutograd && is_traced(student)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::nd_loss", "")
-                               .typed<decltype(nd_loss<kLevel>)>();
+    static const auto op = find_operator<decltype(nd_loss<kLevel>)>("dnkd_ext::nd_loss");
     return op.call(student, target, class_means, teacher_features, teacher_norms, weight,
                    loss_weight, ignore_index, reduction, eps);
   }
@@ -431,9 +402,8 @@ std::tuple<Tensor, Tensor> nd_loss_added(const Tensor& base, const Tensor& stude
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (kLevel == Level::kAutograd && !is_forward_mode && is_traced(student)) {
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("dnkd_ext::_nd_loss_added", "")
-                               .typed<decltype(nd_loss_added<kLevel>)>();
+    static const auto op =
+        find_operator<decltype(nd_loss_added<kLevel>)>("dnkd_ext::_nd_loss_added");
     return op.call(base, student, target, class_means, teacher_features, teacher_norms, weight,
                    loss_weight, ignore_index, eps);
   }
