@@ -29,7 +29,7 @@ from benchmarks.harness import probe, synchronise
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import distillation
 from dnkd_ext.train.classification import Classification
-from dnkd_ext.train.config import DataOptions, TrainConfig, replace
+from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.data import batches as batches_module
 from dnkd_ext.train.data.image_files import load_images
 from dnkd_ext.train.data.memory import Images, ImageSet
@@ -91,11 +91,8 @@ def synthetic(images: int, test_images: int) -> ImageSet:
         ).byte()
         return Images(pixels, torch.arange(count) % CLASSES)
 
-    mean, std = (torch.tensor(values) for values in DataOptions().normalisation.values())
-    return ImageSet(
-        SYNTHETIC, split(images), split(test_images), [str(number) for number in range(CLASSES)],
-        mean, std, True,
-    )  # fmt: skip
+    classes = [str(number) for number in range(CLASSES)]
+    return ImageSet(SYNTHETIC, split(images), split(test_images), classes, flips=True)
 
 
 def some(split: Images, count: int) -> Images:

@@ -94,6 +94,13 @@ def require_integer(value: object, name: str) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
 
 
+def require_count(value: object, name: str) -> None:
+    """An error unless the value is an integer of at least 1."""
+    require_integer(value, name)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def require_flag(value: object, name: str) -> None:
     """TypeError unless the value is True or False."""
     if not isinstance(value, (bool, np.bool_)):

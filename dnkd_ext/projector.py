@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dnkd_ext._checks import require_integer, require_number
+from dnkd_ext._checks import require_count, require_number
 
 __all__ = ["FeatureProjector"]
 
@@ -53,9 +53,7 @@ class FeatureProjector(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            require_integer(value, name)
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            require_count(value, name)
         require_number(dropout, "dropout")
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be between 0 and 1, got {dropout}")

@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dnkd_ext._checks import require_floating, require_same_device, require_sequence
+from dnkd_ext._checks import (
+    require_count,
+    require_floating,
+    require_same_device,
+    require_sequence,
+)
 from dnkd_ext._export import exportable
 from dnkd_ext.adapters import is_pair, run_head
 
@@ -113,7 +118,7 @@ class ReviewFusion(nn.Module):
                     f"got {type(channels).__name__}"
                 )
             for i, width in enumerate(channels):
-                _require_width(width, f"{name}[{i}]")
+                require_count(width, f"{name}[{i}]")
         stages = len(student_channels)
         if stages == 0:
             raise ValueError("student_channels must have at least one stage")
@@ -124,10 +129,10 @@ class ReviewFusion(nn.Module):
             )
         if mid_channels is None:
             mid_channels = min(512, student_channels[-1])
-        _require_width(mid_channels, "mid_channels")
-        self.student_channels = tuple(student_channels)
-        self.teacher_channels = tuple(teacher_channels)
-        self.mid_channels = mid_channels
+        require_count(mid_channels, "mid_channels")
+        self.student_channels = tuple(map(int, student_channels))
+        self.teacher_channels = tuple(map(int, teacher_channels))
+        self.mid_channels = mid_channels = int(mid_channels)
         self.blocks = nn.ModuleList(
             FusionBlock(own, mid_channels, wanted, fuse=i < stages - 1)
             for i, (own, wanted) in enumerate(zip(student_channels, teacher_channels, strict=True))
@@ -190,13 +195,6 @@ class ReviewFusion(nn.Module):
             f"student_channels={self.student_channels}, teacher_channels={self.teacher_channels}, "
             f"mid_channels={self.mid_channels}"
         )
-
-
-def _require_width(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 # -- what models offer ----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import json
 import multiprocessing
 import os
 import pickle
@@ -929,6 +930,25 @@ def test_shards_by_pattern(tiles, tmp_path):
     (root / "val-0002.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"no shard at .*val-0002\.tar"):
         eval_loader(open_splits(root, opts).val, opts=opts)
+
+
+@pytest.mark.parametrize(
+    ("info", "changes", "message"),
+    [
+        ({"num_classes": "4"}, {}, "num_classes must be an integer of at least 2, got '4'"),
+        ({"num_classes": True}, {}, "num_classes must be an integer of at least 2, got True"),
+        ({"splits": 5}, {"train_split": ""}, "splits must be an object, got 5"),
+        ({"splits": {"train": 5}}, {"train_split": ""}, "is damaged: "),
+    ],
+    ids=str,
+)
+def test_damaged_info_of_shards(info, changes, message, tiles, tmp_path):
+    pytest.importorskip("webdataset", reason="webdataset is not installed")
+    root = write_shards(tmp_path, tiles, info=False)
+    (root / "_info.json").write_text(json.dumps(info))
+    chosen = {"train_split": "train-{0000..0003}.tar|28", "val_split": "val-{0000..0003}.tar|20"}
+    with pytest.raises(ValueError, match=rf"/_info\.json(:| is) ?{message.removeprefix('is ')}"):
+        open_splits(root, dataclasses.replace(SHARDS, **{**chosen, **changes}))
 
 
 def test_without_webdataset(tiles, tmp_path, monkeypatch):

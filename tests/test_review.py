@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -784,6 +785,18 @@ def test_bad_construction(changes, error, match):
     }
     with pytest.raises(error, match=match):
         dnkd_ext.ReviewKDPlusPlus(**{**options, **changes})
+
+
+def test_widths_of_numpy():
+    """As they come out of tables."""
+    widths = np.array(STUDENT), np.array(TEACHER)
+    criterion = dnkd_ext.ReviewKDPlusPlus(
+        None, list(widths[0]), list(widths[1]), mid_channels=widths[0][0], nd_weight=0.0
+    )
+    assert (criterion.fusion.student_channels, criterion.fusion.mid_channels) == (
+        tuple(STUDENT),
+        STUDENT[0],
+    )
 
 
 def _stages(channels, index, replacement, rows=ROWS):

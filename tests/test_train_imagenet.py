@@ -34,7 +34,7 @@ from dnkd_ext.train.data import sources
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.evaluation import evaluate
-from dnkd_ext.train.gather import gather_class_means
+from dnkd_ext.train.gather import find_parts, gather_class_means, remove_parts
 from dnkd_ext.train.networks import build_model, fit_image_size, load_weights_for, try_out
 from dnkd_ext.train.presets import load_preset, preset_names
 from dnkd_ext.train.shared import Shared
@@ -687,6 +687,15 @@ def test_a_refused_pass_leaves_what_an_interrupted_one_kept(data, teacher, tmp_p
         assert part.read_bytes() == b"kept"
     assert main([*command, "--image-size", str(SIZE)]) == 0
     assert not part.exists()
+
+
+def test_parts_are_found_by_any_name(tmp_path):
+    """Names are no patterns."""
+    for name in ("m[kd].safetensors", "m*.safetensors", "m?.safetensors"):
+        (tmp_path / f"{name}.part-0-of-1").touch()
+        assert find_parts(tmp_path / name) == [tmp_path / f"{name}.part-0-of-1"]
+    remove_parts(tmp_path / "m*.safetensors")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_parts_of_other_data_or_damaged_ones_are_not_used(data, tmp_path):

@@ -313,9 +313,12 @@ def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, monkeypatch,
     told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
     assert f"{out / 'config.json'} is damaged, or no configuration of a run: it holds a l" in told
     (out / "config.json").write_text(config)
-    (out / "result.json").write_text("[1]")
-    told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
-    assert f"{out} holds a damaged result.json: it is no result of a run" in told
+    result = json.loads((out / "result.json").read_text())
+    del result["best_epoch"]
+    for damaged in ([1], result):
+        (out / "result.json").write_text(json.dumps(damaged))
+        told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
+        assert f"{out} holds a damaged result.json: it is no result of a run" in told
 
 
 def test_options_of_other_methods(images, teacher, tmp_path, capsys):

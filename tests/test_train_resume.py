@@ -138,6 +138,17 @@ def test_weights_of_a_run_that_has_not_ended_are_told(tmp_path):
         assert weights_file(str(tmp_path)) == tmp_path / "best.safetensors"
 
 
+def test_a_run_that_has_not_ended_is_told_once(images, teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(teacher, run)
+    (run / "result.json").unlink()
+    command = ["eval", "--model", "cifar_resnet32", "--data", str(images), "--weights", str(run)]
+    with pytest.warns(UserWarning, match="has not ended") as told:
+        assert main([*command, "--no-progress", "--device", "cpu"]) == 0
+    assert len([entry for entry in told if "has not ended" in str(entry.message)]) == 1
+    assert json.loads(capsys.readouterr().out)["weights"] == str(run / "best.safetensors")
+
+
 def test_a_long_epoch_has_checkpoints_of_its_own(images, teacher, whole, tmp_path, monkeypatch):
     """By time, of a step at which the loss is looked at; what was killed goes on exactly there."""
     out = tmp_path / "run"

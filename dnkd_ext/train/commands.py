@@ -17,7 +17,7 @@ from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.files import CONFIG, CURVES, LOG, check_place, read_config
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device, resolve
-from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out, weights_file
+from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
@@ -138,7 +138,7 @@ def run_eval(
     result = evaluate(network, batches, len(source.classes), precision, world)
     return {
         "model": model,
-        "weights": weights if weights == PRETRAINED else str(weights_file(weights)),
+        "weights": weights if weights == PRETRAINED else str(find_weights(weights)),
         "test_images": result.count,
         "test_unreadable": source.test_images - result.count,
         "test_top1": result.top1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import signal
 import time
@@ -47,7 +48,7 @@ def _part(path: Path, world: World) -> Path:
 
 def find_parts(path: Path) -> list[Path]:
     """What an interrupted pass for this file left, of any number of processes."""
-    return sorted(path.parent.glob(f"{path.name}.part-*-of-*"))
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.part-*-of-*"))
 
 
 def remove_parts(path: Path) -> None:

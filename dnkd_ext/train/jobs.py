@@ -319,7 +319,7 @@ def _checked(job: Job, world: World) -> Job:
     if model.teacher_weights not in (None, PRETRAINED):
         find_weights(model.teacher_weights)  # not after minutes of decoding
     if model.class_means is not None and not Path(model.class_means).is_file():
-        raise FileNotFoundError(f"no class-means file at {model.class_means}")
+        raise FileNotFoundError(f"no class-means file at {model.class_means} (--class-means)")
     options = resolve(job.config.run, world, job.config.data.task)
     config = dataclasses.replace(job.config, run=options)
     return dataclasses.replace(job, config=config)

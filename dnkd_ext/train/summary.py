@@ -37,7 +37,7 @@ def is_result(value: Any) -> bool:
     """Whether it has what the table is made of."""
     return (
         isinstance(value, dict)
-        and value.keys() >= {"preset", "seed", "config", "training_seconds"}
+        and value.keys() >= {"preset", "seed", "config", "best_epoch", "training_seconds"}
         and isinstance(value["config"], dict)
         and any(
             value.keys() >= {f"best_{name}", f"last_{name}", f"published_{name}"}

@@ -15,6 +15,7 @@ from dnkd_ext.train.class_names import CLASSES, class_notes, other_classes
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import open_source
+from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.teacher import Teacher
 from dnkd_ext.train.world import World
 
@@ -78,6 +79,8 @@ def load_teacher(
     """
     if is_detection(config):
         return detection().load_teacher(name, weights, source, config, world)
+    if weights != PRETRAINED:
+        weights = str(weights_file(weights))
     teachers.check_normalisation(weights, config)
     teacher = teachers.load_teacher(
         name,

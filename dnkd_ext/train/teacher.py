@@ -22,10 +22,10 @@ from dnkd_ext.train.networks import (
     PRETRAINED,
     build_model,
     feature_width,
+    find_weights,
     fit_image_size,
     load_weights_for,
     weights_digest,
-    weights_file,
 )
 from dnkd_ext.train.presets import load_preset
 
@@ -78,7 +78,7 @@ def load_teacher(
         fit_image_size(model, source.image_size)
         digest = PRETRAINED
     else:
-        path = weights_file(weights)
+        path = find_weights(weights)
         if not any_classes:
             check_classes(str(path), classes_of_weights(path), source.classes)
         model = build_model(name, len(source.classes), source.channels)
@@ -103,7 +103,7 @@ def check_normalisation(weights: str, config: TrainConfig) -> None:
     """
     if weights == PRETRAINED:
         return
-    notes, given = read_notes(weights_file(weights)), normalisation_notes(config)
+    notes, given = read_notes(find_weights(weights)), normalisation_notes(config)
     differing = [key for key in given if notes.get(key, given[key]) != given[key]]
     if differing and "model" in notes:
         there, here = (
@@ -124,7 +124,7 @@ def normalised_otherwise(
     tag. None, too, where a preset gives this teacher images normalised so: it means to.
     """
     own = getattr(model, "pretrained_cfg", None) or {}
-    if weights != PRETRAINED and ("." not in name or "model" in read_notes(weights_file(weights))):
+    if weights != PRETRAINED and ("." not in name or "model" in read_notes(find_weights(weights))):
         return None
     given = config.data.normalisation
     before = {key: tuple(own.get(key) or given[key]) for key in given}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +56,14 @@ class Images:
 class ImageSet:
     """A training and a test split with the names of their classes.
 
-    ``mean`` and ``std`` (channels,) are those of the training pixels in [0, 1]; ``flips`` tells
-    whether a mirrored image is still of its class. Where only the test images were asked for,
-    ``train`` has no images, and ``mean`` and ``std`` are theirs.
+    ``flips`` tells whether a mirrored image is still of its class. Where only the test images were
+    asked for, ``train`` has no images.
     """
 
     name: str
     train: Images
     test: Images
     classes: list[str]
-    mean: Tensor
-    std: Tensor
     flips: bool
 
     @property
@@ -74,19 +73,27 @@ class ImageSet:
 
     def to(self, device: torch.device | str) -> ImageSet:
         """The set on another device."""
-        return ImageSet(
-            self.name,
-            self.train.to(device),
-            self.test.to(device),
-            self.classes,
-            self.mean.to(device),
-            self.std.to(device),
-            self.flips,
-        )
+        return dataclasses.replace(self, train=self.train.to(device), test=self.test.to(device))
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (channels,) of the training pixels in [0, 1]."""
+        pixels = self.train.pixels
+        count = pixels.numel() // self.channels
+        total, squares = pixels.new_zeros(2, self.channels, dtype=torch.int64)
+        # Exact sums a part at a time: all pixels as floats would take eight times their memory.
+        for part in pixels.split(1024):
+            values = part.int()
+            total += values.sum((0, 2, 3))
+            squares += values.square().sum((0, 2, 3))
+        mean = total.double() / count
+        variance = (squares.double() - count * mean.square()) / max(1, count - 1)
+        std = variance.clamp_min(0).sqrt() / 255
+        return (mean / 255).float(), std.clamp_min(1e-3).float()
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels (N, channels, H, W) uint8 to float32 of zero mean and unit deviation."""
-        mean, std = (x.view(1, -1, 1, 1) for x in (self.mean, self.std))
+        mean, std = (x.view(1, -1, 1, 1) for x in self.statistics)
         return (pixels.float() / 255 - mean) / std
 
     def batches(
@@ -147,24 +154,10 @@ def crop_and_flip(pixels: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor, pad:
 def image_set(
     name: str, train: Images | None, test: Images, classes: list[str], flips: bool
 ) -> ImageSet:
-    """The set of two splits, with mean and deviation of the training pixels, or of the test's."""
-    judged = (test if train is None else train).pixels
-    channels = judged.shape[1]
-    count = judged.numel() // channels
-    total, squares = torch.zeros(2, channels, dtype=torch.int64)
-    # Exact sums a part at a time: all pixels as floats would take eight times the images' memory.
-    for part in judged.split(1024):
-        values = part.int()
-        total += values.sum((0, 2, 3))
-        squares += values.square().sum((0, 2, 3))
-    mean = total.double() / count
-    variance = (squares.double() - count * mean.square()) / max(1, count - 1)
-    std = variance.clamp_min(0).sqrt() / 255
+    """The set of two splits, or of the test split alone."""
     if train is None:
         train = Images(test.pixels[:0], test.target[:0])
-    return ImageSet(
-        name, train, test, classes, (mean / 255).float(), std.clamp_min(1e-3).float(), flips
-    )
+    return ImageSet(name, train, test, classes, flips)
 
 
 def load_digits() -> ImageSet:

@@ -178,7 +178,10 @@ def open_shards(
         if not name:
             if not info:
                 info = _read_info(root)
-            name = next((name for name in names if name in info.get("splits", {})), "")
+            splits = info.get("splits", {})
+            if not isinstance(splits, dict):
+                raise ValueError(f"{root}/_info.json: splits must be an object, got {splits!r}")
+            name = next((name for name in names if name in splits), "")
             if not name:
                 raise ValueError(
                     f"{root} has no _info.json with a split {', '.join(names)}; {option} must name "
@@ -189,6 +192,8 @@ def open_shards(
             reader = create_reader(options.reader, root=root, split=name)
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{option} {name} is none of {root}: {error}") from error
+        except (TypeError, AttributeError) as error:  # timm takes what the file says as it is
+            raise ValueError(f"{root}/_info.json is damaged: {error}") from error
         info = reader.info or info
         split = reader.split_info
         lengths = tuple(split.shard_lengths)
@@ -232,6 +237,10 @@ def _shard_classes(root: str, info: dict[str, Any], options: ReaderOptions) -> l
         names, source = [str(name) for name in info["classes"]], f"{root}/_info.json"
     else:
         told = told or info.get("num_classes")
+        if told is not None and (isinstance(told, bool) or not isinstance(told, int) or told < 2):
+            raise ValueError(
+                f"{root}/_info.json: num_classes must be an integer of at least 2, got {told!r}"
+            )
         if told is None:
             raise ValueError(
                 "--num-classes must tell how many classes there are, or --class-map name them: "
