@@ -24,6 +24,7 @@ from dnkd_ext._checks import (
     shown,
 )
 from dnkd_ext._files import replacing
+from dnkd_ext._modes import evaluating
 
 __all__ = ["ClassMeans"]
 
@@ -445,27 +446,17 @@ class ClassMeans:
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         means: ClassMeans | None = None
-        modes = {module: module.training for module in model.modules()}
-        is_training = any(modes.values())
-        if is_training:
-            model.eval()
-        try:
-            # Not inference_mode: a model that FSDP shards keeps what it gathers for training, too.
-            with torch.no_grad():
-                for batch in progress_bar(loader, "class means", enabled=progress):
-                    images, target = _pair(batch)
-                    features, logits = extract_features(
-                        model, _moved(images, device), classifier=classifier
-                    )
-                    if means is None:
-                        classes = logits.shape[-1] if num_classes is None else num_classes
-                        means = cls(classes, features.shape[-1], ignore_index=ignore_index)
-                    means.update(features, target.to(device, non_blocking=True))
-        finally:
-            if is_training:
-                model.train()  # some of timm's drop what they have kept of the weights then alone
-            for module, mode in modes.items():
-                module.training = mode
+        # Not inference_mode: a model that FSDP shards keeps what it gathers for training, too.
+        with evaluating(model), torch.no_grad():
+            for batch in progress_bar(loader, "class means", enabled=progress):
+                images, target = _pair(batch)
+                features, logits = extract_features(
+                    model, _moved(images, device), classifier=classifier
+                )
+                if means is None:
+                    classes = logits.shape[-1] if num_classes is None else num_classes
+                    means = cls(classes, features.shape[-1], ignore_index=ignore_index)
+                means.update(features, target.to(device, non_blocking=True))
         if means is None:
             raise ValueError("loader yielded no batch; class means need at least one sample")
         wrong = rows_not_finite(means.compute())

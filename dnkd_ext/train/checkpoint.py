@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from dnkd_ext._files import TEMPORARY, UNREADABLE, replacing, sync
+from dnkd_ext.train.files import CHECKPOINT, PREVIOUS
 from dnkd_ext.train.sharding import check_shards
 from dnkd_ext.train.world import World
 
 __all__ = [
-    "NAME",
-    "PREVIOUS",
     "load_checkpoint",
     "load_whole",
     "remove_unnamed",
@@ -32,8 +31,6 @@ __all__ = [
     "shard_folders",
 ]
 
-NAME = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
 FORMAT = "dnkd_ext checkpoint 1"
 
 
@@ -62,15 +59,15 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         folder: of the run.
         state: ``shards``, where there are, is what write_shards returned.
     """
-    with replacing(folder / NAME) as temporary:
+    with replacing(folder / CHECKPOINT) as temporary:
         torch.save({"format": FORMAT, **state}, temporary)
         sync(temporary)
-        if (folder / NAME).exists():
+        if (folder / CHECKPOINT).exists():
             kept = temporary.with_suffix(f".kept{TEMPORARY}")
             try:
-                os.link(folder / NAME, kept)
+                os.link(folder / CHECKPOINT, kept)
             except OSError:  # a file system without links
-                os.replace(folder / NAME, kept)
+                os.replace(folder / CHECKPOINT, kept)
             os.replace(kept, folder / PREVIOUS)
     remove_unnamed(folder)
 
@@ -89,7 +86,7 @@ def load_checkpoint(folder: Path, world: World | None = None) -> dict[str, Any] 
         ValueError: there are checkpoints, and none can be read.
     """
     damaged: list[str] = []
-    for name in (NAME, PREVIOUS):
+    for name in (CHECKPOINT, PREVIOUS):
         path = folder / name
         state, problem = None, ""
         if path.exists():
@@ -141,7 +138,7 @@ def remove_unnamed(folder: Path) -> None:
     if not found:
         return
     named = set()
-    for path in (folder / NAME, folder / PREVIOUS):
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
         if path.exists():
             try:
                 # Mapped: of its tensors nothing is read.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dnkd_ext._modes import evaluating
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.diagnostics import feature_diagnostics
 from dnkd_ext.projector import FeatureProjector
@@ -25,7 +28,9 @@ from dnkd_ext.train.distillation import (
     make_criterion,
 )
 from dnkd_ext.train.evaluation import Evaluated, evaluate
+from dnkd_ext.train.files import CLASS_MEANS, FEATURES
 from dnkd_ext.train.networks import build_student, feature_width, try_out
+from dnkd_ext.train.plots import plot_features
 from dnkd_ext.train.recompute import checkpoint_activations
 from dnkd_ext.train.task import Task, autocast
 from dnkd_ext.train.teacher import Teacher, cast_once, identity, means_notes
@@ -213,13 +218,9 @@ class Classification(Task):
         """The student's features as the loss sees them."""
         if projector is None:
             return student
-        was_training = projector.training
-        projector.eval()
-        try:
+        with evaluating(projector):
             dtype = next(projector.parameters()).dtype  # the evaluation gives float32
             return projector(student.to(dtype)).float()
-        finally:
-            projector.train(was_training)
 
     @torch.no_grad()
     def _diagnostics(self, result: Evaluated, projector: nn.Module | None) -> dict[str, float]:
@@ -271,6 +272,20 @@ class Classification(Task):
                 cosine = F.cosine_similarity(own[kept], means[result.target[kept]], dim=1)
                 cosines[name] = self._of_all(cosine)
         return norms, cosines
+
+    def finish(self, out: Path, judged: tuple[nn.Module, ...], title: str) -> dict[str, Any]:
+        """Draw the features of the test images, and write class means that were followed."""
+        norms, cosines = self.feature_figures(*judged)
+        with self.world.first_alone():
+            if self.world.is_first and norms:
+                title = f"{title}: features of the test images"
+                plot_features(norms, cosines, title, out / FEATURES)
+            if self.world.is_first and self.step.running is not None:
+                try:
+                    self.step.running.means.save(out / CLASS_MEANS)
+                except ValueError as error:  # not finite: the training is done all the same
+                    warnings.warn(f"{CLASS_MEANS} is not written: {error}", stacklevel=1)
+        return {} if self.teacher_top1 is None else {"teacher_top1": self.teacher_top1}
 
     def _of_all(self, values: Tensor) -> Any:
         """One value per image, of the images of all processes; a collective call."""

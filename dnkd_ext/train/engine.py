@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.config import OptimOptions, RunOptions
-from dnkd_ext.train.files import LOG, write_csv, write_tensors
+from dnkd_ext.train.files import BEST, LAST, LOG, TENSORBOARD, write_csv, write_tensors
 from dnkd_ext.train.schedule import learning_rate, ramp
 from dnkd_ext.train.sharding import gather_whole, write_shards
 from dnkd_ext.train.signals import Interrupted, Signals
@@ -32,9 +32,6 @@ from dnkd_ext.train.task import Task
 from dnkd_ext.train.world import World
 
 __all__ = ["check_identity", "merge_ranks", "train"]
-
-BEST = "best.safetensors"
-LAST = "last.safetensors"
 
 
 def train(
@@ -489,7 +486,7 @@ class _Training(Stepper):
         from torch.utils.tensorboard import SummaryWriter
 
         # What an interrupted run wrote behind its checkpoint does not count.
-        return SummaryWriter(os.fspath(self.out / "tensorboard"), purge_step=self.epoch + 1)
+        return SummaryWriter(os.fspath(self.out / TENSORBOARD), purge_step=self.epoch + 1)
 
     def _wandb(self) -> Any:
         """A run at Weights & Biases, on the first process; its errors reach all."""

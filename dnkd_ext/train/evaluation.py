@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dnkd_ext._modes import evaluating
 from dnkd_ext.adapters import features
 from dnkd_ext.train.data.decoding import DataError
 from dnkd_ext.train.data.sources import Clean
@@ -51,14 +52,8 @@ def evaluate(
         OtherProcessFailed: likewise; the first process tells it.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)
-    modes = {module: module.training for module in model.modules()}
-    # A model that is in evaluation mode already, as a teacher, is left alone: some of timm's drop a
-    # cache when the mode is set, whose memory a recorded step may go on reading.
-    is_training = any(modes.values())
-    if is_training:
-        model.eval()
     taken, targets = [], []
-    try:
+    with evaluating(model):
         for images, target, mask in batches:
             with autocast:
                 feature, logits = features(model, images)
@@ -69,11 +64,6 @@ def evaluate(
             if keep:
                 taken.append(feature.float())
                 targets.append(target.where(mask, -100))
-    finally:
-        if is_training:
-            model.train()  # some of timm's drop what they have kept of the weights then alone
-        for module, mode in modes.items():
-            module.training = mode
     top1, top5, count = world.sum(counts).tolist()
     if not count:
         failed = world.gather((batches.unreadable, batches.first_unreadable))

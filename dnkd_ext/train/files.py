@@ -21,13 +21,21 @@ from torch import Tensor
 from dnkd_ext._files import TEMPORARY, replacing
 
 __all__ = [
+    "BEST",
+    "CHECKPOINT",
     "CLASS_MEANS",
     "CONFIG",
     "CURVES",
     "DETECTIONS",
     "FEATURES",
+    "LAST",
     "LOG",
+    "OWN_FILES",
+    "PREVIOUS",
     "RESULT",
+    "SUMMARY",
+    "TENSORBOARD",
+    "WANDB",
     "OwnFolders",
     "check_place",
     "read_config",
@@ -40,11 +48,26 @@ __all__ = [
 CONFIG = "config.json"
 RESULT = "result.json"
 LOG = "log.csv"
+# Weights: of the best epoch, and of the last.
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+CHECKPOINT = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
 CLASS_MEANS = "class_means.safetensors"
 CURVES = "curves.png"
 FEATURES = "features.png"
 # What a detector's run found last.
 DETECTIONS = "detections.json"
+# What a run writes, apart from these folders and those of sharded checkpoints. In this order they
+# are removed: first what makes the folder one of a finished run, or of a run at all.
+OWN_FILES = (
+    *(RESULT, CONFIG, LOG, BEST, LAST, CHECKPOINT, PREVIOUS),
+    *(CLASS_MEANS, CURVES, FEATURES, DETECTIONS),
+)
+TENSORBOARD = "tensorboard"
+WANDB = "wandb"
+# Of several runs, in the folder above theirs.
+SUMMARY = "summary.csv"
 
 
 _alive: weakref.WeakSet[OwnFolders] = weakref.WeakSet()

@@ -23,19 +23,18 @@ import dnkd_ext
 from dnkd_ext._files import TEMPORARY
 from dnkd_ext.train import tasks
 from dnkd_ext.train.at_once import train_at_once
-from dnkd_ext.train.checkpoint import NAME as CHECKPOINT
-from dnkd_ext.train.checkpoint import PREVIOUS, load_checkpoint, remove_unnamed, shard_folders
-from dnkd_ext.train.classification import Classification
+from dnkd_ext.train.checkpoint import load_checkpoint, remove_unnamed, shard_folders
 from dnkd_ext.train.config import FREE, RunOptions, TrainConfig, flatten, replace, unused
-from dnkd_ext.train.engine import BEST, LAST, check_identity, train
+from dnkd_ext.train.engine import check_identity, train
 from dnkd_ext.train.files import (
     CLASS_MEANS,
     CONFIG,
     CURVES,
-    DETECTIONS,
-    FEATURES,
-    LOG,
+    OWN_FILES,
     RESULT,
+    SUMMARY,
+    TENSORBOARD,
+    WANDB,
     OwnFolders,
     check_place,
     read_config,
@@ -45,7 +44,7 @@ from dnkd_ext.train.files import (
 )
 from dnkd_ext.train.gather import remove_parts
 from dnkd_ext.train.networks import PRETRAINED, find_weights
-from dnkd_ext.train.plots import plot_curves, plot_features
+from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.shared import Shared
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.summary import (
@@ -59,21 +58,6 @@ from dnkd_ext.train.teacher import identity
 from dnkd_ext.train.world import World
 
 __all__ = ["Job", "plan_jobs", "prepare_device", "resolve", "run_jobs"]
-
-# What a run writes, apart from folders: tensorboard/, wandb/ and those of sharded checkpoints.
-OWN_FILES = (
-    CONFIG,
-    RESULT,
-    CLASS_MEANS,
-    DETECTIONS,
-    CURVES,
-    FEATURES,
-    LOG,
-    BEST,
-    LAST,
-    CHECKPOINT,
-    PREVIOUS,
-)
 
 
 @dataclass(frozen=True)
@@ -289,7 +273,7 @@ def _run_ready(
     with world.first_alone():
         if world.is_first and len(ready) > 1:
             rows = summary(all_results(out))
-            write_csv(out / "summary.csv", rows)
+            write_csv(out / SUMMARY, rows)
             lines = [format_summary(rows)] if rows else []
             print("\n".join([*lines, *(f"failed: {one}" for one in failed)]), flush=True)
         if world.is_first and failed:
@@ -352,10 +336,10 @@ class _State(NamedTuple):
 
 def _remove(out: Path) -> None:
     """A run's files, and no others."""
-    for name in (RESULT, CONFIG, *OWN_FILES):
+    for name in OWN_FILES:
         (out / name).unlink(missing_ok=True)
     remove_parts(out / CLASS_MEANS)
-    for folder in (out / "tensorboard", out / "wandb", *shard_folders(out)):
+    for folder in (out / TENSORBOARD, out / WANDB, *shard_folders(out)):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -533,26 +517,11 @@ def _run(
         "config": job.settings,
         "versions": dnkd_ext.build_info(),
     }
-    norms: dict[str, Any] = {}
-    cosines: dict[str, Any] = {}
-    if isinstance(task, Classification):
-        norms, cosines = task.feature_figures(*log["judged"])
-        if task.teacher_top1 is not None:
-            result["teacher_top1"] = task.teacher_top1
-    else:
-        task.finish(out, log["judged"][0])
+    name = config.preset or config.model.student
+    result |= task.finish(out, log["judged"], name)
     with world.first_alone():
         if world.is_first:
-            name = config.preset or config.model.student
             plot_curves({name: log["rows"]}, out / CURVES)
-            if norms:
-                title = f"{name}: features of the test images"
-                plot_features(norms, cosines, title, out / FEATURES)
-            if isinstance(task, Classification) and task.step.running is not None:
-                try:
-                    task.step.running.means.save(out / CLASS_MEANS)
-                except ValueError as error:  # not finite: the training is done all the same
-                    warnings.warn(f"{CLASS_MEANS} is not written: {error}", stacklevel=1)
             # Last, so that it stands for a complete folder.
             write_json(out / RESULT, result)
             print(result_line(result, out), flush=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dnkd_ext._modes import evaluating
 from dnkd_ext.adapters import extract_features
 from dnkd_ext.train.data.memory import Images, ImageSet
 
@@ -79,16 +80,12 @@ def fit(
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: ImageSet, split: Images, batch_size: int = 500) -> Evaluation:
     """Accuracy and features of a model in evaluation mode, which is then restored."""
-    was_training = model.training
-    model.eval()
     hits, features = [], []
-    try:
+    with evaluating(model):
         for images, target in data.batches(split, batch_size):
             feature, logits = extract_features(model, images)
             hits.append(logits.argmax(1) == target)
             features.append(feature.float())
-    finally:
-        model.train(was_training)
     return Evaluation(
         torch.cat(hits).float().mean().item(), torch.cat(features).cpu(), split.target.cpu()
     )

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dnkd_ext._modes import evaluating
 from dnkd_ext.adapters import features
 from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import Source
-from dnkd_ext.train.files import CONFIG, RESULT
+from dnkd_ext.train.files import BEST, CONFIG, RESULT
 from dnkd_ext.train.models import create_model, load_weights, model_names
 from dnkd_ext.train.models.weights import read_weights
 
@@ -144,9 +145,9 @@ def find_weights(path: str) -> Path:
     """
     place = Path(path)
     if place.is_dir():
-        place = place / "best.safetensors"
+        place = place / BEST
         if not place.is_file():
-            raise FileNotFoundError(f"{path} is a folder without best.safetensors")
+            raise FileNotFoundError(f"{path} is a folder without {BEST}")
     if not place.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     return place
@@ -206,16 +207,13 @@ def try_out(model: nn.Module, option: str, config: TrainConfig, source: Source) 
     size = source.image_size
     # Of its own generator: what is drawn later does not depend on this.
     noise = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
-    modes = {module: module.training for module in model.modules()}
     run = stage_maps if config.method.method == "reviewkd" else features
     try:
-        run(model.eval(), noise.to(next(model.parameters()).device))
+        with evaluating(model):
+            run(model, noise.to(next(model.parameters()).device))
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         known = " (--image-size)" if config.data.task == "imagenet" else ""
         raise ValueError(
             f"{option} cannot be run on images of {size} x {size} pixels{known}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

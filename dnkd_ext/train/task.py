@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,19 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Figures of ``evaluated`` or of copies, the same on all processes; a collective call."""
+
+    def finish(self, out: Path, judged: tuple[nn.Module, ...], title: str) -> dict[str, Any]:
+        """Write what else belongs into the folder of a finished run; a collective call.
+
+        Args:
+            out: the folder.
+            judged: ``evaluated``, or copies: what the last evaluation was of.
+            title: of pictures.
+
+        Returns:
+            What more the run's result is to tell.
+        """
+        return {}
 
 
 def autocast(run: RunOptions, world: World, *, cache: bool = True) -> torch.autocast:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dnkd_ext._files import replacing
+from dnkd_ext._modes import evaluating
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.detection.data import BoxSplit, TestBatches
 from dnkd_ext.train.world import World
@@ -62,20 +63,15 @@ def detect(
     the number of processes; the others get none.
     """
     split = batches.split
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     own: list[tuple[int, np.ndarray]] = []
     shown = progress and world.is_first
-    try:
-        with Progress(len(batches), "evaluate", unit="batch", enabled=shown) as bar:
-            for images, _, numbers in batches:
-                with autocast:
-                    found = model(images)
-                own += [(n, _compact(one)) for n, one in zip(numbers, found, strict=True)]
-                bar.advance()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    bar = Progress(len(batches), "evaluate", unit="batch", enabled=shown)
+    with evaluating(model), bar:
+        for images, _, numbers in batches:
+            with autocast:
+                found = model(images)
+            own += [(n, _compact(one)) for n, one in zip(numbers, found, strict=True)]
+            bar.advance()
     of_all = world.gather(own)
     if not world.is_first:
         return []

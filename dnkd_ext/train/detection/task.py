@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
+from dnkd_ext._modes import evaluating
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train.class_names import check_classes, classes_of_weights
 from dnkd_ext.train.config import TrainConfig, replace
@@ -32,8 +33,7 @@ from dnkd_ext.train.detection.evaluation import (
     write_detections,
 )
 from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
-from dnkd_ext.train.engine import BEST, LAST
-from dnkd_ext.train.files import CONFIG, DETECTIONS
+from dnkd_ext.train.files import BEST, CONFIG, DETECTIONS, LAST
 from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.task import Task, autocast
@@ -193,10 +193,6 @@ def gather_class_means(
     after a stop as :func:`dnkd_ext.train.gather.gather_means` says.
     """
     batches = TestBatches(source.train_split, config, world)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    # As many proposals as in training; its head has nothing that behaves otherwise then.
-    model.rpn.train()
     devices = [world.device] if world.device.type == "cuda" else []
     precision = autocast(config.run, world)
 
@@ -206,22 +202,20 @@ def gather_class_means(
             seeds = [(config.run.seed, number) for number in numbers]
             return sampled_features(model, images, targets, seeds)
 
-    try:
-        with torch.random.fork_rng(devices):
-            return gather_means(
-                batches,
-                look,
-                source,
-                config,
-                world,
-                metadata=metadata,
-                path=path,
-                resume=resume,
-                width=FEATURES,
-            )
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng(devices):
+        # As many proposals as in training; its head has nothing that behaves otherwise then.
+        model.rpn.train()
+        return gather_means(
+            batches,
+            look,
+            source,
+            config,
+            world,
+            metadata=metadata,
+            path=path,
+            resume=resume,
+            width=FEATURES,
+        )
 
 
 def sampled_features(
@@ -392,11 +386,12 @@ class DetectionTask(Task):
         figures = self.world.from_first(figures)
         return {f"test_{name}": value for name, value in figures.items()}
 
-    def finish(self, out: Path, model: nn.Module) -> None:
-        """Write the detections of the last evaluation; where there was none, of ``model``."""
+    def finish(self, out: Path, judged: tuple[nn.Module, ...], title: str) -> dict[str, Any]:
+        """Write the detections of the last evaluation; where there was none, of ``judged``."""
         if self.world.any(self.world.is_first and self._found is None):
-            self.evaluate(model)
+            self.evaluate(*judged)
         with self.world.first_alone():
             if self.world.is_first:
                 assert self._found is not None
                 write_detections(out / DETECTIONS, self._found)
+        return {}
