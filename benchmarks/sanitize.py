@@ -153,6 +153,11 @@ def _nd_of_width(width: int) -> Iterator[Run]:
         yield _nd(f"{what}, probabilities", [student, soft, table], {"teacher_features": teacher})
 
 
+def _labels(rows: int, classes: int) -> torch.Tensor:
+    """In all parts of a row, so that threads, warps and blocks of all kinds have one in turn."""
+    return torch.arange(rows) * 7919 % classes
+
+
 def logit_runs(name: str, device: str) -> Iterator[Run]:
     """CE + KD or CE + DKD."""
     fused, reference = getattr(dnkd_ext, name), getattr(dnkd_ext.reference, name)
@@ -163,7 +168,7 @@ def logit_runs(name: str, device: str) -> Iterator[Run]:
     for classes in LOGIT_WIDTHS:
         rows = 5 if classes < 10_000 else 2
         student, teacher = 2 * _draw(rows, classes), 2 * _draw(rows, classes)
-        target = torch.arange(rows) % classes
+        target = _labels(rows, classes)
         for other, kind in ((teacher, "own"), (teacher.float(), "float32")):
             what = f"{classes} classes, teacher in {kind}"
             yield run(f"{what}, mean", [student, other, target], {"temperature": 4.0})
@@ -191,7 +196,7 @@ def logit_runs(name: str, device: str) -> Iterator[Run]:
         given = [student, teacher, _draw(5, classes).softmax(-1)]
         what = f"{classes} classes, probabilities that do not lie alike"
         yield Run(what, unlike_target, reference, given, {}, upstream=3.0)
-        arguments = [student, teacher, torch.arange(5) % classes]
+        arguments = [student, teacher, _labels(5, classes)]
         for reduction in ("mean", "none"):
             what, options = f"{classes} classes, not alike, {reduction}", {"reduction": reduction}
             yield Run(what, unlike, reference, arguments, options, upstream=3.0)
@@ -204,7 +209,9 @@ def logit_runs(name: str, device: str) -> Iterator[Run]:
         (32_767, _rows(0.75, device)),
         (65_537, _rows(0.375, device)),
     ):
-        arguments = [_draw(rows, classes), _draw(rows, classes), torch.arange(rows) % 7]
+        target = _labels(rows, classes)
+        target[::7] = 3
+        arguments = [_draw(rows, classes), _draw(rows, classes), target]
         yield run(f"{rows} rows, {classes} classes", arguments, {"ignore_index": 3})
     student, teacher = _draw(MANY_ROWS, 5), _draw(MANY_ROWS, 5)
     target = torch.arange(MANY_ROWS) % 5

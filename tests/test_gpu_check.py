@@ -439,6 +439,14 @@ def test_widths_reach_every_variant_of_the_row_kernels(widths):
         )
 
 
+@pytest.mark.parametrize("classes", [9001, 19_999, 32_767, 65_537])
+def test_labels_of_the_sanitizer_are_in_all_parts_of_a_row(classes):
+    """Of a cluster's blocks and their warps others have one in every row."""
+    parts = sanitize._labels(64, classes) * 8 // classes
+    assert parts.unique().numel() == 8
+    assert (parts[1:] != parts[:-1]).float().mean() > 0.8
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("size", VECTOR)

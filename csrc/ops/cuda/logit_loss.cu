@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
   // The same for all rows; not in registers, of which there are few.
   __shared__ double weights[2], counts[2];  // of ce and kd; counts: what the sums are divided by
   __shared__ double totals[kRowsPerBlock][2];
-  __shared__ A label_gradients[kRowsPerBlock];
+  __shared__ A label_gradients[kBlockThreads / kWarpSize];  // of the warp that has the label
   __shared__ LogitOptions<A> options;
   const unsigned long long counted =
       p.reduction == Reduction::kMean ? counted_rows(scratch, p.rows) : 0;
@@ -166,11 +166,9 @@ __global__ void __launch_bounds__(kBlockOf<kThreads>, kMinBlocks<S, kThreads>)
     S* out = kept_pointer(static_cast<S*>(p.gradient) + row * p.columns);
     if (writes) {
       write_gradient(out, data, next, has_next, terms.row, at_label,
-                     label_gradients[threadIdx.x / kThreads], kDecoupled, probabilities, power,
+                     label_gradients[threadIdx.x / kWarpSize], kDecoupled, probabilities, power,
                      p.standardize);
-      if constexpr (kThreads == kWarpSize) {
-        __syncwarp();  // another lane may write the next row's label gradient to the same place
-      }
+      __syncwarp();  // another lane may write the next row's label gradient to the same place
     } else if (p.gradient != nullptr) {
       fill_gradient(out, data, is_bad ? nan : A(0));
     }
