@@ -250,7 +250,7 @@ def _run(arguments: argparse.Namespace) -> int:
     order = run.plan(
         arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=arguments.quick
     )
-    results.require_addable(arguments.out)
+    results.LOSSES.require_addable(arguments.out)
     if arguments.resume:
         order = run.remaining(order, arguments.out, arguments.device, only)
     outcome = run.Outcome()
@@ -278,32 +278,23 @@ def _report(arguments: argparse.Namespace) -> int:
     from benchmarks import disk, parts, plots, report, results, steps
 
     folder = arguments.out or Path(__file__).parent
-    losses = results.RESULTS / "losses.csv"
     if arguments.add is not None:
-        sources = [
-            (losses, results.FIELDS, results.NUMBERS),
-            (steps.STEPS, steps.STEP_FIELDS, steps.STEP_NUMBERS),
-            (parts.TRAINING, parts.TRAINING_FIELDS, parts.TRAINING_NUMBERS),
-            (disk.LOADING, disk.LOADING_FIELDS, disk.LOADING_NUMBERS),
-        ]
-        present = [
-            (arguments.add / path.name, path, *columns)
-            for path, *columns in sources
-            if (arguments.add / path.name).exists()
-        ]
+        sources = {
+            arguments.add / file.path.name: file
+            for file in (results.LOSSES, steps.STEPS, parts.TRAINING, disk.LOADING)
+        }
+        present = {source: file for source, file in sources.items() if source.exists()}
         if not present:
             raise results.ResultsError(
-                f"{arguments.add} has none of {', '.join(path.name for path, *_ in sources)}"
+                f"{arguments.add} has none of {', '.join(source.name for source in sources)}"
             )
-        for source, path, fields, numbers in present:  # all of them, or nothing is added
-            results.read(source, fields, numbers)
-            results.require_addable(path, fields, numbers)
-        for source, path, fields, numbers in present:
-            print(f"added {results.add_file(source, path, fields, numbers)} rows of {source}")
-    rows = results.read(losses)
-    walked = steps.read_steps(steps.STEPS) if steps.STEPS.exists() else []
-    trained = parts.read_training(parts.TRAINING) if parts.TRAINING.exists() else []
-    loaded = disk.read_loading(disk.LOADING) if disk.LOADING.exists() else []
+        for source, file in present.items():  # all of them, or nothing is added
+            file.read(source)
+            file.require_addable(file.path)
+        for source, file in present.items():
+            print(f"added {file.add_file(source)} rows of {source}")
+    rows, walked = results.read(results.LOSSES.path), steps.STEPS.recorded()
+    trained, loaded = parts.TRAINING.recorded(), disk.LOADING.recorded()
     text = report.render(rows, walked, trained, loaded)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -367,7 +358,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _regression(arguments: argparse.Namespace) -> int:
     from benchmarks import compare, results, run
 
-    path = arguments.against or results.RESULTS / "losses.csv"
+    path = arguments.against or results.LOSSES.path
     order = run.plan(arguments.device, patterns=arguments.case, dtypes=arguments.dtype, quick=True)
     here = results.environment(arguments.device)
     machine = results.machine_of(here, arguments.device)
@@ -426,8 +417,7 @@ def _targets(arguments: argparse.Namespace) -> int:
     from benchmarks import results, steps, targets
 
     rows = results.read(arguments.csv)
-    recorded = results.RESULTS / "losses.csv"
-    first = targets.first_measured([*rows, *(results.read(recorded) if recorded.exists() else [])])
+    first = targets.first_measured([*rows, *results.LOSSES.recorded()])
     ladders = results.latest(results.measurements(rows))
     walked: dict[results.Machine, list[results.Row]] = {}
     for row in steps.read_steps(arguments.steps) if arguments.steps else []:

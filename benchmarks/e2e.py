@@ -339,15 +339,7 @@ def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> 
 
 def measured(path: Path, device: str) -> set[str]:
     """The shapes that a results file has of this commit on this machine."""
-    if results.is_new(path):
-        return set()
-    same = ("commit", "hardware", "torch", "version", "kernels")
-    here = {name: results.environment(device)[name] for name in same}
-    return {
-        str(row["shape"])
-        for row in steps.read_steps(path)
-        if row["device"] == device and all(row[name] == value for name, value in here.items())
-    }
+    return {str(row["shape"]) for row in steps.STEPS.measured_here(path, device)}
 
 
 def run(
@@ -366,7 +358,7 @@ def run(
     left_out = 0
     if rounds is not None and rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {rounds}")
-    results.require_addable(out, steps.STEP_FIELDS, steps.STEP_NUMBERS)
+    steps.STEPS.require_addable(out)
     done = measured(out, device) if resume and out is not None else set()
     for name in names:
         if name in done:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks import results, tables
-from benchmarks.disk import LOADING_FIELDS, LOADING_NUMBERS, append_loading
+from benchmarks.disk import LOADING, append_loading
 from benchmarks.results import Row
 from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import TrainConfig, replace
@@ -206,7 +206,7 @@ def run(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if data is None and images < batch:
         raise ValueError(f"--images must be at least a batch, {batch}, got {images}")
-    results.require_addable(out, LOADING_FIELDS, LOADING_NUMBERS)
+    LOADING.require_addable(out)
     rows: list[Row] = []
     try:
         for row in _rows(presets, storage, data, images, batch, workers, rounds):

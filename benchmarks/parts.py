@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from benchmarks.results import RESULTS, Machine, Row, append, machine_of, read
+from benchmarks.results import RESULTS, Machine, ResultsFile, Row, latest_settings, machine_of
 
-TRAINING = RESULTS / "training.csv"
 # What a step is made of, in its order. A compiled forward pass is "forward" as a whole, and all of
 # a recorded step but its data "graph".
 DATA = ("index", "crop", "normalise")
@@ -28,17 +26,10 @@ TRAINING_FIELDS = (
     "date", "commit", "hardware", "threads", "torch", "cuda", "version", "kernels", "device",
     *SETTING, *_MEASURED,
 )  # fmt: skip
-TRAINING_NUMBERS = {"threads", "images", "batch", *_MEASURED}
-
-
-def append_training(rows: list[Row], path: Path) -> None:
-    """Add the rows of what was measured."""
-    append(rows, path, TRAINING_FIELDS)
-
-
-def read_training(path: Path) -> list[Row]:
-    """The rows of a file of training, part by part."""
-    return read(path, TRAINING_FIELDS, TRAINING_NUMBERS)
+TRAINING = ResultsFile(
+    RESULTS / "training.csv", TRAINING_FIELDS, {"threads", "images", "batch", *_MEASURED}
+)
+append_training, read_training = TRAINING.append, TRAINING.read
 
 
 def setting(row: Row) -> tuple[str, ...]:
@@ -48,10 +39,4 @@ def setting(row: Row) -> tuple[str, ...]:
 
 def latest_training(rows: Iterable[Row]) -> dict[Machine, list[Row]]:
     """Per machine, the last measured first, every setting's last row."""
-    machines: dict[Machine, dict[tuple[str, ...], Row]] = {}
-    for row in rows:
-        machine = machine_of(row, str(row["device"]))
-        found = machines.pop(machine, {})
-        found[setting(row)] = row
-        machines[machine] = found
-    return {machine: list(machines[machine].values()) for machine in reversed(machines)}
+    return latest_settings(rows, lambda row: machine_of(row, str(row["device"])), SETTING)

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -213,35 +214,7 @@ def _counted(case: Case, peers, row: Row) -> Row:
 # -- the file -------------------------------------------------------------------------------------
 
 
-def append(rows: Sequence[Row], path: Path, fields: Sequence[str] = FIELDS) -> None:
-    """Add rows to a CSV file, which gets a header when it is new.
-
-    One write of whole lines, so that an interruption leaves all of them or none.
-
-    Raises:
-        ResultsError: the file has other columns, or does not end with a whole line.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    if is_new(path):
-        writer.writeheader()
-    else:
-        _require_fields(path, fields)
-    writer.writerows(rows)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        before, wanted = os.fstat(descriptor).st_size, text.getvalue().encode()
-        written = os.write(descriptor, wanted)
-        if written != len(wanted):  # as on a full disk
-            os.ftruncate(descriptor, before)
-            raise ResultsError(f"{path}: only {written} of {len(wanted)} bytes could be written")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def is_new(path: Path) -> bool:
+def _is_new(path: Path) -> bool:
     """Whether nothing is there yet: no file, or an empty one, as mktemp makes it.
 
     Raises:
@@ -252,106 +225,161 @@ def is_new(path: Path) -> bool:
     return not path.exists() or (path.is_file() and path.stat().st_size == 0)
 
 
-def require_addable(
-    path: Path | None, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS
-) -> None:
-    """See before anything is measured that its rows can be added to a file, which may be new.
+@dataclass(frozen=True)
+class ResultsFile:
+    """A kind of CSV file of results.
 
-    Raises:
-        ResultsError: the file is another one, or damaged.
-        OSError: it cannot be written.
-    """
-    if path is None:
-        return
-    if not is_new(path):
-        read(path, fields, numbers)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-    except FileExistsError:  # as a link to nothing does, too
-        path.open("ab").close()
-    else:
-        path.unlink()  # until there is something to write
-
-
-def add_file(
-    source: Path,
-    path: Path,
-    fields: Sequence[str] = FIELDS,
-    numbers: Collection[str] = NUMBERS,
-) -> int:
-    """Append the rows of another file that ``path`` does not have yet; how many.
-
-    Raises:
-        ResultsError: one of the files is another one, or damaged.
+    Attributes:
+        path: where the recorded results are; others of the kind are anywhere.
+        fields: the columns, in order.
+        numbers: those that hold numbers, or nothing.
     """
 
-    def lines(file: Path) -> list[dict[str, str]]:
-        read(file, fields, numbers)  # what is damaged must not be added
-        with file.open(newline="", encoding="utf-8") as opened:
-            return list(csv.DictReader(opened))
+    path: Path
+    fields: tuple[str, ...]
+    numbers: Collection[str]
 
-    known = set() if is_new(path) else {tuple(row.values()) for row in lines(path)}
-    fresh = [row for row in lines(source) if tuple(row.values()) not in known]
-    if fresh:
-        append([dict(row) for row in fresh], path, fields)
-    return len(fresh)
+    def append(self, rows: Sequence[Row], path: Path) -> None:
+        """Add rows to a file, which gets a header when it is new.
 
+        One write of whole lines, so that an interruption leaves all of them or none.
 
-def _require_fields(path: Path, fields: Sequence[str]) -> None:
-    if path.exists() and is_new(path):
-        raise ResultsError(f"{path} is empty")
-    try:
+        Raises:
+            ResultsError: the file has other columns, or does not end with a whole line.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.fields, lineterminator="\n")
+        if _is_new(path):
+            writer.writeheader()
+        else:
+            self._require_fields(path)
+        writer.writerows(rows)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            before, wanted = os.fstat(descriptor).st_size, text.getvalue().encode()
+            written = os.write(descriptor, wanted)
+            if written != len(wanted):  # as on a full disk
+                os.ftruncate(descriptor, before)
+                raise ResultsError(
+                    f"{path}: only {written} of {len(wanted)} bytes could be written"
+                )
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def require_addable(self, path: Path | None) -> None:
+        """See before anything is measured that its rows can be added to a file, which may be new.
+
+        Raises:
+            ResultsError: the file is another one, or damaged.
+            OSError: it cannot be written.
+        """
+        if path is None:
+            return
+        if not _is_new(path):
+            self.read(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+        except FileExistsError:  # as a link to nothing does, too
+            path.open("ab").close()
+        else:
+            path.unlink()  # until there is something to write
+
+    def add_file(self, source: Path) -> int:
+        """Append the rows of another file that the recorded ones do not have yet; how many.
+
+        Raises:
+            ResultsError: one of the files is another one, or damaged.
+        """
+
+        def lines(file: Path) -> list[dict[str, str]]:
+            self.read(file)  # what is damaged must not be added
+            with file.open(newline="", encoding="utf-8") as opened:
+                return list(csv.DictReader(opened))
+
+        known = set() if _is_new(self.path) else {tuple(row.values()) for row in lines(self.path)}
+        fresh = [row for row in lines(source) if tuple(row.values()) not in known]
+        if fresh:
+            self.append([dict(row) for row in fresh], self.path)
+        return len(fresh)
+
+    def _require_fields(self, path: Path) -> None:
+        if path.exists() and _is_new(path):
+            raise ResultsError(f"{path} is empty")
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                found = next(csv.reader(file), [])
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ResultsError(f"{path} cannot be read: {error}") from error
+        if found != list(self.fields):
+            missing = [name for name in self.fields if name not in found]
+            others = [name for name in found if name not in self.fields]
+            raise ResultsError(
+                f"{path} has other columns: missing {missing}, unknown {others}"
+                + ("" if missing or others else ", in another order")
+            )
+        with path.open("rb") as file:
+            # There is the header at least.
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # what stops within a cell would be another number
+                raise ResultsError(f"{path} does not end with a whole line")
+
+    def read(self, path: Path) -> list[Row]:
+        """The rows of a file; numbers are floats, and None where a cell is empty.
+
+        Raises:
+            ResultsError: the file cannot be read, or a line is not what it should be.
+        """
+        self._require_fields(path)
+        rows: list[Row] = []
         with path.open(newline="", encoding="utf-8") as file:
-            found = next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ResultsError(f"{path} cannot be read: {error}") from error
-    if found != list(fields):
-        missing = [name for name in fields if name not in found]
-        others = [name for name in found if name not in fields]
-        raise ResultsError(
-            f"{path} has other columns: missing {missing}, unknown {others}"
-            + ("" if missing or others else ", in another order")
-        )
-    with path.open("rb") as file:
-        # There is the header at least.
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":  # what stops within a cell would be another number
-            raise ResultsError(f"{path} does not end with a whole line")
-
-
-def read(path: Path, fields: Sequence[str] = FIELDS, numbers: Collection[str] = NUMBERS):
-    """The rows of a results file; numbers are floats, and None where a cell is empty.
-
-    Raises:
-        ResultsError: the file cannot be read, or a line is not what it should be.
-    """
-    _require_fields(path, fields)
-    rows: list[Row] = []
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = csv.DictReader(file)
-        while True:
-            number = len(rows) + 2
-            try:
-                line = next(lines, None)
-            except csv.Error as error:
-                raise ResultsError(f"{path}, line {number}: {error}") from None
-            if line is None:
-                break
-            if None in line or None in line.values():
-                raise ResultsError(f"{path}, line {number}: not {len(fields)} cells")
-            row: Row = dict(line)
-            for name in numbers:
-                cell = line[name]
+            lines = csv.DictReader(file)
+            while True:
+                number = len(rows) + 2
                 try:
-                    row[name] = float(cell) if cell else None
-                    least = -math.inf if name in SIGNED else 0
-                    if cell and not (math.isfinite(float(cell)) and float(cell) >= least):
-                        raise ValueError(cell)
-                except ValueError:
-                    raise ResultsError(f"{path}, line {number}: {name} is {cell!r}") from None
-            rows.append(row)
-    return rows
+                    line = next(lines, None)
+                except csv.Error as error:
+                    raise ResultsError(f"{path}, line {number}: {error}") from None
+                if line is None:
+                    break
+                if None in line or None in line.values():
+                    raise ResultsError(f"{path}, line {number}: not {len(self.fields)} cells")
+                row: Row = dict(line)
+                for name in self.numbers:
+                    cell = line[name]
+                    try:
+                        row[name] = float(cell) if cell else None
+                        least = -math.inf if name in SIGNED else 0
+                        if cell and not (math.isfinite(float(cell)) and float(cell) >= least):
+                            raise ValueError(cell)
+                    except ValueError:
+                        raise ResultsError(f"{path}, line {number}: {name} is {cell!r}") from None
+                rows.append(row)
+        return rows
+
+    def recorded(self) -> list[Row]:
+        """The recorded rows; none where the file is not there."""
+        return self.read(self.path) if self.path.exists() else []
+
+    def measured_here(self, path: Path, device: str) -> list[Row]:
+        """The rows that a file, which may be new, has of this commit on this machine."""
+        if _is_new(path):
+            return []
+        same = ("commit", "hardware", "torch", "version", "kernels")
+        here = {name: environment(device)[name] for name in same}
+        if "device" in self.fields:  # those of the losses have it in the case's name
+            here["device"] = device
+        return [
+            row
+            for row in self.read(path)
+            if all(row[name] == value for name, value in here.items())
+        ]
+
+
+LOSSES = ResultsFile(RESULTS / "losses.csv", FIELDS, NUMBERS)
+append, read = LOSSES.append, LOSSES.read
 
 
 # -- what was measured together -------------------------------------------------------------------
@@ -443,6 +471,21 @@ def latest(found: Iterable[Measurement]) -> dict[Machine, Latest]:
         known.pop((one.case, one.allocator), None)
         known[one.case, one.allocator] = one
     return result
+
+
+_Key = TypeVar("_Key")
+
+
+def latest_settings(
+    rows: Iterable[Row], machine: Callable[[Row], _Key], setting: Sequence[str]
+) -> dict[_Key, list[Row]]:
+    """Per machine, the last measured first, the last row of all that agree in these columns."""
+    machines: dict[_Key, dict[tuple[str, ...], Row]] = {}
+    for row in rows:
+        found = machines.pop(machine(row), {})
+        found[tuple(str(row[name]) for name in setting)] = row
+        machines[machine(row)] = found
+    return {one: list(machines[one].values()) for one in reversed(machines)}
 
 
 def versions(found: Latest) -> list[Latest]:

@@ -125,14 +125,9 @@ def remaining(
     Last come cases that it has without some of the peers asked for, be it that they were refused:
     so they are again, until they are right.
     """
-    if results.is_new(path):
-        return order
-    here = results.environment(device)
-    same = ("commit", "hardware", "torch", "version", "kernels")
-    rows = [r for r in results.read(path) if all(r[name] == here[name] for name in same)]
     known = {
         (one.case, one.allocator): {peer for which, peer in one.rows if which == results.BOTH}
-        for one in results.measurements(rows)
+        for one in results.measurements(results.LOSSES.measured_here(path, device))
     }
     new, partly = [], []
     for case, warm in order:

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
-from benchmarks.results import RESULTS, Row, append, machine_of, read
+from benchmarks.results import RESULTS, ResultsFile, Row, machine_of
 
-STEPS = RESULTS / "steps.csv"
 STEP_FIELDS = (
     "date", "commit", "hardware", "threads", "torch", "cuda", "version", "kernels", "device",
     "shape", "models", "batch", "image", "dtype", "method", "step_ms", "low_ms", "high_ms",
     "rounds", "loss_us", "loss_low_us", "loss_high_us",
 )  # fmt: skip
-STEP_NUMBERS = {
+_NUMBERS = {
     "threads", "batch", "image", "step_ms", "low_ms", "high_ms", "rounds", "loss_us",
     "loss_low_us", "loss_high_us",
 }  # fmt: skip
+STEPS = ResultsFile(RESULTS / "steps.csv", STEP_FIELDS, _NUMBERS)
+append_steps, read_steps = STEPS.append, STEPS.read
 
 
 def image_width(shape: str, height: int) -> int:
     """Of a shape's images: those of a detector are wide, the others square."""
     return height * 1333 // 800 if shape == "detection" else height
-
-
-def append_steps(rows: list[Row], path: Path) -> None:
-    """Add the steps of one shape, all or none."""
-    append(rows, path, STEP_FIELDS)
-
-
-def read_steps(path: Path) -> list[Row]:
-    """The rows of a file of steps."""
-    return read(path, STEP_FIELDS, STEP_NUMBERS)
 
 
 def latest_steps(rows: Iterable[Row]) -> list[list[Row]]:

@@ -429,15 +429,7 @@ def _rate(images: int, seconds: float) -> float:
 
 def measured(path: Path, device: str) -> set[tuple[str, ...]]:
     """The settings that a results file has of this commit on this machine."""
-    if results.is_new(path):
-        return set()
-    same = ("commit", "hardware", "torch", "version", "kernels")
-    here = {name: results.environment(device)[name] for name in same}
-    return {
-        _key(row)
-        for row in parts.read_training(path)
-        if row["device"] == device and all(row[name] == value for name, value in here.items())
-    }
+    return {_key(row) for row in parts.TRAINING.measured_here(path, device)}
 
 
 def _key(row: results.Row) -> tuple[str, ...]:
@@ -484,7 +476,7 @@ def run(
     names = dict.fromkeys(name for pattern in patterns for name in expand(pattern))
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     configs = [configure(name, world, settings, data or "") for name in names]
-    results.require_addable(out, parts.TRAINING_FIELDS, parts.TRAINING_NUMBERS)
+    parts.TRAINING.require_addable(out)
     size = extent(device, rounds, eval_images)
     if data is None:
         count = limit or IMAGES

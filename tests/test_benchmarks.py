@@ -441,15 +441,16 @@ def test_a_file_that_stops_within_its_last_cell_is_not_read(tmp_path):
 
 def test_damaged_rows_are_not_added_to_the_recorded_ones(tmp_path):
     source, path = tmp_path / "losses.csv", tmp_path / "recorded.csv"
+    recorded = dataclasses.replace(results.LOSSES, path=path)
     for number, damaged in enumerate(("1,2\n", "1" + ",1" * len(results.FIELDS) + "\n", "1,")):
         results.append([dict.fromkeys(results.FIELDS, str(number))], source)
         whole = source.read_text()
         source.write_text(whole + damaged)
         with pytest.raises(results.ResultsError):
-            results.add_file(source, path)
+            recorded.add_file(source)
         source.write_text(whole)
     assert not path.exists()
-    assert results.add_file(source, path) == 3
+    assert recorded.add_file(source) == 3
 
 
 def test_what_gets_slower_than_planned_ends_all_the_same():
@@ -487,7 +488,7 @@ def test_the_share_of_the_cores_is_one(monkeypatch):
 def test_an_empty_file_may_be_added_to(tmp_path):
     path = tmp_path / "losses.csv"
     path.touch()
-    results.require_addable(path)
+    results.LOSSES.require_addable(path)
     with pytest.raises(results.ResultsError, match=r"losses\.csv is empty"):
         results.read(path)  # nothing says that it is a results file
     results.append([dict.fromkeys(results.FIELDS, "1")], path)
@@ -508,7 +509,7 @@ def test_an_empty_file_may_be_gone_on_with(tmp_path):
 def test_a_link_to_a_file_stays_one(tmp_path):
     link, path = tmp_path / "link.csv", tmp_path / "losses.csv"
     link.symlink_to(path)
-    results.require_addable(link)
+    results.LOSSES.require_addable(link)
     results.append([dict.fromkeys(results.FIELDS, "1")], link)
     assert link.is_symlink()
     assert len(results.read(path)) == 1

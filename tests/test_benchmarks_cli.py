@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -595,9 +596,8 @@ def test_regression_without_a_record_says_so(small, tmp_path, capsys):
 
 def test_the_committed_report_is_that_of_the_committed_results():
     rows = results.read(results.RESULTS / "losses.csv")
-    trained = parts.read_training(parts.TRAINING)
-    loaded = disk.read_loading(disk.LOADING) if disk.LOADING.exists() else []
-    text = report.render(rows, steps.read_steps(steps.STEPS), trained, loaded)
+    trained, loaded = parts.TRAINING.recorded(), disk.LOADING.recorded()
+    text = report.render(rows, steps.STEPS.recorded(), trained, loaded)
     page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     assert page == text, "run python -m benchmarks report"
     shown = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
@@ -608,9 +608,11 @@ def test_the_committed_report_is_that_of_the_committed_results():
 def test_results_of_another_machine_are_added_once(tmp_path, monkeypatch, capsys):
     """Those of gpu-check: added to the recorded ones and shown."""
     folder, recorded_in = tmp_path / "gpu", tmp_path / "results"
-    monkeypatch.setattr(results, "RESULTS", recorded_in)
-    monkeypatch.setattr(steps, "STEPS", recorded_in / "steps.csv")
-    monkeypatch.setattr(parts, "TRAINING", recorded_in / "training.csv")
+    for module, name in ((results, "LOSSES"), (steps, "STEPS"), (parts, "TRAINING")):
+        file = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, dataclasses.replace(file, path=recorded_in / file.path.name)
+        )
     results.append(rows_of(("ours", 10)), recorded_in / "losses.csv")
     results.append(gpu_rows(), folder / "losses.csv")
     command = ["report", "--add", str(folder), "--out", str(tmp_path / "out"), "--no-plots"]
