@@ -369,7 +369,7 @@ def _regression(arguments: argparse.Namespace) -> int:
         if one.common["kernels"] == here["kernels"] or one.machine != machine
     ]
     recorded = results.latest(measured)
-    names = {(case.name, "warm" if arguments.device != "cpu" else "default") for case, _ in order}
+    names = {(case.name, results.allocator_of(arguments.device)) for case, _ in order}
     before = {key: one for key, one in recorded.get(machine, {}).items() if key in names}
     if not before:
         known = "\n  ".join(", ".join(one) for one in recorded) or "nothing"

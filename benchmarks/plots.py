@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.cases import Case
 from benchmarks.parts import latest_training
-from benchmarks.results import Latest, Measurement, Row, known_machines, ordered
+from benchmarks.results import Latest, Measurement, Row, allocator_of, known_machines, ordered
 from benchmarks.tables import decimal, in_words, ms_of, parts_of, share_ms, value_of
 from dnkd_ext._files import replacing
 
@@ -38,8 +38,8 @@ def plot_path(kind: str, device: str) -> str:
 
 
 def _with(found: Latest, device: str, dtype: str = "float32") -> list[tuple[Case, Measurement]]:
-    allocator = "default" if device == "cpu" else "warm"
-    return [(c, one) for c, one in ordered(found, allocator) if str(c.dtype) == f"torch.{dtype}"]
+    measured = ordered(found, allocator_of(device))
+    return [(case, one) for case, one in measured if str(case.dtype) == f"torch.{dtype}"]
 
 
 def can_plot(kind: str, found: Latest, device: str) -> bool:

@@ -27,6 +27,7 @@ from benchmarks.results import (
     Machine,
     Measurement,
     Row,
+    allocator_of,
     known_machines,
     ordered,
     processor,
@@ -296,8 +297,7 @@ def _size(case: Case) -> str:
 
 def _ladder(machine: Machine, found: Latest, first: Mapping[str, str], *, with_plots: bool) -> str:
     hardware, device, torch = machine
-    default = "default" if device == "cpu" else "warm"
-    ladder = ordered(found, default)
+    ladder = ordered(found, allocator_of(device))
     present = {peer for _, one in ladder for which, peer in one.rows if which == BOTH}
     others = [p for p in PEERS if p in present - {"ours", "noise", "copy"}]
     marks = _marks(found)

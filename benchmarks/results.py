@@ -86,6 +86,11 @@ def machine_of(row: Row, device: str) -> Machine:
     return processor(row), device, str(row["torch"])
 
 
+def allocator_of(device: str, *, warm: bool = False) -> str:
+    """The column of that name; a GPU's caching allocator counts as warm."""
+    return "warm" if warm or device != "cpu" else "default"
+
+
 @functools.cache
 def environment(device: str) -> Row:
     """The columns that tell hardware, versions and commit; asked once per process."""
@@ -136,7 +141,7 @@ def measure_case(
     common = {
         **environment(case.device),
         "case": case.name,
-        "allocator": "warm" if is_warm or case.device != "cpu" else "default",
+        "allocator": allocator_of(case.device, warm=is_warm),
     }
     for row in rows:
         row.update(common)

@@ -112,11 +112,6 @@ def plan(
     return order
 
 
-def allocator(case: Case, warm: bool) -> str:
-    """The column of that name."""
-    return "warm" if warm or case.device != "cpu" else "default"
-
-
 def remaining(
     order: list[tuple[Case, bool]], path: Path, device: str, only: Collection[str] | None
 ) -> list[tuple[Case, bool]]:
@@ -131,7 +126,7 @@ def remaining(
     }
     new, partly = [], []
     for case, warm in order:
-        found = known.get((case.name, allocator(case, warm)))
+        found = known.get((case.name, results.allocator_of(case.device, warm=warm)))
         if found is None:
             new.append((case, warm))
         elif not results.peers_of(case, warm=warm, only=only) <= found:
