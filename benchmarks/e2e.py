@@ -11,7 +11,6 @@ import contextlib
 import copy
 import importlib.util
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 import dnkd_ext
 from benchmarks import peers, results, steps, tables, targets
 from benchmarks.cases import require_alike
-from benchmarks.harness import measure, synchronise
+from benchmarks.harness import measure, median_and_quantiles, synchronise
 from dnkd_ext import reference
 from dnkd_ext.progress import Progress
 
@@ -319,16 +318,16 @@ def measure_shape(shape: Shape, device: str, *, rounds: int, seconds: float) -> 
     }
     rows = []
     for name, values in times.items():
-        ordered = sorted(values)
+        median, low, high = median_and_quantiles(values)
         part = alone.get(name)  # none where nothing is added to the model's own loss
         rows.append(
             {
                 **common,
                 "method": name,
-                "step_ms": round(statistics.median(ordered) * 1e3, 3),
-                "low_ms": round(ordered[int(0.2 * (len(ordered) - 1))] * 1e3, 3),
-                "high_ms": round(ordered[math.ceil(0.8 * (len(ordered) - 1))] * 1e3, 3),
-                "rounds": len(ordered),
+                "step_ms": round(median * 1e3, 3),
+                "low_ms": round(low * 1e3, 3),
+                "high_ms": round(high * 1e3, 3),
+                "rounds": len(values),
                 "loss_us": "" if part is None else round(part.median * 1e6, 2),
                 "loss_low_us": "" if part is None else round(part.low * 1e6, 2),
                 "loss_high_us": "" if part is None else round(part.high * 1e6, 2),

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -174,17 +174,21 @@ def measure(
                     run()
                 blocks[name].append(block(run, count))
                 spent[name] += count * blocks[name][-1][0]
-    result = {}
-    for name, values in blocks.items():
-        ordered = sorted(wall for wall, _ in values)
-        result[name] = Timing(
-            statistics.median(ordered),
-            ordered[int(0.2 * (len(ordered) - 1))],
-            ordered[math.ceil(0.8 * (len(ordered) - 1))],
+    return {
+        name: Timing(
+            *median_and_quantiles(wall for wall, _ in values),
             len(values),
             statistics.median(host for _, host in values),
         )
-    return result
+        for name, values in blocks.items()
+    }
+
+
+def median_and_quantiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """The median, and the 20 and 80 % quantiles."""
+    ordered = sorted(values)
+    low, high = 0.2 * (len(ordered) - 1), 0.8 * (len(ordered) - 1)
+    return statistics.median(ordered), ordered[int(low)], ordered[math.ceil(high)]
 
 
 def copy_of(byte_count: int, device: str) -> Callable[[], None]:

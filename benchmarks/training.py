@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import signal
 import statistics
 import sys
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import parts, results, tables
-from benchmarks.harness import probe, synchronise
+from benchmarks.harness import median_and_quantiles, probe, synchronise
 from dnkd_ext.progress import Progress
 from dnkd_ext.train import distillation
 from dnkd_ext.train.classification import Classification
@@ -363,15 +362,14 @@ def measure_preset(
         apart.append({part: value / size.steps for part, value in marks.read().items()})
         progress.advance()
     training._check_finite(0)
-    walls = sorted(one.wall for one in plain)
-    median = statistics.median(walls)
+    median, low, high = median_and_quantiles(one.wall for one in plain)
     row.update(
         rounds=size.rounds,
         steps=size.steps,
         step_ips=_rate(task.batch_size, median),
         step_ms=_ms(median),
-        low_ms=_ms(walls[int(0.2 * (len(walls) - 1))]),
-        high_ms=_ms(walls[math.ceil(0.8 * (len(walls) - 1))]),
+        low_ms=_ms(low),
+        high_ms=_ms(high),
     )
     explained = 0.0
     for part in parts.PARTS:
