@@ -33,9 +33,6 @@ NO_VERDICT = 3
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from benchmarks.peers import PEERS
-    from benchmarks.run import DTYPE_NAMES, QUICK_PEERS, QUICK_SECONDS, SECONDS
-
     result = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=(
@@ -48,165 +45,45 @@ def parser() -> argparse.ArgumentParser:
         ),
     )
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=HELP[name], description=HELP[name] + ".")
-
-    def add_choice(command: argparse.ArgumentParser) -> None:
-        command.add_argument(
-            "--device",
-            choices=("cpu", "cuda"),
-            default="cpu",
-            help="where to measure (default cpu)",
-        )
-        command.add_argument(
-            "--case", action="append", default=[], metavar="PATTERN",
-            help="part of a case's name, or a glob that matches it (repeatable)",
-        )  # fmt: skip
-        command.add_argument(
-            "--dtype", action="append", metavar="DTYPE",
-            help=f"{', '.join(DTYPE_NAMES)} (repeatable; default float32 and bfloat16)",
-        )  # fmt: skip
-
-    run = add("run")
-    add_choice(run)
-    run.add_argument(
-        "--peers", action="append", metavar="PEERS",
-        help=f"separated by commas (default all that can run here): {', '.join(PEERS)}",
-    )  # fmt: skip
-    run.add_argument(
-        "--quick", action="store_true",
-        help=f"only sizes within the caches, briefly, and the peers {', '.join(QUICK_PEERS)}",
-    )  # fmt: skip
-    run.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
-    run.add_argument(
-        "--seconds",
-        type=_positive,
-        help=f"about how long a peer is timed per case (default {SECONDS}, quick {QUICK_SECONDS})",
-    )
-    run.add_argument(
-        "--resume", action="store_true",
-        help="leave out the cases that --out has already of this commit on this machine, with all "
-        "peers asked for",
-    )  # fmt: skip
-
-    e2e = add("e2e")
-    e2e.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)"
-    )
-    e2e.add_argument(
-        "--shape", action="append", choices=("cifar", "imagenet", "detection"),
-        help="which networks (repeatable; default cifar and imagenet)",
-    )  # fmt: skip
-    e2e.add_argument(
-        "--rounds", type=int, metavar="N", help="steps per method (default 7 on a CPU, 20 on a GPU)"
-    )
-    e2e.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
-    e2e.add_argument(
-        "--resume", action="store_true",
-        help="leave out the shapes that --out has already of this commit on this machine",
-    )  # fmt: skip
-
-    training = add("training")
-    training.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)"
-    )
-    training.add_argument(
-        "--preset", action="append", metavar="PATTERN",
-        help="name of a preset, or a pattern of several, as 'cifar100/resnet56-resnet20/{kd,kd++}' "
-        "(repeatable; default that pair's ce, kd and kd++, and resnet32x4-resnet8x4/kd++)",
-    )  # fmt: skip
-    training.add_argument(
-        "--data", metavar="DIR",
-        help="folder of a data set, as dnkd train reads it (default synthetic images)",
-    )  # fmt: skip
-    training.add_argument(
-        "--limit", type=int, metavar="IMAGES", help="training images (default 50,000, or all)"
-    )
-    training.add_argument(
-        "--eval-images", type=int, metavar="IMAGES",
-        help="for evaluation and class means (default 1,000 on a CPU, 10,000 on a GPU)",
-    )  # fmt: skip
-    training.add_argument(
-        "--rounds", type=int, metavar="N",
-        help="blocks of steps: 7 of one step on a CPU, 20 of 50 on a GPU by default",
-    )  # fmt: skip
-    training.add_argument(
-        "--batch-size", type=int, metavar="IMAGES", help="per step (default the preset's)"
-    )
-    # What dnkd train takes; without them its own defaults.
-    training.add_argument(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        help="of the step (default auto, as dnkd train)",
-    )
-    for name, text in (
-        ("channels-last", "memory format of images and weights (default)"),
-        ("compile", "torch.compile of teacher, student and loss"),
-        ("cuda-graph", "record the step and replay it"),
+    for name, add, call in (
+        ("run", _add_run, _run),
+        ("e2e", _add_e2e, _e2e),
+        ("training", _add_training, _training),
+        ("loading", _add_loading, _loading),
+        ("report", _add_report, _report),
+        ("compare", _add_compare, _compare),
+        ("regression", _add_regression, _regression),
+        ("targets", _add_targets, _targets),
     ):
-        training.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
-    training.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
-    training.add_argument(
-        "--resume", action="store_true",
-        help="leave out what --out has already of this commit on this machine",
-    )  # fmt: skip
-
-    loading = add("loading")
-    loading.add_argument(
-        "--preset", action="append", metavar="NAME",
-        help="whose augmentation (repeatable; default a ResNet's and DeiT's)",
-    )  # fmt: skip
-    loading.add_argument(
-        "--storage", action="append", choices=("folders", "tar", "wds"),
-        help="kind of storage (repeatable; default all)",
-    )  # fmt: skip
-    loading.add_argument(
-        "--data", metavar="DIR", help="a data set of one's own (default pieces of photographs)"
-    )
-    loading.add_argument(
-        "--images", type=int, default=512, metavar="N", help="to make (default %(default)s)"
-    )
-    loading.add_argument(
-        "--batch-size", type=int, default=64, metavar="N", help="default %(default)s"
-    )
-    loading.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="default 0 and 2"
-    )
-    loading.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="epochs timed (default %(default)s)"
-    )
-    loading.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
-
-    report = add("report")
-    report.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for README.md (default benchmarks)"
-    )
-    report.add_argument(
-        "--add", type=Path, metavar="DIR",
-        help="first add the losses.csv, steps.csv, training.csv and loading.csv of this folder (of "
-        "gpu-check) to the results, those that it has",
-    )  # fmt: skip
-    report.add_argument("--no-plots", action="store_true", help="the text alone")
-
-    compare = add("compare")
-    compare.add_argument("before", type=Path, metavar="A", help="the earlier results file")
-    compare.add_argument("after", type=Path, metavar="B", help="the later one")
-
-    regression = add("regression")
-    add_choice(regression)
-    regression.add_argument(
-        "--against", type=Path, metavar="CSV",
-        help="the recorded results (default benchmarks/results/losses.csv)",
-    )  # fmt: skip
-    regression.add_argument(
-        "--seconds", type=_positive, help=f"per peer and case (default {QUICK_SECONDS})"
-    )
-
-    check = add("targets")
-    check.add_argument("csv", type=Path, metavar="CSV", help="the results file of a ladder")
-    check.add_argument("--steps", type=Path, metavar="CSV", help="that of the training steps")
+        command = commands.add_parser(name, help=HELP[name], description=HELP[name] + ".")
+        command.set_defaults(call=call)
+        add(command)
     return result
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)"
+    )
+
+
+def _add_choice(command: argparse.ArgumentParser) -> None:
+    """Device, cases and dtypes."""
+    from benchmarks.run import DTYPE_NAMES
+
+    _add_device(command)
+    command.add_argument(
+        "--case", action="append", default=[], metavar="PATTERN",
+        help="part of a case's name, or a glob that matches it (repeatable)",
+    )  # fmt: skip
+    command.add_argument(
+        "--dtype", action="append", metavar="DTYPE",
+        help=f"{', '.join(DTYPE_NAMES)} (repeatable; default float32 and bfloat16)",
+    )  # fmt: skip
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, metavar="CSV", help="append the rows to this file")
 
 
 def _positive(text: str) -> float:
@@ -232,6 +109,32 @@ def _busy(device: str) -> str | None:
         f"the machine is busy: this process got {100 * share:.0f} % of the time of "
         f"{torch.get_num_threads()} cores; times, and ratios of them, are not what they would be"
     )
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    from benchmarks.peers import PEERS
+    from benchmarks.run import QUICK_PEERS, QUICK_SECONDS, SECONDS
+
+    _add_choice(command)
+    command.add_argument(
+        "--peers", action="append", metavar="PEERS",
+        help=f"separated by commas (default all that can run here): {', '.join(PEERS)}",
+    )  # fmt: skip
+    command.add_argument(
+        "--quick", action="store_true",
+        help=f"only sizes within the caches, briefly, and the peers {', '.join(QUICK_PEERS)}",
+    )  # fmt: skip
+    _add_out(command)
+    command.add_argument(
+        "--seconds",
+        type=_positive,
+        help=f"about how long a peer is timed per case (default {SECONDS}, quick {QUICK_SECONDS})",
+    )
+    command.add_argument(
+        "--resume", action="store_true",
+        help="leave out the cases that --out has already of this commit on this machine, with all "
+        "peers asked for",
+    )  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -274,6 +177,18 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if outcome.refused else 0
 
 
+def _add_report(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for README.md (default benchmarks)"
+    )
+    command.add_argument(
+        "--add", type=Path, metavar="DIR",
+        help="first add the losses.csv, steps.csv, training.csv and loading.csv of this folder (of "
+        "gpu-check) to the results, those that it has",
+    )  # fmt: skip
+    command.add_argument("--no-plots", action="store_true", help="the text alone")
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from benchmarks import disk, parts, plots, report, results, steps
 
@@ -303,6 +218,11 @@ def _report(arguments: argparse.Namespace) -> int:
         written += plots.plot(rows, folder, trained)
     print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
+
+
+def _add_compare(command: argparse.ArgumentParser) -> None:
+    command.add_argument("before", type=Path, metavar="A", help="the earlier results file")
+    command.add_argument("after", type=Path, metavar="B", help="the later one")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -353,6 +273,19 @@ def _compare(arguments: argparse.Namespace) -> int:
             f"{arguments.before} and {arguments.after} have no case of the same device in common"
         )
     return 0
+
+
+def _add_regression(command: argparse.ArgumentParser) -> None:
+    from benchmarks.run import QUICK_SECONDS
+
+    _add_choice(command)
+    command.add_argument(
+        "--against", type=Path, metavar="CSV",
+        help="the recorded results (default benchmarks/results/losses.csv)",
+    )  # fmt: skip
+    command.add_argument(
+        "--seconds", type=_positive, help=f"per peer and case (default {QUICK_SECONDS})"
+    )
 
 
 def _regression(arguments: argparse.Namespace) -> int:
@@ -413,6 +346,11 @@ def _regression(arguments: argparse.Namespace) -> int:
     return 1 if slower or refused else 0
 
 
+def _add_targets(command: argparse.ArgumentParser) -> None:
+    command.add_argument("csv", type=Path, metavar="CSV", help="the results file of a ladder")
+    command.add_argument("--steps", type=Path, metavar="CSV", help="that of the training steps")
+
+
 def _targets(arguments: argparse.Namespace) -> int:
     from benchmarks import results, steps, targets
 
@@ -449,6 +387,22 @@ def _targets(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _add_e2e(command: argparse.ArgumentParser) -> None:
+    _add_device(command)
+    command.add_argument(
+        "--shape", action="append", choices=("cifar", "imagenet", "detection"),
+        help="which networks (repeatable; default cifar and imagenet)",
+    )  # fmt: skip
+    command.add_argument(
+        "--rounds", type=int, metavar="N", help="steps per method (default 7 on a CPU, 20 on a GPU)"
+    )
+    _add_out(command)
+    command.add_argument(
+        "--resume", action="store_true",
+        help="leave out the shapes that --out has already of this commit on this machine",
+    )  # fmt: skip
+
+
 def _e2e(arguments: argparse.Namespace) -> int:
     from benchmarks import e2e
 
@@ -461,6 +415,50 @@ def _e2e(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         resume=arguments.resume,
     )
+
+
+def _add_training(command: argparse.ArgumentParser) -> None:
+    _add_device(command)
+    command.add_argument(
+        "--preset", action="append", metavar="PATTERN",
+        help="name of a preset, or a pattern of several, as 'cifar100/resnet56-resnet20/{kd,kd++}' "
+        "(repeatable; default that pair's ce, kd and kd++, and resnet32x4-resnet8x4/kd++)",
+    )  # fmt: skip
+    command.add_argument(
+        "--data", metavar="DIR",
+        help="folder of a data set, as dnkd train reads it (default synthetic images)",
+    )  # fmt: skip
+    command.add_argument(
+        "--limit", type=int, metavar="IMAGES", help="training images (default 50,000, or all)"
+    )
+    command.add_argument(
+        "--eval-images", type=int, metavar="IMAGES",
+        help="for evaluation and class means (default 1,000 on a CPU, 10,000 on a GPU)",
+    )  # fmt: skip
+    command.add_argument(
+        "--rounds", type=int, metavar="N",
+        help="blocks of steps: 7 of one step on a CPU, 20 of 50 on a GPU by default",
+    )  # fmt: skip
+    command.add_argument(
+        "--batch-size", type=int, metavar="IMAGES", help="per step (default the preset's)"
+    )
+    # What dnkd train takes; without them its own defaults.
+    command.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the step (default auto, as dnkd train)",
+    )
+    for name, text in (
+        ("channels-last", "memory format of images and weights (default)"),
+        ("compile", "torch.compile of teacher, student and loss"),
+        ("cuda-graph", "record the step and replay it"),
+    ):
+        command.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    _add_out(command)
+    command.add_argument(
+        "--resume", action="store_true",
+        help="leave out what --out has already of this commit on this machine",
+    )  # fmt: skip
 
 
 def _training(arguments: argparse.Namespace) -> int:
@@ -480,6 +478,33 @@ def _training(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         resume=arguments.resume,
     )
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--preset", action="append", metavar="NAME",
+        help="whose augmentation (repeatable; default a ResNet's and DeiT's)",
+    )  # fmt: skip
+    command.add_argument(
+        "--storage", action="append", choices=("folders", "tar", "wds"),
+        help="kind of storage (repeatable; default all)",
+    )  # fmt: skip
+    command.add_argument(
+        "--data", metavar="DIR", help="a data set of one's own (default pieces of photographs)"
+    )
+    command.add_argument(
+        "--images", type=int, default=512, metavar="N", help="to make (default %(default)s)"
+    )
+    command.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="default %(default)s"
+    )
+    command.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2], metavar="N", help="default 0 and 2"
+    )
+    command.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="epochs timed (default %(default)s)"
+    )
+    _add_out(command)
 
 
 def _loading(arguments: argparse.Namespace) -> int:
@@ -532,10 +557,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
-    commands = {
-        "run": _run, "e2e": _e2e, "training": _training, "loading": _loading, "report": _report,
-        "compare": _compare, "regression": _regression, "targets": _targets,
-    }  # fmt: skip
     # As Ctrl-C: what was measured is kept, what was made for it removed.
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -546,7 +567,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             busy = _busy(arguments.device)
             if busy is not None:
                 print(f"benchmarks {arguments.command}: warning: {busy}", file=sys.stderr)
-        return commands[arguments.command](arguments)
+        return arguments.call(arguments)
     except (
         ResultsError,
         NoDevice,
