@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from benchmarks import targets
 from benchmarks.cases import Case
@@ -291,154 +291,151 @@ def _provenance(found: Latest) -> str:
     )
 
 
-def _size(case: Case) -> str:
-    return f"{case.label}, {str(case.dtype)[6:]}"
-
-
 def _ladder(machine: Machine, found: Latest, first: Mapping[str, str], *, with_plots: bool) -> str:
     hardware, device, torch = machine
-    ladder = ordered(found, allocator_of(device))
-    present = {peer for _, one in ladder for which, peer in one.rows if which == BOTH}
+    lines = _labelled(found, allocator_of(device))
+    present = {peer for _, _, one in lines for which, peer in one.rows if which == BOTH}
     others = [p for p in PEERS if p in present - {"ours", "noise", "copy"}]
-    marks = _marks(found)
-
-    def label(case: Case, one: Measurement) -> str:
-        return _size(case) + marks[one.source]
-
-    parts = [f"\n### {hardware}, torch {torch}\n\n{_provenance(found)}. The command:\n\n"]
+    command = "make gpu-check STAGE=bench"
     if device == "cpu":
-        parts.append(f"    make bench TORCH=torch=={torch.split('+')[0]}\n")
-    else:
-        parts.append("    make gpu-check STAGE=bench\n")
+        command = f"make bench TORCH=torch=={torch.split('+')[0]}"
+    parts = [
+        f"\n### {hardware}, torch {torch}\n\n{_provenance(found)}. The command:\n\n    {command}\n"
+    ]
     if with_plots:
         parts += [
             f"\n![{PLOTS[kind]}]({plot_path(kind, device)})\n"
             for kind in PLOTS
             if can_plot(kind, found, device)
         ]
-    parts.append(
-        "\nForward and backward in microseconds, in brackets how many times as long as ours:\n\n"
+    parts += [
+        "\nForward and backward in microseconds, in brackets how many times as long as ours:\n\n",
+        _both_passes(lines, others),
+        _not_measured(present, device),
+        _warm(found) if device == "cpu" else "",
+        _forward(lines),
+        _memory(lines, ["ours", *others]),
+        _host_and_device(lines) if device == "cuda" else "",
+        _targets(found, device, first),
+    ]
+    return "".join(parts)
+
+
+# A line of a ladder's tables: the case, with the mark of its version, and what was measured of it.
+_Line = tuple[str, Case, Measurement]
+
+
+def _labelled(found: Latest, allocator: str) -> list[_Line]:
+    marks = _marks(found)
+    return [
+        (f"{case.label}, {str(case.dtype)[6:]}{marks[one.source]}", case, one)
+        for case, one in ordered(found, allocator)
+    ]
+
+
+def _both_passes(lines: Sequence[_Line], others: Sequence[str]) -> str:
+    return markdown(
+        ["", "ours", "again", *others, "copy", "of the copy's bandwidth"],
+        (
+            [
+                label,
+                _microseconds(one, "ours"),
+                decimal(one.ratio("noise"), 2),
+                *(_others(one, peer) for peer in others),
+                decimal(one.us("copy"), 0 if (one.us("copy") or 0) >= 10 else 1),
+                _percent(one.ratio("copy")),
+            ]
+            for label, _, one in lines
+        ),
     )
-    parts.append(
-        markdown(
-            ["", "ours", "again", *others, "copy", "of the copy's bandwidth"],
-            (
-                [
-                    label(case, one),
-                    _microseconds(one, "ours"),
-                    decimal(one.ratio("noise"), 2),
-                    *(_others(one, peer) for peer in others),
-                    decimal(one.us("copy"), 0 if (one.us("copy") or 0) >= 10 else 1),
-                    _percent(one.ratio("copy")),
-                ]
-                for case, one in ladder
-            ),
-        )
-    )
+
+
+def _not_measured(present: Collection[str], device: str) -> str:
     # Liger-Kernel is for GPUs, and max-autotune; a GPU has all.
     absent = [
         p for p in PEERS if p not in present and not (device == "cpu" and unavailable(p, device))
     ]
-    if absent:
-        parts.append(f"\nNot measured here: {', '.join(absent)}.\n")
-    warm = ordered(found, "warm") if device == "cpu" else []
-    if warm:
-        parts.append(
-            "\nThe same with an allocator that keeps freed memory, so that fresh gradients cost no "
-            "page faults:\n\n"
-        )
-        parts.append(
-            markdown(
-                ["", "ours", "again", "eager", "compile", "copy", "of the copy's bandwidth"],
-                (
-                    [
-                        label(case, one),
-                        _microseconds(one, "ours"),
-                        decimal(one.ratio("noise"), 2),
-                        _others(one, "eager"),
-                        _others(one, "compile"),
-                        decimal(one.us("copy")),
-                        _percent(one.ratio("copy")),
-                    ]
-                    for case, one in warm
-                ),
-            )
-        )
-    forward = [(case, one) for case, one in ladder if (FORWARD, "ours") in one.rows]
-    if forward:
-        parts.append(
-            "\nThe forward pass alone, in which ours forms the gradient already but for DIST and "
-            "float16, in microseconds:\n\n"
-        )
-        parts.append(
-            markdown(
-                ["", "ours", "eager", "compile"],
-                (
-                    [
-                        label(case, one),
-                        _microseconds(one, "ours", FORWARD),
-                        _others(one, "eager", FORWARD),
-                        _others(one, "compile", FORWARD),
-                    ]
-                    for case, one in forward
-                ),
-            )
-        )
-    if any(one.value("peak_bytes") is not None for _, one in ladder):
-        parts.append("\nPeak memory beyond the inputs, forward and backward:\n\n")
-        with_memory = [
-            p for p in ("ours", *others)
-            if any(one.value("peak_bytes", p) is not None for _, one in ladder)
-        ]  # fmt: skip
-        parts.append(
-            markdown(
-                ["", "gradients", *with_memory],
-                (
-                    [
-                        label(case, one),
-                        _bytes(case.gradient_bytes),
-                        *(_bytes(one.value("peak_bytes", peer)) for peer in with_memory),
-                    ]
-                    for case, one in ladder
-                ),
-            )
-        )
-    if device == "cuda":
-        parts.append(
-            "\nHost and device of ours, forward and backward: time until the call returns, time of "
-            "its kernels, launches, synchronisations, and whether a CUDA graph captures it:\n\n"
-        )
-        parts.append(
-            markdown(
-                ["", "host us", "device us", "launches", "waits", "graph"],
-                (
-                    [
-                        label(case, one),
-                        *(
-                            decimal(one.value(column), digits)
-                            for column, digits in (
-                                ("host_us", 1),
-                                ("device_us", 1),
-                                ("launches", 0),
-                                ("syncs", 0),
-                            )
-                        ),
-                        str(one.rows.get((BOTH, "ours"), {}).get("graph", "")) or "-",
-                    ]
-                    for case, one in ladder
-                ),
-            )
-        )
+    return f"\nNot measured here: {', '.join(absent)}.\n" if absent else ""
+
+
+def _warm(found: Latest) -> str:
+    lines = _labelled(found, "warm")
+    if not lines:
+        return ""
+    return (
+        "\nThe same with an allocator that keeps freed memory, so that fresh gradients cost no "
+        "page faults:\n\n" + _both_passes(lines, ["eager", "compile"])
+    )
+
+
+def _forward(lines: Sequence[_Line]) -> str:
+    timed = [(label, one) for label, _, one in lines if (FORWARD, "ours") in one.rows]
+    if not timed:
+        return ""
+    return (
+        "\nThe forward pass alone, in which ours forms the gradient already but for DIST and "
+        "float16, in microseconds:\n\n"
+    ) + markdown(
+        ["", "ours", "eager", "compile"],
+        (
+            [
+                label,
+                _microseconds(one, "ours", FORWARD),
+                _others(one, "eager", FORWARD),
+                _others(one, "compile", FORWARD),
+            ]
+            for label, one in timed
+        ),
+    )
+
+
+def _memory(lines: Sequence[_Line], peers: Sequence[str]) -> str:
+    counted = [
+        p for p in peers if any(one.value("peak_bytes", p) is not None for _, _, one in lines)
+    ]
+    if "ours" not in counted:
+        return ""
+    return "\nPeak memory beyond the inputs, forward and backward:\n\n" + markdown(
+        ["", "gradients", *counted],
+        (
+            [
+                label,
+                _bytes(case.gradient_bytes),
+                *(_bytes(one.value("peak_bytes", peer)) for peer in counted),
+            ]
+            for label, case, one in lines
+        ),
+    )
+
+
+def _host_and_device(lines: Sequence[_Line]) -> str:
+    columns = {"host_us": 1, "device_us": 1, "launches": 0, "syncs": 0}
+    return (
+        "\nHost and device of ours, forward and backward: time until the call returns, time of "
+        "its kernels, launches, synchronisations, and whether a CUDA graph captures it:\n\n"
+    ) + markdown(
+        ["", "host us", "device us", "launches", "waits", "graph"],
+        (
+            [
+                label,
+                *(decimal(one.value(column), digits) for column, digits in columns.items()),
+                str(one.rows.get((BOTH, "ours"), {}).get("graph", "")) or "-",
+            ]
+            for label, _, one in lines
+        ),
+    )
+
+
+def _targets(found: Latest, device: str, first: Mapping[str, str]) -> str:
     now, *older = versions(found)
     verdicts = targets.evaluate(now, device, first)
     missed = targets.missed_before(verdicts, older, device)
-    parts.append(
+    return (
         "\nThe targets, on the figures of the newest version"
         + (", before them what an older one missed and this one has no figure of" if missed else "")
         + ":\n\n"
+        + "".join(f"    {line}\n" for line in [*missed, *targets.lines(verdicts)])
     )
-    parts.append("\n".join(f"    {v}" for v in [*missed, *targets.lines(verdicts)]))
-    return "".join(parts) + "\n"
 
 
 def _percent(value: float | None) -> str:
