@@ -334,7 +334,7 @@ def test_configurations_survive_json():
         ({"learning_rate": 1}, "no such option of a training run: learning_rate"),
         ({"epochs": 1.5}, "epochs must be an integer, got 1.5"),
         ({"method": "nothing"}, "method must be one of ce, kd"),
-        ({"milestones": 3}, "milestones must be a list, got 3"),
+        ({"milestones": 3}, "milestones must be a list of integers, got 3"),
         ({"flip": 1}, "flip must be true or false, got 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -6,12 +6,11 @@ are flat.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from dnkd_ext.train.data.reader_options import ReaderOptions
 
@@ -23,7 +22,9 @@ __all__ = [
     "OptimOptions",
     "RunOptions",
     "TrainConfig",
+    "converted",
     "flatten",
+    "in_words",
     "replace",
 ]
 
@@ -556,6 +557,13 @@ FREE = {
 
 GROUPS = ("data", "model", "method", "optim", "run", "reader", "detection")
 
+# The type of every option.
+KINDS: dict[str, Any] = {
+    name: kind
+    for group in GROUPS
+    for name, kind in get_type_hints(type(getattr(TrainConfig(), group))).items()
+}
+
 
 def _option(name: str) -> str:
     return name.replace("_", "-")
@@ -590,39 +598,55 @@ def replace(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
     groups = {}
     for group in GROUPS:
         options = getattr(config, group)
-        hints = typing.get_type_hints(type(options))
-        changes = {name: settings.pop(name) for name in hints if name in settings}
+        changes = {name: settings.pop(name) for name in vars(options) if name in settings}
         groups[group] = dataclasses.replace(
-            options, **{name: _typed(name, hints[name], value) for name, value in changes.items()}
+            options, **{name: _typed(name, value) for name, value in changes.items()}
         )
     if settings:
         raise ValueError(f"no such option of a training run: {', '.join(sorted(settings))}")
     return TrainConfig(preset, **groups)
 
 
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    """The value as the field's type has it."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return _typed(name, kind, value)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        wanted = f"one of {', '.join(map(str, arguments))}"
-    elif origin is tuple:
-        count = None if Ellipsis in arguments else len(arguments)
-        if isinstance(value, list | tuple) and count in (None, len(value)):
-            return tuple(_typed(name, arguments[0], item) for item in value)
-        wanted = "a list" if count is None else f"a list of {count}"
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        wanted = "a number"
-    else:
-        if type(value) is kind:
-            return value
-        wanted = {int: "an integer", bool: "true or false", str: "a text"}[kind]
-    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+def _typed(name: str, value: Any) -> Any:
+    """The value as the option's type has it."""
+    if value is None and type(None) in get_args(KINDS[name]):
+        return None
+    found = converted(KINDS[name], value)
+    if found is None:
+        raise ValueError(f"{name} must be {in_words(KINDS[name])}, got {value!r}")
+    return found
+
+
+def _some(kind: Any) -> Any:
+    """The type without None."""
+    return get_args(kind)[0] if type(None) in get_args(kind) else kind
+
+
+def converted(kind: Any, value: Any) -> Any:
+    """The value as a field's type has it; None where it is of another."""
+    kind = _some(kind)
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value if value in arguments else None
+    if get_origin(kind) is tuple:
+        fits = isinstance(value, list | tuple) and (
+            Ellipsis in arguments or len(value) == len(arguments)
+        )
+        items = tuple(converted(arguments[0], item) for item in value) if fits else (None,)
+        return None if None in items else items
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    return value if type(value) is kind else None
+
+
+def in_words(kind: Any) -> str:
+    """What a field's type asks for, None apart."""
+    kind = _some(kind)
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(arguments)}"
+    if get_origin(kind) is tuple:
+        count = "" if Ellipsis in arguments else "two "
+        return f"a list of {count}{in_words(arguments[0]).split()[-1]}s"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]

@@ -11,15 +11,14 @@ import fnmatch
 import functools
 import math
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
-__all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
+from dnkd_ext.train.config import KINDS, converted, in_words
 
-METHODS = ("ce", "kd", "dkd", "dist", "reviewkd", "hard_kd")
-TASKS = ("cifar", "imagenet", "detection")
+__all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
 
 
 @dataclass(frozen=True)
@@ -197,110 +196,29 @@ def _unknown(name: str) -> str:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if _is_number(value) else None
-
-
-def _int(value: Any) -> int | None:
-    return value if type(value) is int else None
-
-
-def _bool(value: Any) -> bool | None:
-    return value if type(value) is bool else None
-
-
-def _str(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _choice(choices: tuple[str, ...]) -> Callable[[Any], str | None]:
-    return lambda value: value if isinstance(value, str) and value in choices else None
-
-
-def _pair(value: Any) -> tuple[float, float] | None:
-    numbers = _tuple(_float)(value)
-    return numbers if numbers and len(numbers) == 2 else None
-
-
-def _tuple(kind: Callable[[Any], Any]) -> Callable[[Any], tuple | None]:
-    def read(value: Any) -> tuple | None:
-        items = [kind(item) for item in value] if isinstance(value, list) else []
-        return tuple(items) if items and None not in items else None
-
-    return read
-
-
-_NUMBER = (_float, "a number")
-_INTEGER = (_int, "an integer")
-_TRUTH = (_bool, "true or false")
-
-# How a setting is read (None for a value of another type) and what is wanted, in words.
-SETTINGS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "task": (_choice(TASKS), f"one of {', '.join(TASKS)}"),
-    "method": (_choice(METHODS), f"one of {', '.join(METHODS)}"),
-    "ce_weight": _NUMBER,
-    "kd_weight": _NUMBER,
-    "nd_weight": _NUMBER,
-    "alpha": _NUMBER,
-    "beta": _NUMBER,
-    "gamma": _NUMBER,
-    "temperature": _NUMBER,
-    "kd_warm_up": _INTEGER,
-    "epochs": _INTEGER,
-    "batch_size": _INTEGER,
-    "lr": _NUMBER,
-    "momentum": _NUMBER,
-    "nesterov": _TRUTH,
-    "weight_decay": _NUMBER,
-    "milestones": (_tuple(_int), "a list of integers"),
-    "lr_decay": _NUMBER,
-    "pad": _INTEGER,
-    "flip": _TRUTH,
-    "mean": (_tuple(_float), "a list of numbers"),
-    "std": (_tuple(_float), "a list of numbers"),
-}
-
-# The settings that only the presets of the imagenet task have, in the same form.
-IMAGENET: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "nd_ramp": _TRUTH,
-    "mid_channels": _INTEGER,
-    "label_smoothing": _NUMBER,
-    "optimizer": (_choice(("sgd", "adamw")), "one of sgd, adamw"),
-    "betas": (_pair, "a list of two numbers"),
-    "decay_vectors": _TRUTH,
-    "schedule": (_choice(("multistep", "cosine")), "one of multistep, cosine"),
-    "lr_warm_up": _NUMBER,
-    "lr_end": _NUMBER,
-    "cosine_after_warm_up": _TRUTH,
-    "zero_init_last": _TRUTH,
-    "image_size": _INTEGER,
-    "scale": (_pair, "a list of two numbers"),
-    "crop_pct": _NUMBER,
-    "interpolation": (_choice(("bilinear", "bicubic")), "one of bilinear, bicubic"),
-    "hflip": _NUMBER,
-    "auto_augment": (_str, "a text"),
-    "random_erasing": _NUMBER,
-    "mixup": _NUMBER,
-    "cutmix": _NUMBER,
-    "drop_path": _NUMBER,
-}
+# Settings of presets of all tasks, or of all that have such an option, in the order in which they
+# are shown.
+_COMMON = (
+    *("task", "method", "ce_weight", "kd_weight", "nd_weight", "alpha", "beta", "gamma"),
+    *("temperature", "kd_warm_up", "epochs", "batch_size", "lr", "momentum", "nesterov"),
+    *("weight_decay", "milestones", "lr_decay", "pad", "flip", "mean", "std"),
+)
+# The settings that only the presets of the imagenet task have.
+_IMAGENET = (
+    *("nd_ramp", "mid_channels", "label_smoothing", "optimizer", "betas", "decay_vectors"),
+    *("schedule", "lr_warm_up", "lr_end", "cosine_after_warm_up", "zero_init_last"),
+    *("image_size", "scale", "crop_pct", "interpolation", "hflip", "auto_augment"),
+    *("random_erasing", "mixup", "cutmix", "drop_path"),
+)
 # Likewise of the detection task.
-DETECTION: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "lr_start": _NUMBER,
-    "epoch_steps": _INTEGER,
-    "backbone_weights": (_str, "a text"),
-    "trainable_layers": _INTEGER,
-    "min_size": (_tuple(_int), "a list of integers"),
-    "max_size": _INTEGER,
-    "anchor_sizes": (_tuple(_int), "a list of integers"),
-    "rpn_proposals": _INTEGER,
-    "proposals": _INTEGER,
-}
-SETTINGS |= IMAGENET | DETECTION
+_DETECTION = (
+    *("lr_start", "epoch_steps", "backbone_weights", "trainable_layers", "min_size", "max_size"),
+    *("anchor_sizes", "rpn_proposals", "proposals"),
+)
+# Every setting's type, that of the option; where the command line takes any number of numbers, the
+# reader of images wants two.
+SETTINGS: dict[str, Any] = {name: KINDS[name] for name in (*_COMMON, *_IMAGENET, *_DETECTION)}
+SETTINGS["scale"] = tuple[float, float]
 
 # The settings that only some methods, optimizers and schedules have.
 OF_METHODS: dict[str, set[str]] = {
@@ -314,8 +232,8 @@ OF_METHODS: dict[str, set[str]] = {
 OF_OPTIMIZERS = {"sgd": {"momentum", "nesterov"}, "adamw": {"betas"}}
 OF_TASKS = {
     "cifar": {"pad", "flip"},
-    "imagenet": set(IMAGENET),
-    "detection": {"flip", "mid_channels", "lr_warm_up", *DETECTION},
+    "imagenet": set(_IMAGENET),
+    "detection": {"flip", "mid_channels", "lr_warm_up", *_DETECTION},
 }
 OF_SCHEDULES = {
     "multistep": {"milestones", "lr_decay"},
@@ -335,6 +253,14 @@ def _wanted(settings: dict[str, Any]) -> set[str]:
         wanted -= set().union(*choices.values()) - choices[choice]
     # Detectors begin slowly whatever the schedule.
     return wanted | ({"lr_warm_up"} if settings.get("task") == "detection" else set())
+
+
+def _given(kind: Any, value: Any) -> Any:
+    """The value as a type has it; None also where it is an empty list, or not finite."""
+    found = converted(kind, value)
+    items = found if isinstance(found, tuple) else (found,)
+    is_finite = all(math.isfinite(item) for item in items if isinstance(item, float))
+    return found if items and is_finite else None
 
 
 @dataclass
@@ -485,7 +411,7 @@ class _File:
         for name, value in self._items(content, key):
             place = f"{dot}{name}"
             if name == "published" and name in known:
-                part.published = _float(value)
+                part.published = _given(float, value)
                 if part.published is None:
                     raise self._error(place, f"must be a number, got {value!r}")
             elif name == "source" and name in known:
@@ -516,10 +442,9 @@ class _File:
                 raise self._error(f"{place}.inferred", f"must be true, got {value['inferred']!r}")
             part.inferred[name] = self._text(value["reason"], f"{place}.reason")
             value = value["value"]
-        read, wanted = SETTINGS[name]
-        part.settings[name] = read(value)
+        part.settings[name] = _given(SETTINGS[name], value)
         if part.settings[name] is None:
-            raise self._error(place, f"must be {wanted}, got {value!r}")
+            raise self._error(place, f"must be {in_words(SETTINGS[name])}, got {value!r}")
 
     def _mapping(
         self, value: Any, key: str, keys: set[str], optional: Collection[str] = ()
