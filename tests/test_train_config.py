@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
 
 from dnkd_ext.cli import main
+from dnkd_ext.train import presets
 from dnkd_ext.train.arguments import _read_train
-from dnkd_ext.train.config import flatten
+from dnkd_ext.train.config import METHODS, MethodOptions, flatten
+from dnkd_ext.train.distillation import make_criterion
+from dnkd_ext.train.models import create_model
 from tests.runs import log, same, weights
 from tests.stripes import SKIPPED, refused
 
@@ -74,3 +82,47 @@ def test_configurations_that_are_none(tmp_path, capsys):
         assert not out.exists()
     given = again(tmp_path / "list.json", out, "--preset", "cifar100/resnet56-resnet20/kd")
     assert "each give all options; pass one of them" in refused(given, capsys)
+
+
+# By hand: what is read off each criterion that is made with the options below.
+CRITERIA = {
+    "ce": {"kd_weight": 0.0},
+    "kd": {"temperature": 5.0, "logit_standardization": True},
+    "dkd": {"alpha": 6.0, "beta": 7.0, "temperature": 5.0, "logit_standardization": True},
+    "dist": {"beta": 7.0, "gamma": 8.0, "tau": 5.0, "process_group": None},
+    "reviewkd": {"mid_channels": 9},
+    "hard_kd": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_criterion_is_made_with_its_options(method):
+    options = MethodOptions(
+        *(method, 2.0, 3.0, 4.0),
+        temperature=5.0,
+        alpha=6.0,
+        beta=7.0,
+        gamma=8.0,
+        mid_channels=9,
+        logit_standardization=True,
+    )
+    models = [create_model("cifar_resnet20") for _ in range(2)]
+    means = torch.randn(100, 64)
+    criterion = make_criterion(options, means, *models, SimpleNamespace(size=1), 0.25)
+    assert type(criterion) is METHODS[method].criterion
+    wanted = {"ce_weight": 2.0, "kd_weight": 3.0, "nd_weight": 4.0, "label_smoothing": 0.25}
+    for name, value in (wanted | CRITERIA[method]).items():
+        holder = criterion.fusion if name == "mid_channels" else criterion
+        assert getattr(holder, name) == value
+    assert torch.equal(criterion.class_means, means)
+
+
+def test_no_method_lacks_its_entry():
+    """The options know those of the table alone, which names options that there are."""
+    assert get_args(get_type_hints(MethodOptions)["method"]) == tuple(METHODS) == tuple(CRITERIA)
+    for name, method in METHODS.items():
+        assert {*method.options} <= vars(MethodOptions()).keys()
+        has = presets._wanted({"method": name, "task": "imagenet"})
+        numbers = {"temperature", "alpha", "beta", "gamma", "mid_channels"}
+        assert has & numbers == {*method.options} & numbers
+        assert ("kd_warm_up" in has) == (name != "ce")

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from dnkd_ext.train.config import (
-    OF_METHODS,
     DataOptions,
     DetectionOptions,
     MethodOptions,
@@ -29,6 +28,7 @@ from dnkd_ext.train.config import (
     ReaderOptions,
     RunOptions,
     TrainConfig,
+    methods_with,
     replace,
     unused,
 )
@@ -287,9 +287,10 @@ def _without_unused(
         given = getattr(config.method, name)
         is_given = given not in (default, getattr(base.method, name))
         if is_given and all(name in unused(other) for other in configs):
+            methods = " and ".join(methods_with(name))
             raise ValueError(
-                f"--{name.replace('_', '-')} is for --method {' and '.join(OF_METHODS[name])}, got "
-                f"--method {config.method.method}"
+                f"--{name.replace('_', '-')} is for --method {methods}, got --method "
+                f"{config.method.method}"
             )
     return replace(config, unused(config))
 

@@ -161,7 +161,7 @@ class Classification(Task):
         student = build_student(config, source)
         if config.run.activation_checkpointing:
             checkpoint_activations(student, config.model.student)
-        if config.method.method == "reviewkd":
+        if config.method.kind.compares_maps:
             assert teacher is not None
             _check_stages(student, teacher.model, config)
         try_out(student, f"--student {config.model.student}", config, source)

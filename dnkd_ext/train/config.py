@@ -10,13 +10,24 @@ import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from torch import nn
+
+from dnkd_ext.criteria import (
+    DISTPlusPlus,
+    DKDPlusPlus,
+    HardKDPlusPlus,
+    KDPlusPlus,
+    ReviewKDPlusPlus,
+)
 from dnkd_ext.train.data.reader_options import ReaderOptions
 
 __all__ = [
+    "METHODS",
     "DataOptions",
     "DetectionOptions",
+    "Method",
     "MethodOptions",
     "ModelOptions",
     "OptimOptions",
@@ -25,6 +36,7 @@ __all__ = [
     "converted",
     "flatten",
     "in_words",
+    "methods_with",
     "replace",
 ]
 
@@ -35,6 +47,33 @@ NORMALISATION = {
     "cifar": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "imagenet": _IMAGENET,
     "detection": _IMAGENET,
+}
+
+
+class Method(NamedTuple):
+    """What is distilled beside the features, and by what.
+
+    Attributes:
+        criterion: its class, which is made with the weights and these options.
+        options: fields of :class:`MethodOptions`, apart from weights and ramps.
+        compares_maps: the criterion compares maps of stages in place of logits.
+        in_detection: whether it is there for detectors.
+    """
+
+    criterion: type[nn.Module]
+    options: tuple[str, ...] = ()
+    compares_maps: bool = False
+    in_detection: bool = True
+
+
+METHODS = {
+    # Cross entropy and the ND loss, without a distillation of logits.
+    "ce": Method(KDPlusPlus),
+    "kd": Method(KDPlusPlus, ("temperature", "logit_standardization")),
+    "dkd": Method(DKDPlusPlus, ("alpha", "beta", "temperature", "logit_standardization")),
+    "dist": Method(DISTPlusPlus, ("beta", "gamma", "temperature"), in_detection=False),
+    "reviewkd": Method(ReviewKDPlusPlus, ("mid_channels",), compares_maps=True),
+    "hard_kd": Method(HardKDPlusPlus, in_detection=False),
 }
 
 
@@ -117,7 +156,7 @@ class MethodOptions:
     proposal.
     """
 
-    method: Literal["ce", "kd", "dkd", "dist", "reviewkd", "hard_kd"] = "ce"
+    method: Literal[tuple(METHODS)] = "ce"
     """What is distilled beside the features; ce: nothing; hard_kd: the class that the teacher
     finds, by cross entropy, on the distillation token where the student has one. The ++ of a method
     is its nd_weight."""
@@ -147,6 +186,17 @@ class MethodOptions:
     """Of the cross entropy."""
     logit_standardization: bool = False
     """KD and DKD: standardise each row of logits before the temperature."""
+
+    @property
+    def kind(self) -> Method:
+        """What the method is."""
+        return METHODS[self.method]
+
+    def of_criterion(self) -> dict[str, Any]:
+        """The weights and options that the method's criterion is made with."""
+        names = ("ce_weight", "kd_weight", "nd_weight", *self.kind.options)
+        given = {name: getattr(self, name) for name in names}
+        return {**given, "kd_weight": 0.0} if self.method == "ce" else given
 
 
 @dataclass(frozen=True)
@@ -415,7 +465,7 @@ class TrainConfig:
 
     def _check_detection(self) -> None:
         """What detection has no part in."""
-        if self.method.method in ("dist", "hard_kd"):
+        if not self.method.kind.in_detection:
             raise ValueError(f"--method {self.method.method} has no part in --task detection")
         if self.method.label_smoothing:
             raise ValueError("--label-smoothing has no part in --task detection")
@@ -484,11 +534,8 @@ OF_TASKS = {
     "flip": ("cifar", "detection"),
     "workers": ("imagenet", "detection"),
 }
-# Which methods have an option that says how they compute; weights and such of others do no harm.
-OF_METHODS: dict[str, tuple[str, ...]] = {
-    "logit_standardization": ("kd", "dkd"),
-    "mid_channels": ("reviewkd",),
-}
+# Options that are refused where the method has no use for them; numbers of others do no harm.
+STRICT = ("logit_standardization", "mid_channels")
 OF_GROUPS: dict[type, tuple[str, ...]] = {
     ReaderOptions: ("imagenet",),
     DetectionOptions: ("detection",),
@@ -580,11 +627,13 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 def unused(config: TrainConfig) -> dict[str, Any]:
     """The options that the configuration's method has no use for, as they are without them."""
-    return {
-        name: getattr(MethodOptions(), name)
-        for name, methods in OF_METHODS.items()
-        if config.method.method not in methods
-    }
+    own = config.method.kind.options
+    return {name: getattr(MethodOptions(), name) for name in STRICT if name not in own}
+
+
+def methods_with(option: str) -> list[str]:
+    """The methods whose criterion is made with an option."""
+    return [name for name, method in METHODS.items() if option in method.options]
 
 
 def replace(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +10,8 @@ from torch import Tensor, nn
 
 from dnkd_ext.adapters import distilled_features, features
 from dnkd_ext.class_means import ClassMeans
-from dnkd_ext.criteria import (
-    DISTPlusPlus,
-    DKDPlusPlus,
-    HardKDPlusPlus,
-    KDPlusPlus,
-    ReviewKDPlusPlus,
-)
 from dnkd_ext.review import stage_maps
-from dnkd_ext.train.config import MethodOptions
+from dnkd_ext.train.config import METHODS, MethodOptions
 from dnkd_ext.train.world import World
 
 __all__ = ["STAGE_METHODS", "TERMS", "Distillation", "RunningMeans", "make_criterion"]
@@ -96,6 +88,7 @@ class Distillation(nn.Module):
         self.criterion = criterion
         self.projector = projector
         self.method = method
+        self.compares_maps = METHODS[method].compares_maps
         self.label_smoothing = label_smoothing
         self.nd_ramp = nd_ramp
         self.running = running
@@ -112,7 +105,7 @@ class Distillation(nn.Module):
             none = torch.zeros_like(ce)
             return loss, ce.detach(), none, none, _top1(logits, target)
         more: dict[str, Any] = {"nd_ramp": ramp} if self.nd_ramp else {}
-        if self.method == "reviewkd":
+        if self.compares_maps:
             with torch.no_grad():
                 # timm's models give their maps after the activation only.
                 wanted, teacher_features, _ = stage_maps(
@@ -162,40 +155,11 @@ def make_criterion(
     label_smoothing: float,
 ) -> nn.Module:
     """The loss of a method, with the class means as its buffer."""
-    shared = {
-        "ce_weight": options.ce_weight,
-        "kd_weight": options.kd_weight,
-        "nd_weight": options.nd_weight,
-        "label_smoothing": label_smoothing,
-    }
-    makers: dict[str, Callable[[], nn.Module]] = {
-        # Cross entropy and the ND loss without a distillation of logits.
-        "ce": lambda: KDPlusPlus(class_means, **{**shared, "kd_weight": 0.0}),
-        "kd": lambda: KDPlusPlus(
-            class_means,
-            **shared,
-            temperature=options.temperature,
-            logit_standardization=options.logit_standardization,
-        ),
-        "dkd": lambda: DKDPlusPlus(
-            class_means,
-            **shared,
-            alpha=options.alpha,
-            beta=options.beta,
-            temperature=options.temperature,
-            logit_standardization=options.logit_standardization,
-        ),
-        "dist": lambda: DISTPlusPlus(
-            class_means,
-            **shared,
-            beta=options.beta,
-            gamma=options.gamma,
-            tau=options.temperature,
-            process_group=torch.distributed.group.WORLD if world.size > 1 else None,
-        ),
-        "hard_kd": lambda: HardKDPlusPlus(class_means, **shared),
-        "reviewkd": lambda: ReviewKDPlusPlus.from_models(
-            student, teacher, class_means, **shared, mid_channels=options.mid_channels
-        ),
-    }
-    return makers[options.method]()
+    kind, given = options.kind, options.of_criterion()
+    given["label_smoothing"] = label_smoothing
+    if options.method == "dist":
+        given["tau"] = given.pop("temperature")
+        given["process_group"] = torch.distributed.group.WORLD if world.size > 1 else None
+    if kind.compares_maps:
+        return kind.criterion.from_models(student, teacher, class_means, **given)
+    return kind.criterion(class_means, **given)

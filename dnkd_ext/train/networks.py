@@ -207,7 +207,7 @@ def try_out(model: nn.Module, option: str, config: TrainConfig, source: Source) 
     size = source.image_size
     # Of its own generator: what is drawn later does not depend on this.
     noise = torch.randn(2, source.channels, size, size, generator=torch.Generator().manual_seed(0))
-    run = stage_maps if config.method.method == "reviewkd" else features
+    run = stage_maps if config.method.kind.compares_maps else features
     try:
         with evaluating(model):
             run(model, noise.to(next(model.parameters()).device))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
-from dnkd_ext.train.config import KINDS, converted, in_words
+from dnkd_ext.train.config import KINDS, METHODS, converted, in_words
 
 __all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
 
@@ -221,13 +221,9 @@ SETTINGS: dict[str, Any] = {name: KINDS[name] for name in (*_COMMON, *_IMAGENET,
 SETTINGS["scale"] = tuple[float, float]
 
 # The settings that only some methods, optimizers and schedules have.
-OF_METHODS: dict[str, set[str]] = {
-    "ce": set(),
-    "kd": {"temperature", "kd_warm_up"},
-    "dkd": {"temperature", "kd_warm_up", "alpha", "beta"},
-    "dist": {"temperature", "kd_warm_up", "beta", "gamma"},
-    "reviewkd": {"kd_warm_up", "mid_channels"},
-    "hard_kd": {"kd_warm_up"},
+OF_METHODS = {
+    name: {*method.options, *(() if name == "ce" else ("kd_warm_up",))}
+    for name, method in METHODS.items()
 }
 OF_OPTIMIZERS = {"sgd": {"momentum", "nesterov"}, "adamw": {"betas"}}
 OF_TASKS = {

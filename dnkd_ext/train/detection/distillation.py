@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN
 
-from dnkd_ext.criteria import DKDPlusPlus, KDPlusPlus, ReviewKDPlusPlus
-from dnkd_ext.train.config import MethodOptions
+from dnkd_ext.train.config import METHODS, MethodOptions
 from dnkd_ext.train.detection.heads import answers, watched
 
 __all__ = ["IGNORED", "TERMS", "DetectorDistillation", "make_criterion"]
@@ -32,37 +31,20 @@ def make_criterion(options: MethodOptions, class_means: Tensor | None) -> nn.Mod
     None where nothing is learnt from a teacher.
 
     Args:
-        options: ``method`` ce, kd, dkd or reviewkd, and its numbers.
+        options: ``method``, one that detection has, and its numbers.
         class_means: ``(C, D)``, the background's in row 0; None without the ND loss.
     """
-    shared = {"ce_weight": 0.0, "nd_weight": options.nd_weight, "ignore_index": IGNORED}
-    if options.method == "reviewkd":
-        channels = [MAP_CHANNELS] * LEVELS
-        return ReviewKDPlusPlus(
-            class_means,
-            channels,
-            channels,
-            mid_channels=options.mid_channels or MAP_CHANNELS,
-            kd_weight=options.kd_weight,
-            **shared,
-        )
-    shared["logit_standardization"] = options.logit_standardization
-    shared["temperature"] = options.temperature
-    if options.method == "dkd":
-        return DKDPlusPlus(
-            class_means,
-            alpha=options.alpha,
-            beta=options.beta,
-            kd_weight=options.kd_weight,
-            **shared,
-        )
-    if options.method == "kd":
-        return KDPlusPlus(class_means, kd_weight=options.kd_weight, **shared)
-    if options.method != "ce":
+    kind, given = options.kind, options.of_criterion()
+    if not kind.in_detection:
         raise ValueError(f"--method {options.method} has no part in detection")
-    if options.nd_weight:
-        return KDPlusPlus(class_means, kd_weight=0.0, **shared)
-    return None
+    if options.method == "ce" and not options.nd_weight:
+        return None
+    given |= {"ce_weight": 0.0, "ignore_index": IGNORED}
+    if kind.compares_maps:
+        given["mid_channels"] = options.mid_channels or MAP_CHANNELS
+        channels = [MAP_CHANNELS] * LEVELS
+        return kind.criterion(class_means, channels, channels, **given)
+    return kind.criterion(class_means, **given)
 
 
 class DetectorDistillation(nn.Module):
@@ -100,6 +82,7 @@ class DetectorDistillation(nn.Module):
         self.student = student
         self.criterion = criterion
         self.method = method
+        self.compares_maps = METHODS[method].compares_maps
         self.hard_weight = hard_weight
         self.nd_ramp = nd_ramp
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
@@ -118,12 +101,12 @@ class DetectorDistillation(nn.Module):
         with watched(self.student) as seen:
             losses = self.student(images, targets)
         own = [losses[name] for name in LOSSES]
-        needs_boxes = self.method != "reviewkd" or self.criterion.nd_weight != 0
+        needs_boxes = not self.compares_maps or self.criterion.nd_weight != 0
         with torch.no_grad():
             wanted = answers(
                 teacher, seen.images, seen.proposals, seen.sizes, boxes=bool(needs_boxes)
             )
-        if self.method == "reviewkd":
+        if self.compares_maps:
             compared = (list(seen.maps.values()), list(wanted.maps.values()), seen.logits)
         else:
             compared = (seen.logits, wanted.logits)
