@@ -1144,6 +1144,9 @@ def test_a_run_is_used_with_its_own_options(shapes, teacher, tmp_path, capsys, o
     (student / "config.json").write_text(json.dumps(settings))
     command = ["plot", str(student), "--out", str(tmp_path), "--task", "detection"]
     assert message in refused([*command, "--device", "cpu"], capsys)
+    (student / "config.json").write_text(json.dumps({**settings, "workers": "4"}))
+    message = f"{student / 'config.json'}: workers must be an integer, got '4'"
+    assert message in refused([*command, "--device", "cpu"], capsys)
 
 
 def test_a_runs_file_is_used_with_the_runs_options(shapes, teacher, tmp_path, capsys):

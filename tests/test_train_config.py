@@ -66,6 +66,10 @@ def test_configurations_that_are_none(tmp_path, capsys):
     (tmp_path / "other.json").write_text('{"epoch": 3}')
     (tmp_path / "typed.json").write_text('{"epochs": "3"}')
     (tmp_path / "preset.json").write_text('{"preset": "cifar100/resnet57"}')
+    (tmp_path / "number.json").write_text('{"preset": 5}')
+    (tmp_path / "names.json").write_text('{"preset": ["a"]}')
+    (tmp_path / "large.json").write_text(f'{{"lr": {10**400}}}')
+    (tmp_path / "pair.json").write_text('{"betas": [0.9]}')
     for earlier, message in (
         (tmp_path, f"no configuration of a run at {tmp_path / 'config.json'}"),
         (tmp_path / "none.json", "no configuration of a run at"),
@@ -77,6 +81,10 @@ def test_configurations_that_are_none(tmp_path, capsys):
         (tmp_path / "other.json", "other.json: no such option of a training run: epoch"),
         (tmp_path / "typed.json", "typed.json: epochs must be an integer, got '3'"),
         (tmp_path / "preset.json", "preset.json: no preset"),
+        (tmp_path / "number.json", "number.json: preset must be a text, got 5"),
+        (tmp_path / "names.json", "names.json: preset must be a text, got ['a']"),
+        (tmp_path / "large.json", "large.json: lr must be a number, got 10000"),
+        (tmp_path / "pair.json", "pair.json: betas must be a list of two numbers, got [0.9]"),
     ):
         assert message in refused(again(earlier, out), capsys)
         assert not out.exists()

@@ -312,6 +312,13 @@ def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, monkeypatch,
     (out / "config.json").write_text("[1]")
     told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
     assert f"{out / 'config.json'} is damaged, or no configuration of a run: it holds a l" in told
+    for name, value, wanted in (
+        ("workers", "4", "an integer, got '4'"),
+        ("preset", 5, "a text, got 5"),
+    ):
+        (out / "config.json").write_text(json.dumps({**json.loads(config), name: value}))
+        told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
+        assert f"{out / 'config.json'}: {name} must be {wanted}" in told
     (out / "config.json").write_text(config)
     result = json.loads((out / "result.json").read_text())
     del result["best_epoch"]

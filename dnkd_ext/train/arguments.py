@@ -32,7 +32,7 @@ from dnkd_ext.train.config import (
     replace,
     unused,
 )
-from dnkd_ext.train.files import CONFIG, read_config
+from dnkd_ext.train.files import CONFIG, checked_config
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.world import SPEAKS, World, join_world, told_once
@@ -223,17 +223,13 @@ def _preset_config(preset: str) -> TrainConfig:
 
 
 def _earlier_config(path: Path) -> TrainConfig:
-    """The configuration of a run, from its file or its folder.
-
-    Options that are younger than the run have their defaults.
-    """
-    settings = read_config(path / CONFIG if path.is_dir() else path)
-    try:
-        config = replace(TrainConfig(), settings)
-        if config.preset:
+    """The configuration of a run, from its file or its folder."""
+    config = checked_config(path / CONFIG if path.is_dir() else path)
+    if config.preset:
+        try:
             load_preset(config.preset)
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"--config {path}: {error}") from error
     return config
 
 

@@ -221,10 +221,8 @@ def run_pictures(
     tasks.detection()  # which tells what is not installed
     from dnkd_ext.train.detection.pictures import draw_run
 
-    settings, _ = read_run(folder)
     return draw_run(
         folder,
-        settings,
         out,
         world,
         images=images,

@@ -605,11 +605,9 @@ FREE = {
 GROUPS = ("data", "model", "method", "optim", "run", "reader", "detection")
 
 # The type of every option.
-KINDS: dict[str, Any] = {
-    name: kind
-    for group in GROUPS
-    for name, kind in get_type_hints(type(getattr(TrainConfig(), group))).items()
-}
+KINDS: dict[str, Any] = {"preset": str}
+for _group in GROUPS:
+    KINDS |= get_type_hints(type(getattr(TrainConfig(), _group)))
 
 
 def _option(name: str) -> str:
@@ -643,7 +641,7 @@ def replace(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:
         ValueError: a name that does not exist, or a value of another type.
     """
     settings = dict(settings)
-    preset = settings.pop("preset", config.preset)
+    preset = _typed("preset", settings.pop("preset", config.preset))
     groups = {}
     for group in GROUPS:
         options = getattr(config, group)

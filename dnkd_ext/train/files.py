@@ -19,6 +19,7 @@ except ImportError:  # not on Windows
 from torch import Tensor
 
 from dnkd_ext._files import TEMPORARY, replacing
+from dnkd_ext.train.config import TrainConfig, replace
 
 __all__ = [
     "BEST",
@@ -38,6 +39,7 @@ __all__ = [
     "WANDB",
     "OwnFolders",
     "check_place",
+    "checked_config",
     "read_config",
     "remove_temporaries",
     "write_csv",
@@ -157,7 +159,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options of a run, from its config.json.
+    """The options of a run as its config.json has them, whatever they are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -172,6 +174,20 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or no configuration of a run: {error}") from error
     return config
+
+
+def checked_config(path: Path) -> TrainConfig:
+    """The configuration of a run, from its config.json; younger options have their defaults.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds other options or values of other types.
+    """
+    settings = read_config(path)
+    try:
+        return replace(TrainConfig(), settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

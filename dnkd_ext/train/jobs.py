@@ -37,7 +37,7 @@ from dnkd_ext.train.files import (
     WANDB,
     OwnFolders,
     check_place,
-    read_config,
+    checked_config,
     remove_temporaries,
     write_csv,
     write_json,
@@ -387,7 +387,7 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
         )
     if not (out / CONFIG).exists():
         raise ValueError(f"{out} holds {', '.join(present)} but no {CONFIG}; nothing to resume")
-    before = read_config(out / CONFIG)
+    before = flatten(checked_config(out / CONFIG))
     try:
         result = None
         if (out / RESULT).exists():
@@ -396,8 +396,6 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
             raise ValueError("it is no result of a run")
     except ValueError as error:
         raise ValueError(f"{out} holds a damaged {RESULT}: {error}") from error
-    # Options that are younger than the run had their defaults.
-    before = {**flatten(TrainConfig()), **before}
     now = flatten(job.config)
     free = FREE | unused(job.config).keys()
     differs = [

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.detection.data import BoxSplit, Sample, _Images, read_split, read_test_split
 from dnkd_ext.train.detection.task import check_settings, load_teacher
+from dnkd_ext.train.files import CONFIG, checked_config
 from dnkd_ext.train.plots import COLOURS, new_figure, save_figure
 from dnkd_ext.train.world import World
 
@@ -89,7 +89,6 @@ def _chosen(split: BoxSplit, images: Sequence[int], count: int) -> list[int]:
 
 def draw_run(
     folder: Path,
-    settings: dict[str, Any],
     out: Path,
     world: World,
     *,
@@ -103,7 +102,6 @@ def draw_run(
 
     Args:
         folder: of the run, whose best weights are taken.
-        settings: its ``config.json``.
         out: of the PNG file.
         world: this process alone.
         images: ids of the images; some that are evenly spread where empty.
@@ -113,11 +111,11 @@ def draw_run(
         teacher_weights: likewise the teacher's.
 
     Raises:
-        ValueError: the run has no detector, its teacher is of a run with other options, or an id of
-            no image.
+        ValueError: the run has no detector, or a damaged configuration, its teacher is of a run
+            with other options, or an id of no image.
         FileNotFoundError: the weights or the data are not there.
     """
-    config: TrainConfig = replace(TrainConfig(), settings)
+    config = checked_config(folder / CONFIG)
     if config.data.task != "detection":
         raise ValueError(f"{folder} is a run of --task {config.data.task}, not of detection")
     if data:

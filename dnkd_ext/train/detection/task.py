@@ -16,7 +16,7 @@ from torchvision.models.detection.faster_rcnn import FasterRCNN
 from dnkd_ext._modes import evaluating
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.train.class_names import check_classes, classes_of_weights
-from dnkd_ext.train.config import TrainConfig, replace
+from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.detection.data import (
     BoxSplit,
     DetectionSource,
@@ -33,7 +33,7 @@ from dnkd_ext.train.detection.evaluation import (
     write_detections,
 )
 from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
-from dnkd_ext.train.files import BEST, CONFIG, DETECTIONS, LAST
+from dnkd_ext.train.files import BEST, CONFIG, DETECTIONS, LAST, checked_config
 from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.networks import PRETRAINED, weights_file
 from dnkd_ext.train.task import Task, autocast
@@ -95,11 +95,11 @@ def check_settings(weights: str, config: TrainConfig) -> None:
     if not path.is_file():
         return
     try:
-        run = replace(TrainConfig(), json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        run = checked_config(path)
+    except ValueError:
         if not is_folder:
             return  # another program's, which says nothing of the weights beside it
-        raise ValueError(f"{path} is no run's: {error}") from error
+        raise
     if run.data.task != "detection":
         raise ValueError(f"{weights} is a run of --task {run.data.task}, not of detection")
     given = _settings(config)
