@@ -362,16 +362,14 @@ class TrainConfig:
         self.check_data()
         flat = flatten(self)
         for name in ("lr", "lr_decay", "temperature"):
-            if not (math.isfinite(flat[name]) and flat[name] > 0):
-                raise ValueError(f"--{_option(name)} must be greater than 0, got {flat[name]}")
+            _check_number(name, flat[name], flat[name] > 0, "greater than 0")
         if not 0 <= self.run.seed < 2**63:
             raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {self.run.seed}")
         for name in ("dropout", "drop_path", "label_smoothing"):
-            if not 0 <= flat[name] <= 1:
-                raise ValueError(f"--{_option(name)} must be between 0 and 1, got {flat[name]}")
+            _check_number(name, flat[name], 0 <= flat[name] <= 1, "between 0 and 1")
         for name in ("momentum", "ema_decay"):
-            if flat[name] is not None and not 0 <= flat[name] < 1:
-                raise ValueError(f"--{_option(name)} must be in [0, 1), got {flat[name]}")
+            if flat[name] is not None:
+                _check_number(name, flat[name], 0 <= flat[name] < 1, "in [0, 1)")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"--betas must be in [0, 1), got {self.optim.betas}")
         if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
@@ -495,9 +493,8 @@ class TrainConfig:
         """What is wrong with the data's options alone, and with numbers of any."""
         flat = flatten(self)
         for name, least in LEAST.items():
-            value = flat[name]
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(f"--{_option(name)} must be at least {least:g}, got {value}")
+            if flat[name] is not None:
+                _check_number(name, flat[name], flat[name] >= least, f"at least {least:g}")
         for name, values in self.data.normalisation.items():
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"--{name} must be finite numbers, got {values}")
@@ -612,6 +609,14 @@ for _group in GROUPS:
 
 def _option(name: str) -> str:
     return name.replace("_", "-")
+
+
+def _check_number(name: str, value: float, fits: bool, wanted: str) -> None:
+    """ValueError for an option that does not fit, or is infinite or no number."""
+    if isinstance(value, float) and not math.isfinite(value):
+        fits, wanted = False, "finite"
+    if not fits:
+        raise ValueError(f"--{_option(name)} must be {wanted}, got {value}")
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
