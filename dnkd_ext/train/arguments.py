@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import tyro
 
 from dnkd_ext.train.config import (
+    GROUPS,
     DataOptions,
     DetectionOptions,
     MethodOptions,
@@ -235,16 +236,7 @@ def _earlier_config(path: Path) -> TrainConfig:
 
 def _arguments_of(config: TrainConfig, out: str) -> Train:
     """What the command is when only the configuration is given."""
-    return Train(
-        out,
-        data=config.data,
-        model=config.model,
-        method=config.method,
-        optim=config.optim,
-        run=config.run,
-        reader=config.reader,
-        detection=config.detection,
-    )
+    return Train(out, **{group: getattr(config, group) for group in GROUPS})
 
 
 def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
@@ -349,17 +341,8 @@ def _read_train(
         # Parsed once per preset: options replace the preset's own numbers.
         default: Any = _arguments_of(base, tyro.MISSING)
         arguments = _parse(Train, "train", argv, default)
-        config = TrainConfig(
-            base.preset,
-            arguments.data,
-            arguments.model,
-            arguments.method,
-            arguments.optim,
-            arguments.run,
-            arguments.reader,
-            arguments.detection,
-        )
-        configs.append(config)
+        groups = {group: getattr(arguments, group) for group in GROUPS}
+        configs.append(TrainConfig(base.preset, **groups))
     configs = [
         _without_unused(config, base, configs) for config, base in zip(configs, bases, strict=True)
     ]

@@ -599,12 +599,11 @@ FREE = {
     "on_error",
 }
 
-GROUPS = ("data", "model", "method", "optim", "run", "reader", "detection")
-
-# The type of every option.
-KINDS: dict[str, Any] = {"preset": str}
-for _group in GROUPS:
-    KINDS |= get_type_hints(type(getattr(TrainConfig(), _group)))
+# The groups of options by name, and the type of every option, of --preset too.
+GROUPS: dict[str, type] = get_type_hints(TrainConfig)
+KINDS: dict[str, Any] = {"preset": GROUPS.pop("preset")}
+for _group in GROUPS.values():
+    KINDS |= get_type_hints(_group)
 
 
 def _option(name: str) -> str:
