@@ -61,9 +61,9 @@ class Shape:
 
 
 def _cifar_models() -> tuple[nn.Module, nn.Module]:
-    from dnkd_ext.train.models import resnet20, resnet56
+    from dnkd_ext.train.models import create_model
 
-    return resnet56(100), resnet20(100)
+    return create_model("cifar_resnet56"), create_model("cifar_resnet20")
 
 
 def _imagenet_models() -> tuple[nn.Module, nn.Module]:

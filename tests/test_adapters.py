@@ -23,7 +23,8 @@ from dnkd_ext.adapters import (
     features,
     find_classifier,
 )
-from dnkd_ext.train import models
+from dnkd_ext.train.models.cifar_mobilenet import mobilenetv2
+from dnkd_ext.train.models.cifar_resnet import resnet8x4
 from tests.test_distributed import in_processes
 
 
@@ -581,7 +582,7 @@ def test_a_cast_without_a_graph(images):
             features(Probabilities(), images)
 
 
-@pytest.mark.parametrize("make", [Split, models.resnet8x4, models.mobilenetv2])
+@pytest.mark.parametrize("make", [Split, resnet8x4, mobilenetv2])
 def test_parts_compile_without_a_break(make, generator):
     model = make().eval()
     shape = (2, 3, 2, 2) if isinstance(model, Split) else (2, 3, 32, 32)

@@ -14,6 +14,8 @@ from torch import nn
 
 import dnkd_ext
 from dnkd_ext.train import models
+from dnkd_ext.train.models.cifar_resnet import CifarResNet, resnet8x4, resnet20, resnet32
+from dnkd_ext.train.models.cifar_wrn import WideResNet, wrn_40_1
 
 # With 100 classes, read off mdistiller's own networks: parameters, entries of the state
 # dictionary, a digest of its names and shapes, the width of the features, and the stages' maps.
@@ -66,7 +68,7 @@ def counted(depth: int, first: int, widths: tuple[int, ...], classes: int) -> in
 def test_cifar_resnets(name):
     """Parameters, the shape of features and logits, and the classifier is found."""
     parameters, width = PARAMETERS[name]
-    model = getattr(models, name)(100).eval()
+    model = models.create_model(f"cifar_{name}").eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     wide = name.endswith("x4")
     depth = int(name.removeprefix("resnet").removesuffix("x4"))
@@ -81,7 +83,7 @@ def test_cifar_resnets(name):
 
 
 def test_names_and_shapes_are_those_of_published_checkpoints():
-    shapes = {name: tuple(x.shape) for name, x in models.resnet20(100).state_dict().items()}
+    shapes = {name: tuple(x.shape) for name, x in resnet20(100).state_dict().items()}
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     expected = {"conv1.weight": (16, 3, 3, 3), "fc.weight": (100, 64), "fc.bias": (100,)}
     expected |= {f"bn1.{part}": (16,) for part in norm[:4]}
@@ -104,7 +106,7 @@ def test_names_and_shapes_are_those_of_published_checkpoints():
 
 def test_the_wide_networks_change_channels_in_the_first_stage():
     """32 channels after the first convolution, 64 in the first stage: a shortcut without stride."""
-    block = models.resnet8x4(100).layer1[0]
+    block = resnet8x4(100).layer1[0]
     assert block.downsample[0].weight.shape == (64, 32, 1, 1)
     assert block.downsample[0].stride == (1, 1)
 
@@ -112,7 +114,7 @@ def test_the_wide_networks_change_channels_in_the_first_stage():
 def test_a_depth_that_does_not_exist_is_refused():
     for depth in (2, 21):
         with pytest.raises(ValueError, match=f"depth must be 6 n .* got {depth}"):
-            models.CifarResNet(depth, (16, 16, 32, 64), 10)
+            CifarResNet(depth, (16, 16, 32, 64), 10)
 
 
 def named(model, images):
@@ -287,7 +289,7 @@ def test_unknown_name(name, message):
 @pytest.mark.parametrize("depth", [4, 17, 18])
 def test_a_wide_depth_that_does_not_exist_is_refused(depth):
     with pytest.raises(ValueError, match=f"depth must be 6 n .* got {depth}"):
-        models.WideResNet(depth, 2, 10)
+        WideResNet(depth, 2, 10)
 
 
 # -- timm -----------------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ def test_timm_options(tmp_path):
     assert timm.create_model("cifar_resnet20", in_chans=1).conv1.in_channels == 1
     with pytest.raises(ValueError, match="cifar_resnet20 has no weights to download"):
         timm.create_model("cifar_resnet20", pretrained=True)
-    source = models.resnet20(6)
+    source = resnet20(6)
     torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
     loaded = timm.create_model(
         "cifar_resnet20", num_classes=6, checkpoint_path=str(tmp_path / "x.pth")
@@ -334,7 +336,7 @@ def test_without_timm():
 @pytest.mark.parametrize("form", ["mdistiller", "state", "state_dict", "parallel", "safetensors"])
 def test_load_weights(form, tmp_path):
     torch.manual_seed(0)
-    source, model = spread(models.resnet8x4(5)), models.resnet8x4(5)
+    source, model = spread(resnet8x4(5)), resnet8x4(5)
     state, path = source.state_dict(), tmp_path / "weights.pth"
     if form == "safetensors":
         from safetensors.torch import save_file
@@ -354,15 +356,15 @@ def test_load_weights(form, tmp_path):
 
 
 def test_weights_of_another_network(tmp_path):
-    path, model = tmp_path / "x.pth", models.resnet20(100)
+    path, model = tmp_path / "x.pth", resnet20(100)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     for other, message in (
-        (models.resnet32(100), "another .*layer1.3.conv1.weight is not in the .* and 69 more"),
+        (resnet32(100), "another .*layer1.3.conv1.weight is not in the .* and 69 more"),
         (
-            models.resnet20(10),
+            resnet20(10),
             r"10 classes, and not for the 100 that are wanted: fc.weight has shape \[10, 64\]",
         ),
-        (models.wrn_40_1(100), "another .*(bn1.* is missing|is missing.* more)"),
+        (wrn_40_1(100), "another .*(bn1.* is missing|is missing.* more)"),
     ):
         torch.save({"model": other.state_dict()}, path)
         with pytest.raises(ValueError, match=f"x.pth holds .*{message}"):
@@ -374,13 +376,13 @@ def test_weights_of_another_network(tmp_path):
 def test_checkpoints_of_timm(average, tmp_path):
     """They hold their run's options, and the moving average, by which the best was chosen."""
     torch.manual_seed(0)
-    trained, model = spread(models.resnet8x4(5)), models.resnet8x4(5)
+    trained, model = spread(resnet8x4(5)), resnet8x4(5)
     state, path = trained.state_dict(), tmp_path / "model_best.pth.tar"
     content = {"epoch": 3, "arch": "x", "state_dict": state, "metric": 71.2, "version": 2}
     content |= {"args": argparse.Namespace(lr=0.1, betas=[0.9, 0.99], name=None)}
     if average:
         # Other weights than the average's.
-        content |= {"state_dict": models.resnet8x4(5).state_dict(), "state_dict_ema": state}
+        content |= {"state_dict": resnet8x4(5).state_dict(), "state_dict_ema": state}
     torch.save(content, path)
     models.load_weights(model, path)
     torch.testing.assert_close(model.state_dict(), state)
@@ -394,7 +396,7 @@ class Command:
 
 
 def test_files_that_are_no_weights(tmp_path, capsys):
-    model, path = models.resnet20(100), tmp_path / "x.pth"
+    model, path = resnet20(100), tmp_path / "x.pth"
     with pytest.raises(FileNotFoundError, match=r"no weights at .*x\.pth"):
         models.load_weights(model, path)
     torch.save({"model": Command()}, path)

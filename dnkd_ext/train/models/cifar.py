@@ -6,44 +6,20 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
-from dnkd_ext.train.models.base import CifarModel
-from dnkd_ext.train.models.cifar_mobilenet import mobilenetv2
-from dnkd_ext.train.models.cifar_resnet import (
-    resnet8x4,
-    resnet20,
-    resnet32,
-    resnet32x4,
-    resnet44,
-    resnet50,
-    resnet56,
-    resnet110,
+from dnkd_ext.train.models import (
+    cifar_mobilenet,
+    cifar_resnet,
+    cifar_shufflenet,
+    cifar_vgg,
+    cifar_wrn,
 )
-from dnkd_ext.train.models.cifar_shufflenet import shufflenetv1, shufflenetv2
-from dnkd_ext.train.models.cifar_vgg import vgg8, vgg13
-from dnkd_ext.train.models.cifar_wrn import wrn_16_2, wrn_40_1, wrn_40_2
+from dnkd_ext.train.models.base import CifarModel
 
 __all__ = ["create_model", "model_names"]
 
+FAMILIES = (cifar_resnet, cifar_wrn, cifar_mobilenet, cifar_shufflenet, cifar_vgg)
 MODELS: dict[str, Callable[..., CifarModel]] = {
-    f"cifar_{factory.__name__}": factory
-    for factory in (
-        resnet20,
-        resnet32,
-        resnet44,
-        resnet56,
-        resnet110,
-        resnet8x4,
-        resnet32x4,
-        resnet50,
-        wrn_16_2,
-        wrn_40_1,
-        wrn_40_2,
-        mobilenetv2,
-        shufflenetv1,
-        shufflenetv2,
-        vgg8,
-        vgg13,
-    )
+    f"cifar_{factory.__name__}": factory for family in FAMILIES for factory in family.MODELS
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnkd_ext.train.models.base import CifarModel, init_convolutions
 
-__all__ = ["MobileNetV2", "mobilenetv2"]
+__all__ = ["MODELS", "MobileNetV2"]
 
 # Expansion, channels at full width, blocks, stride of the first block.
 LAYOUT = (
@@ -107,3 +107,6 @@ class MobileNetV2(CifarModel):
 def mobilenetv2(num_classes: int = 100, in_chans: int = 3) -> MobileNetV2:
     """Half width, expansion 6: the student of the published CIFAR-100 tables."""
     return MobileNetV2(0.5, num_classes, in_chans)
+
+
+MODELS = (mobilenetv2,)

@@ -17,18 +17,7 @@ from dnkd_ext.train.models.base import (
     through_stage,
 )
 
-__all__ = [
-    "CifarBottleneckResNet",
-    "CifarResNet",
-    "resnet8x4",
-    "resnet20",
-    "resnet32",
-    "resnet32x4",
-    "resnet44",
-    "resnet50",
-    "resnet56",
-    "resnet110",
-]
+__all__ = ["MODELS", "CifarBottleneckResNet", "CifarResNet"]
 
 
 def _projection(channels: int, width: int, stride: int) -> nn.Sequential:
@@ -222,3 +211,9 @@ def resnet32x4(num_classes: int = 100, in_chans: int = 3) -> CifarResNet:
 def resnet50(num_classes: int = 100, in_chans: int = 3) -> CifarBottleneckResNet:
     """3, 4, 6 and 3 bottlenecks of 256, 512, 1024 and 2048 channels."""
     return CifarBottleneckResNet((3, 4, 6, 3), num_classes, in_chans)
+
+
+MODELS = (
+    *(resnet20, resnet32, resnet44, resnet56, resnet110),
+    *(resnet8x4, resnet32x4, resnet50),
+)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dnkd_ext.train.models.base import CifarModel, linear_or_identity, through_stage
 
-__all__ = ["ShuffleNetV1", "ShuffleNetV2", "shufflenetv1", "shufflenetv2"]
+__all__ = ["MODELS", "ShuffleNetV1", "ShuffleNetV2"]
 
 STEM = 24
 
@@ -205,3 +205,6 @@ def shufflenetv1(num_classes: int = 100, in_chans: int = 3) -> ShuffleNetV1:
 def shufflenetv2(num_classes: int = 100, in_chans: int = 3) -> ShuffleNetV2:
     """4, 8 and 4 blocks of 116, 232 and 464 channels, 1024 features."""
     return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), num_classes, in_chans)
+
+
+MODELS = (shufflenetv1, shufflenetv2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnkd_ext.train.models.base import CifarModel, init_convolutions, linear_or_identity
 
-__all__ = ["CifarVGG", "vgg8", "vgg13"]
+__all__ = ["MODELS", "CifarVGG"]
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -71,3 +71,6 @@ def vgg8(num_classes: int = 100, in_chans: int = 3) -> CifarVGG:
 def vgg13(num_classes: int = 100, in_chans: int = 3) -> CifarVGG:
     """Two convolutions in every group."""
     return CifarVGG(2, num_classes, in_chans)
+
+
+MODELS = (vgg8, vgg13)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dnkd_ext.train.models.base import CifarModel, init_convolutions, linear_or_identity
 
-__all__ = ["WideResNet", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
+__all__ = ["MODELS", "WideResNet"]
 
 
 class _Block(nn.Module):
@@ -130,3 +130,6 @@ def wrn_40_1(num_classes: int = 100, in_chans: int = 3) -> WideResNet:
 def wrn_40_2(num_classes: int = 100, in_chans: int = 3) -> WideResNet:
     """6 blocks per stage of 32, 64 and 128 channels."""
     return WideResNet(40, 2, num_classes, in_chans)
+
+
+MODELS = (wrn_16_2, wrn_40_1, wrn_40_2)
