@@ -133,9 +133,10 @@ class ReviewFusion(nn.Module):
         self.student_channels = tuple(map(int, student_channels))
         self.teacher_channels = tuple(map(int, teacher_channels))
         self.mid_channels = mid_channels = int(mid_channels)
+        pairs = zip(self.student_channels, self.teacher_channels, strict=True)
         self.blocks = nn.ModuleList(
             FusionBlock(own, mid_channels, wanted, fuse=i < stages - 1)
-            for i, (own, wanted) in enumerate(zip(student_channels, teacher_channels, strict=True))
+            for i, (own, wanted) in enumerate(pairs)
         )
 
     def forward(self, student_maps: Sequence[Tensor], sizes: Sequence[Size]) -> list[Tensor]:

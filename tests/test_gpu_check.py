@@ -121,6 +121,10 @@ def test_every_test_file_and_every_loss_under_every_tool(tmp_path):
                 seen += [(one, dtype) for one in losses for dtype in dtypes or sanitize.DTYPE_NAMES]
         wanted = [(one, dtype) for one in sanitize.LOSSES for dtype in sanitize.DTYPE_NAMES]
         assert sorted(seen) == sorted(wanted)
+    # The dtypes have the same barriers.
+    assert {name for name in names if name.startswith("synccheck")} == {
+        f"synccheck {loss} float32" for loss in ("ce_kd_loss", "ce_dkd_loss", "dist_loss")
+    }
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path, state):

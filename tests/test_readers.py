@@ -932,13 +932,22 @@ def test_shards_by_pattern(tiles, tmp_path):
         eval_loader(open_splits(root, opts).val, opts=opts)
 
 
+# As _info.json tells of a split, but for the lengths of its shards.
+OF_FIVE = {"name": "train", "filenames": ["a.tar"], "shard_lengths": [], "num_samples": 5}
+TRAIN_ONE = {"train_split": "train"}
+
+
 @pytest.mark.parametrize(
     ("info", "changes", "message"),
     [
-        ({"num_classes": "4"}, {}, "num_classes must be an integer of at least 2, got '4'"),
-        ({"num_classes": True}, {}, "num_classes must be an integer of at least 2, got True"),
+        ({"num_classes": "4"}, {}, "num_classes must be an integer of at least 1, got '4'"),
+        ({"num_classes": True}, {}, "num_classes must be an integer of at least 1, got True"),
         ({"splits": 5}, {"train_split": ""}, "splits must be an object, got 5"),
         ({"splits": {"train": 5}}, {"train_split": ""}, "is damaged: "),
+        ([1], {}, "is damaged: it holds a list, not an object"),
+        ({"splits": {"train": {**OF_FIVE, "shard_lengths": ["5"]}}}, TRAIN_ONE, "is damaged: "),
+        ({"splits": {"train": {**OF_FIVE, "filenames": [5]}}}, TRAIN_ONE, "is damaged: "),
+        ({"splits": {"train": {**OF_FIVE, "num_samples": None}}}, TRAIN_ONE, "is damaged: "),
     ],
     ids=str,
 )
@@ -949,6 +958,14 @@ def test_damaged_info_of_shards(info, changes, message, tiles, tmp_path):
     chosen = {"train_split": "train-{0000..0003}.tar|28", "val_split": "val-{0000..0003}.tar|20"}
     with pytest.raises(ValueError, match=rf"/_info\.json(:| is) ?{message.removeprefix('is ')}"):
         open_splits(root, dataclasses.replace(SHARDS, **{**chosen, **changes}))
+
+
+def test_one_class_of_shards_may_be_told(tiles, tmp_path):
+    pytest.importorskip("webdataset", reason="webdataset is not installed")
+    root = write_shards(tmp_path, tiles, info=False)
+    chosen = {"train_split": "train-{0000..0003}.tar|28", "val_split": "val-{0000..0003}.tar|20"}
+    splits = open_splits(root, dataclasses.replace(SHARDS, num_classes=1, **chosen))
+    assert splits.classes == ["0"]
 
 
 def test_without_webdataset(tiles, tmp_path, monkeypatch):

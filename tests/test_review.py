@@ -789,14 +789,15 @@ def test_bad_construction(changes, error, match):
 
 def test_widths_of_numpy():
     """As they come out of tables."""
-    widths = np.array(STUDENT), np.array(TEACHER)
+    student, teacher = list(np.array(STUDENT)), list(np.array(TEACHER))
     criterion = dnkd_ext.ReviewKDPlusPlus(
-        None, list(widths[0]), list(widths[1]), mid_channels=widths[0][0], nd_weight=0.0
+        None, student, teacher, mid_channels=student[0], nd_weight=0.0
     )
-    assert (criterion.fusion.student_channels, criterion.fusion.mid_channels) == (
-        tuple(STUDENT),
-        STUDENT[0],
-    )
+    fusion = criterion.fusion
+    widths = [*fusion.student_channels, *fusion.teacher_channels, fusion.mid_channels]
+    assert widths == [*STUDENT, *TEACHER, STUDENT[0]]
+    widths += [m.in_channels for m in fusion.modules() if isinstance(m, nn.Conv2d)]
+    assert {type(width) for width in widths} == {int}
 
 
 def _stages(channels, index, replacement, rows=ROWS):

@@ -326,8 +326,9 @@ def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, monkeypatch,
         assert f"{out / 'config.json'}: {name} must be {wanted}" in told
     (out / "config.json").write_text(config)
     result = json.loads((out / "result.json").read_text())
-    del result["best_epoch"]
-    for damaged in ([1], result):
+    without = {name: value for name, value in result.items() if name != "best_epoch"}
+    wrong = [{"best_top1": None}, {"metric": 5}, {"training_seconds": "x"}, {"preset": ["a"]}]
+    for damaged in ([1], without, *({**result, **changes} for changes in wrong)):
         (out / "result.json").write_text(json.dumps(damaged))
         told = refused(options(images, out, "--epochs", "1", "--resume"), capsys)
         assert f"{out} holds a damaged result.json: it is no result of a run" in told

@@ -28,6 +28,7 @@ from dnkd_ext.train.engine import _Training, check_identity
 from dnkd_ext.train.networks import weights_file
 from tests.runs import LOSS, WEIGHTS, environment, log, same, weights
 from tests.stripes import (
+    ALONE,
     CLASSES,
     SKIPPED,
     contents,
@@ -131,11 +132,11 @@ def test_weights_of_a_run_that_has_not_ended_are_told(tmp_path):
     for name in ("best.safetensors", "config.json"):
         (tmp_path / name).touch()
     with pytest.warns(UserWarning, match="has not ended: its best weights so far are taken"):
-        assert weights_file(str(tmp_path)) == tmp_path / "best.safetensors"
+        assert weights_file(str(tmp_path), ALONE) == tmp_path / "best.safetensors"
     (tmp_path / "result.json").touch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert weights_file(str(tmp_path)) == tmp_path / "best.safetensors"
+        assert weights_file(str(tmp_path), ALONE) == tmp_path / "best.safetensors"
 
 
 def test_a_run_that_has_not_ended_is_told_once(images, teacher, tmp_path, capsys):

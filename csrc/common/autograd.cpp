@@ -109,16 +109,17 @@ at::Tensor chain(const at::Tensor& gradient, const at::Tensor& upstream, bool is
 
 #ifdef DNKD_WITH_CUDA
 static void scale_cuda(at::Tensor& gradient, const at::Tensor& upstream) {
-  const c10::cuda::CUDAGuard device(gradient.device());
   TORCH_CHECK(gradient.is_contiguous(), "gradient must be contiguous");
   TORCH_CHECK(upstream.dim() == 0, "upstream must be a 0-dim tensor");
   check_same_device(upstream, "upstream", gradient, "gradient");
   TORCH_CHECK(upstream.scalar_type() == accumulate_type(gradient.scalar_type()),
               "upstream must be ", accumulate_type(gradient.scalar_type()), ", got ",
               upstream.scalar_type());
-  C10_CUDA_CHECK(static_cast<cudaError_t>(
-      scale_cuda(to_dtype(gradient.scalar_type()), gradient.numel(), gradient.mutable_data_ptr(),
-                 upstream.const_data_ptr(), c10::cuda::getCurrentCUDAStream().stream())));
+  void* const data = gradient.mutable_data_ptr();
+  const auto launch = [&](const void* factor, void* stream) {
+    return scale_cuda(to_dtype(gradient.scalar_type()), gradient.numel(), data, factor, stream);
+  };
+  launch_cuda(gradient, launch, upstream.const_data_ptr());
 }
 #endif
 

@@ -54,7 +54,8 @@ class Method(NamedTuple):
     """What is distilled beside the features, and by what.
 
     Attributes:
-        criterion: its class, which is made with the weights and these options.
+        criterion: its class, which is made with the weights and these options (DIST: the
+            temperature as tau).
         options: fields of :class:`MethodOptions`, apart from weights and ramps.
         compares_maps: the criterion compares maps of stages in place of logits.
         in_detection: whether it is there for detectors.

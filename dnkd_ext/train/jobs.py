@@ -387,7 +387,10 @@ def _look(job: Job, resume: bool, overwrite: bool) -> _State:
         )
     if not (out / CONFIG).exists():
         raise ValueError(f"{out} holds {', '.join(present)} but no {CONFIG}; nothing to resume")
-    before = flatten(checked_config(out / CONFIG))
+    try:
+        before = flatten(checked_config(out / CONFIG))
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another --out, or pass --overwrite") from error
     try:
         result = None
         if (out / RESULT).exists():

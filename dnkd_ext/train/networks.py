@@ -18,6 +18,7 @@ from dnkd_ext.train.data.sources import Source
 from dnkd_ext.train.files import BEST, CONFIG, RESULT
 from dnkd_ext.train.models import create_model, load_weights, model_names
 from dnkd_ext.train.models.weights import read_weights
+from dnkd_ext.train.world import World
 
 __all__ = [
     "PRETRAINED",
@@ -123,14 +124,16 @@ def build_student(config: TrainConfig, source: Source) -> nn.Module:
     return student
 
 
-def weights_file(path: str) -> Path:
-    """The file itself, or the best weights of a run's folder; a warning if that has not ended.
+def weights_file(path: str, world: World) -> Path:
+    """The file itself, or the best weights of a run's folder.
+
+    The first process warns where the run has not ended.
 
     Raises:
         FileNotFoundError: neither is there.
     """
     found, folder = find_weights(path), Path(path)
-    if (folder / CONFIG).is_file() and not (folder / RESULT).is_file():
+    if world.is_first and (folder / CONFIG).is_file() and not (folder / RESULT).is_file():
         warnings.warn(
             f"the run in {path} has not ended: its best weights so far are taken", stacklevel=2
         )

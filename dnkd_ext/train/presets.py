@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from dnkd_ext.train.config import KINDS, METHODS, converted, in_words
 
@@ -215,10 +215,11 @@ _DETECTION = (
     *("lr_start", "epoch_steps", "backbone_weights", "trainable_layers", "min_size", "max_size"),
     *("anchor_sizes", "rpn_proposals", "proposals"),
 )
-# Every setting's type, that of the option; where the command line takes any number of numbers, the
-# reader of images wants two.
+# Every setting's type, that of the option; but where the command line takes any number of numbers,
+# the reader of images wants two, and no preset draws the interpolation, which evaluation has, too.
 SETTINGS: dict[str, Any] = {name: KINDS[name] for name in (*_COMMON, *_IMAGENET, *_DETECTION)}
 SETTINGS["scale"] = tuple[float, float]
+SETTINGS["interpolation"] = Literal["bilinear", "bicubic"]
 
 # The settings that only some methods, optimizers and schedules have.
 OF_METHODS = {

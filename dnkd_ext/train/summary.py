@@ -35,14 +35,21 @@ def all_results(out: Path) -> list[dict[str, Any]]:
 
 def is_result(value: Any) -> bool:
     """Whether it has what the table is made of."""
+    if not isinstance(value, dict):
+        return False
+    figures = [name for name in FIGURES if f"best_{name}" in value]
+    number = int | float
+    wanted = {"config": dict, "seed": int, "best_epoch": int, "training_seconds": number}
+    # What may be missing or null, of a run without preset or of an earlier version.
+    optional = {"preset": str, "metric": str, "teacher_top1": number}
+    for name in figures:
+        wanted |= {f"best_{name}": number, f"last_{name}": number}
+        optional[f"published_{name}"] = number
     return (
-        isinstance(value, dict)
-        and value.keys() >= {"preset", "seed", "config", "best_epoch", "training_seconds"}
-        and isinstance(value["config"], dict)
-        and any(
-            value.keys() >= {f"best_{name}", f"last_{name}", f"published_{name}"}
-            for name in FIGURES
-        )
+        bool(figures)
+        and value.keys() >= {"preset", *(f"published_{name}" for name in figures)}
+        and all(isinstance(value.get(name), kind) for name, kind in wanted.items())
+        and all(isinstance(value.get(name), kind | None) for name, kind in optional.items())
     )
 
 

@@ -80,7 +80,7 @@ def load_teacher(
     if is_detection(config):
         return detection().load_teacher(name, weights, source, config, world)
     if weights != PRETRAINED:
-        weights = str(weights_file(weights))
+        weights = str(weights_file(weights, world))
     teachers.check_normalisation(weights, config)
     teacher = teachers.load_teacher(
         name,

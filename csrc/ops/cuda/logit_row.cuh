@@ -149,7 +149,7 @@ DNKD_INLINE void write_gradient(S* out, Row& data, const typename Row::Row& next
   };
   // The label's gradient has a term of its own, and with DKD no exponentials. It is formed once and
   // written over what the loop makes of that element, by the thread that writes it there.
-  // `of_label` is this row's place in shared memory, for want of registers.
+  // `of_label` may be a place in shared memory, for want of registers.
   const bool has_label = data.is_own(label.column);
   if (has_label) {
     Exponentials<A, 1> e = {};

@@ -77,8 +77,11 @@ class ImageSet:
 
     @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (channels,) of the training pixels in [0, 1]."""
-        pixels = self.train.pixels
+        """Mean and standard deviation (channels,) of the training pixels in [0, 1].
+
+        Where only the test images were asked for, of theirs.
+        """
+        pixels = (self.train if len(self.train) else self.test).pixels
         count = pixels.numel() // self.channels
         total, squares = pixels.new_zeros(2, self.channels, dtype=torch.int64)
         # Exact sums a part at a time: all pixels as floats would take eight times their memory.

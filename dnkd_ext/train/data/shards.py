@@ -190,28 +190,40 @@ def open_shards(
                 )
         try:
             reader = create_reader(options.reader, root=root, split=name)
+            urls, count, lengths = _shards_of(reader, root)
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{option} {name} is none of {root}: {error}") from error
         except (TypeError, AttributeError) as error:  # timm takes what the file says as it is
             raise ValueError(f"{root}/_info.json is damaged: {error}") from error
-        info = reader.info or info
-        split = reader.split_info
-        lengths = tuple(split.shard_lengths)
-        if len(lengths) != len(split.filenames):
-            lengths = None
-        count = sum(lengths) if lengths else split.num_samples
-        if not split.filenames or count < 1:
+        if not urls or count < 1:
             raise ValueError(
                 f"{option} {name} must tell how many images the shards hold, as '{name}|1200'"
             )
-        urls = tuple(os.path.join(root, file) for file in split.filenames)
-        found.append((urls, count, lengths, split.alt_label))
+        info = reader.info or info
+        found.append((urls, count, lengths, reader.split_info.alt_label))
     classes = _shard_classes(root, info, options)
     *train, val = (
         ShardSplit(urls, count, lengths, len(classes), label)
         for urls, count, lengths, label in found
     )
     return train[0] if train else None, val, classes
+
+
+def _shards_of(reader: Any, root: str) -> tuple[tuple[str, ...], int, tuple[int, ...] | None]:
+    """Where the shards of timm's reader are, how many images they hold, and how many each.
+
+    Raises:
+        TypeError: what the reader has of ``_info.json`` is of other types.
+    """
+    if not isinstance(reader.info or {}, dict):
+        raise TypeError(f"it holds a {type(reader.info).__name__}, not an object")
+    split = reader.split_info
+    urls = tuple(os.path.join(root, file) for file in split.filenames)
+    lengths = tuple(split.shard_lengths)
+    told = lengths if lengths and len(lengths) == len(urls) else (split.num_samples,)
+    if not all(isinstance(number, int) for number in told):
+        raise TypeError(f"numbers of images must be integers, got {list(told)}")
+    return urls, sum(told), lengths if told is lengths else None
 
 
 def _read_info(root: str) -> dict[str, Any]:
@@ -236,16 +248,17 @@ def _shard_classes(root: str, info: dict[str, Any], options: ReaderOptions) -> l
     elif isinstance(info.get("classes"), list):
         names, source = [str(name) for name in info["classes"]], f"{root}/_info.json"
     else:
-        told = told or info.get("num_classes")
-        if told is not None and (isinstance(told, bool) or not isinstance(told, int) or told < 2):
-            raise ValueError(
-                f"{root}/_info.json: num_classes must be an integer of at least 2, got {told!r}"
-            )
         if told is None:
-            raise ValueError(
-                "--num-classes must tell how many classes there are, or --class-map name them: "
-                f"{root}/_info.json has no list classes"
-            )
+            told = info.get("num_classes")
+            if told is None:
+                raise ValueError(
+                    "--num-classes must tell how many classes there are, or --class-map name them: "
+                    f"{root}/_info.json has no list classes"
+                )
+            if type(told) is not int or told < 1:
+                raise ValueError(
+                    f"{root}/_info.json: num_classes must be an integer of at least 1, got {told!r}"
+                )
         return [str(number) for number in range(told)]
     if told not in (None, len(names)):
         raise ValueError(f"--num-classes is {told}, but {source} names {len(names)} classes")

@@ -61,7 +61,7 @@ def load_teacher(
         ValueError: no such detector, weights of another one or of another number of classes, or
             unless ``any_classes`` of other classes, where the file tells.
     """
-    path = weights if weights == PRETRAINED else str(weights_file(weights))
+    path = weights if weights == PRETRAINED else str(weights_file(weights, world))
     if weights != PRETRAINED and not config.data.any_classes:
         check_classes(path, classes_of_weights(Path(path)), source.classes)
     model, digest = load_detector(name, path, config, source.classes, source.category_ids)
