@@ -58,7 +58,7 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
         import timm  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(
-            "--task imagenet reads images by timm; install it with pip install timm"
+            "--task imagenet reads images from disk, which needs timm: pip install timm"
         ) from error
     root = Path(data)
     if not root.is_dir() and "://" not in str(data):
