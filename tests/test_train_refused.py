@@ -19,6 +19,7 @@ from dnkd_ext.train import arguments, commands, engine, gather, shared, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import TrainConfig, flatten
+from dnkd_ext.train.summary import result_line
 from tests.runs import by_two, log
 from tests.stripes import CLASSES, SKIPPED, contents, of, options, refused, run
 
@@ -327,6 +328,7 @@ def test_a_result_that_is_none_is_no_finished_run(images, tmp_path, monkeypatch,
     (out / "config.json").write_text(config)
     result = json.loads((out / "result.json").read_text())
     without = {name: value for name, value in result.items() if name != "best_epoch"}
+    assert "best top-1" in result_line({**result, "metric": None}, out)
     wrong = [{"best_top1": None}, {"metric": 5}, {"training_seconds": "x"}, {"preset": ["a"]}]
     for damaged in ([1], without, *({**result, **changes} for changes in wrong)):
         (out / "result.json").write_text(json.dumps(damaged))

@@ -61,7 +61,7 @@ def result_line(result: dict[str, Any], out: Path) -> str:
     if "teacher_top1" in result:
         beside += f", the teacher's {result['teacher_top1']:.2f}"
     # Results of earlier versions do not say what decides.
-    metric = result.get("metric", "")
+    metric = result.get("metric") or ""
     of_average = f" of the average ({metric})" if metric.startswith("ema_") else ""
     return (
         f"{result['preset'] or 'run'}, seed {result['seed']}: best {FIGURES[name]}{of_average} "
