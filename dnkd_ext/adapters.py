@@ -278,8 +278,8 @@ def _only_calls(owner: nn.Module, method: str, classifier: nn.Module) -> bool:
 # Instructions that hand on, call, store or return what there is, and decide by it.
 PLAIN = (
     "CACHE", "CALL", "COPY", "EXTENDED_ARG", "JUMP", "KW_NAMES", "LOAD_CONST", "LOAD_FAST",
-    "NOP", "NOT_TAKEN", "POP_JUMP", "POP_TOP", "PRECALL", "PUSH_NULL", "RESUME", "RETURN",
-    "STORE_FAST", "TO_BOOL",
+    "LOAD_SMALL_INT", "NOP", "NOT_TAKEN", "POP_JUMP", "POP_TOP", "PRECALL", "PUSH_NULL", "RESUME",
+    "RETURN", "STORE_FAST", "TO_BOOL",
 )  # fmt: skip
 
 
@@ -314,6 +314,8 @@ def _named_behind_pre_logits(kind: type, method: str) -> tuple[str, ...] | None:
             if "LOAD_FAST" in step.opname and "pre_logits" in named:
                 has_looked = True
             handed[has_looked].update({*named} - {code.co_varnames[0], "pre_logits"})
+        elif step.opname == "LOAD_COMMON_CONSTANT" and not callable(step.argval):
+            continue  # None, True, False; the others are functions and classes
         elif not step.opname.startswith(PLAIN):
             if has_looked:
                 return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -114,6 +115,14 @@ def measures_the_reference(monkeypatch):
     from benchmarks import run
 
     monkeypatch.setattr(run, "require_library", lambda device: None)
+
+
+@pytest.fixture
+def served_processes():
+    """As from Python 3.14 on: processes that a server starts, unless one asks for another way."""
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(None, force=True)
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+
+
+def parents(processes: Iterable[multiprocessing.Process]) -> set[int]:
+    """The processes that these were started by."""
+    stats = [Path(f"/proc/{process.pid}/stat").read_text() for process in processes]
+    return {int(stat.rpartition(")")[2].split()[1]) for stat in stats}
 
 
 def by_two(*command: str, timeout: float = 560) -> subprocess.CompletedProcess[str]:

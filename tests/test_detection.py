@@ -57,7 +57,7 @@ from dnkd_ext.train.detection.task import (
 from dnkd_ext.train.teacher import Teacher
 from dnkd_ext.train.world import OtherProcessFailed, World
 from tests.drawn_boxes import CATEGORIES, draw
-from tests.runs import by_two, log, same, weights
+from tests.runs import by_two, log, parents, same, weights
 
 ALONE = World(0, 1, torch.device("cpu"))
 TRAIN, VAL, CLASSES = 18, 9, 4
@@ -748,6 +748,14 @@ def test_images_that_are_not_what_they_should_be(shapes, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=f"{path.name} is ") as raised:
         list(TestBatches(split, config(shapes, workers=1), ALONE))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("served_processes")
+def test_workers_are_forked(shapes):
+    batches = TrainBatches(read_split(str(shapes), "train2017"), config(shapes, workers=1), ALONE)
+    read = batches.epoch(0)
+    next(read)
+    assert parents(multiprocessing.active_children()) == {os.getpid()}
 
 
 def test_signals_to_all_processes_do_not_end_workers(shapes):

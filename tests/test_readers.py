@@ -28,6 +28,7 @@ from dnkd_ext.train.data.reader_options import ReaderOptions
 from dnkd_ext.train.data.readers import open_splits
 from dnkd_ext.train.data.samples import MIX, SAMPLE
 from tests.pictures import CLASSES, TRAIN, VAL, add, cut_tiles, png, write, write_shards
+from tests.runs import parents
 
 pytest.importorskip("timm", reason="images are read through timm, which is not installed")
 pytest.importorskip("sklearn", reason="the pictures are scikit-learn's, which is not installed")
@@ -847,6 +848,15 @@ def test_a_killed_worker(layout, folders, tiles, tmp_path):
     assert "caught WorkerDied a worker process that reads images died: " in done.stdout
     assert "fewer than --workers 2 need less" in done.stdout
     assert "again True" in done.stdout
+
+
+@pytest.mark.usefixtures("served_processes")
+def test_workers_are_forked(folders):
+    """So they share the list of images, and need not import torch."""
+    opts = options(workers=2)
+    batches = train_loader(open_splits(folders, opts).train, batch_size=4, opts=opts).epoch(0)
+    next(batches)
+    assert parents(multiprocessing.active_children()) == {os.getpid()}
 
 
 def test_signals_to_all_processes_do_not_end_workers(folders):

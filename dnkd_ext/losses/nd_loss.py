@@ -379,7 +379,7 @@ def nd_loss_reference(
     counted, named, direction, teacher_norms = reference_rows(
         student_features, target, class_means, teacher_features, teacher_norms, ignore_index
     )
-    with no_autocast(student_features), torch.no_grad():
+    with torch.no_grad(), no_autocast(student_features):
         direction_square = (direction * direction).sum(-1)
         unit = direction / torch.where(
             direction_square == 0, 1, direction_square.sqrt().clamp_min(eps)

@@ -33,8 +33,8 @@ from dnkd_ext.train.data.workers import (
     WorkerDied,
     as_it_is,
     died_of,
-    leave_signals_to_the_main_process,
     worker_death,
+    worker_options,
 )
 
 __all__ = [
@@ -152,10 +152,9 @@ class _Loader(BatchShare):
         """The loader, whose workers are kept from epoch to epoch."""
         if self._loader is None:
             shared: dict[str, Any] = {
-                "num_workers": self.options.workers,
+                **worker_options(self.options.workers),
                 "pin_memory": self.device.type == "cuda",
                 "persistent_workers": self.options.workers > 0,
-                "worker_init_fn": leave_signals_to_the_main_process,
                 # Else every epoch would draw from torch's own, which dropout uses, too.
                 "generator": torch.Generator(),
             }

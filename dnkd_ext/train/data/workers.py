@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,8 +12,8 @@ __all__ = [
     "WorkerDied",
     "as_it_is",
     "died_of",
-    "leave_signals_to_the_main_process",
     "worker_death",
+    "worker_options",
 ]
 
 
@@ -42,22 +43,34 @@ def died_of(what: str, workers: int | None) -> WorkerDied:
     )
 
 
+def worker_options(workers: int) -> dict[str, Any]:
+    """What a DataLoader has to know of its workers.
+
+    They are forked, whatever Python's own way is (from 3.14 on, a server's processes): at once,
+    without importing torch again, and sharing the list of all images with this process.
+    """
+    own = {"multiprocessing_context": "fork"} if workers > 0 else {}
+    return {"num_workers": workers, "worker_init_fn": _leave_signals_to_the_main_process, **own}
+
+
 def as_it_is(batch: Any) -> Any:
     """For a DataLoader whose data set makes whole batches."""
     return batch
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
+def _leave_signals_to_the_main_process(worker: int) -> None:
     """For the workers of a DataLoader: SIGINT and SIGTERM, sent to all processes, are not theirs.
 
     The main process decides what they mean; workers that left would look like dead ones.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+    main_process = multiprocessing.parent_process()
+    assert main_process is not None
+    threading.Thread(target=_end_when_told, args=(main_process.pid,), daemon=True).start()
 
 
-def _end_when_told(main_process: int) -> None:
+def _end_when_told(main_process: int | None) -> None:
     """End at a SIGTERM of the main process's own, by which multiprocessing ends what is left."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
         pass

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.decoding import DataError
 from dnkd_ext.train.data.pixels import converted
-from dnkd_ext.train.data.workers import as_it_is, leave_signals_to_the_main_process
+from dnkd_ext.train.data.workers import as_it_is, worker_options
 from dnkd_ext.train.world import World
 
 __all__ = [
@@ -335,12 +335,11 @@ def _read(
     loader = DataLoader(
         _Images(split),
         batch_sampler=batches,
-        num_workers=config.reader.workers,
         collate_fn=as_it_is,
         pin_memory=world.device.type == "cuda",
-        worker_init_fn=leave_signals_to_the_main_process,
         # Of its own, so that what the step draws does not depend on when a loader was made.
         generator=torch.Generator().manual_seed(0),
+        **worker_options(config.reader.workers),
     )
     for batch in loader:
         if isinstance(batch, DataError):
