@@ -151,6 +151,7 @@ def extension(torch, cpp_extension):
         "-Wall",
         "-Wno-psabi",
         "-Wno-maybe-uninitialized",
+        "-Wno-unknown-warning-option",  # clang's, which does not know the one before
         "-fno-math-errno",
         "-g0",  # Python's own flags ask for debug information, fifteen times the library's size
     ]
