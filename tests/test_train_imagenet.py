@@ -651,7 +651,7 @@ def test_class_means_that_another_run_gathered_are_not_those_of_a_run_without(
     gathered = []
     for number, one in enumerate((config, plain, config)):
         (tmp_path / str(number)).mkdir()
-        found = shared.teacher_with_means(one, tmp_path / str(number))
+        found = shared.complete_teacher(one, tmp_path / str(number))
         gathered.append(found.class_means is not None)
         assert (tmp_path / str(number) / "class_means.safetensors").exists() == gathered[-1]
     assert gathered == [True, False, True]

@@ -249,17 +249,22 @@ def _config(arguments: ClassMeansArguments | Eval) -> TrainConfig:
     )
 
 
-def _without_teacher(config: TrainConfig, *, others_have_nd: bool) -> TrainConfig:
+def _without_teacher(config: TrainConfig, others: Sequence[TrainConfig]) -> TrainConfig:
     """The configuration without what it says of a teacher or class means that it has no use for.
 
-    Of class means only where that is for other presets; otherwise it is an error that is told.
+    Of class means, and of a teacher's outputs for methods that compare maps, only where that is for
+    other presets; otherwise it is an error that is told.
     """
-    if not config.method.nd_weight and others_have_nd:
+    if not config.method.nd_weight and any(other.method.nd_weight for other in others):
         config = replace(config, {"class_means_momentum": None})
+    if config.method.kind.compares_maps and any(
+        other.needs_teacher and not other.method.kind.compares_maps for other in others
+    ):
+        config = replace(config, {"teacher_outputs": None})
     if config.needs_teacher:
         return config
-    none = {"teacher": None, "teacher_weights": None, "class_means": None, "fsdp_teacher": False}
-    return replace(config, none)
+    none = dict.fromkeys(("teacher", "teacher_weights", "class_means", "teacher_outputs"))
+    return replace(config, {**none, "fsdp_teacher": False})
 
 
 def _without_unused(
@@ -313,7 +318,7 @@ def _with_names(config: TrainConfig) -> TrainConfig:
         name = config.preset.split("/")[1].partition("-")[0]
     paths = {
         option: path.replace("{teacher}", name or "")
-        for option in ("teacher_weights", "class_means")
+        for option in ("teacher_weights", "class_means", "teacher_outputs")
         if (path := getattr(config.model, option)) is not None
     }
     return replace(config, paths)
@@ -348,8 +353,7 @@ def _read_train(
     ]
     if any(config.needs_teacher for config in configs):
         # What the options say of the teacher is for those that have one.
-        any_nd = any(config.method.nd_weight for config in configs)
-        configs = [_with_names(_without_teacher(c, others_have_nd=any_nd)) for c in configs]
+        configs = [_with_names(_without_teacher(config, configs)) for config in configs]
     assert arguments is not None
     if arguments.seeds and arguments.run.seed != bases[-1].run.seed:
         raise ValueError(

@@ -128,6 +128,7 @@ class Classification(Task):
             method.nd_ramp,
             running,
             method.ce_weight,
+            None if teacher is None else teacher.outputs,
         ).to(device)
         if run.channels_last:
             self.step.to(memory_format=torch.channels_last)

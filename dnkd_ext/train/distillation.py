@@ -12,6 +12,7 @@ from dnkd_ext.adapters import distilled_features, features
 from dnkd_ext.class_means import ClassMeans
 from dnkd_ext.review import stage_maps
 from dnkd_ext.train.config import METHODS, MethodOptions
+from dnkd_ext.train.teacher_outputs import TeacherOutputs
 from dnkd_ext.train.world import World
 
 __all__ = ["STAGE_METHODS", "TERMS", "Distillation", "RunningMeans", "make_criterion"]
@@ -64,10 +65,12 @@ class Distillation(nn.Module):
         nd_ramp: let the ramp be that of the ND loss, too.
         running: class means that are the criterion's in every step, with the step's images in them.
         ce_weight: of the cross entropy alone; a criterion has its own.
+        outputs: the teacher's, which are looked up; it is not run then.
 
     Shape:
-        images (N, channels, H, W), target (N,) int64 or (N, classes) and ramp, 0-dim, to
-        (loss, ce, kd, nd, top1): 0-dim, top1 in percent; kd is 0 where the method is "ce".
+        images (N, channels, H, W), target (N,) int64 or (N, classes), with ``outputs`` their places
+        (N,) int64, and ramp, 0-dim, to (loss, ce, kd, nd, top1): 0-dim, top1 in percent; kd is 0
+        where the method is "ce".
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Distillation(nn.Module):
         nd_ramp: bool = False,
         running: RunningMeans | None = None,
         ce_weight: float = 1.0,
+        outputs: TeacherOutputs | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -94,9 +98,11 @@ class Distillation(nn.Module):
         self.running = running
         # In a tuple, so that neither state_dict nor train() nor DistributedDataParallel finds it.
         self._teacher = (teacher,)
+        self._outputs = outputs
 
-    def forward(self, images: Tensor, target: Tensor, ramp: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, target: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """The terms of a batch."""
+        *places, ramp = more
         (teacher,) = self._teacher
         if self.criterion is None or teacher is None:
             logits = self.student(images)
@@ -104,7 +110,8 @@ class Distillation(nn.Module):
             loss = ce if self.ce_weight == 1 else self.ce_weight * ce
             none = torch.zeros_like(ce)
             return loss, ce.detach(), none, none, _top1(logits, target)
-        more: dict[str, Any] = {"nd_ramp": ramp} if self.nd_ramp else {}
+        given: dict[str, Any] = {"nd_ramp": ramp} if self.nd_ramp else {}
+        teacher_features = None
         if self.compares_maps:
             with torch.no_grad():
                 # timm's models give their maps after the activation only.
@@ -114,11 +121,14 @@ class Distillation(nn.Module):
             maps, student_features, logits = stage_maps(self.student, images)
             compared = (maps, wanted, logits)
         else:
-            with torch.no_grad():
-                teacher_features, teacher_logits = features(teacher, images)
+            if self._outputs is not None:
+                teacher_logits, given["teacher_norms"] = self._outputs.look_up(*places)
+            else:
+                with torch.no_grad():
+                    teacher_features, teacher_logits = features(teacher, images)
             if self.method == "hard_kd":
                 student_features, logits, distilled = distilled_features(self.student, images)
-                more["distillation_logits"] = distilled
+                given["distillation_logits"] = distilled
             else:
                 student_features, logits = features(self.student, images)
             compared = (logits, teacher_logits)
@@ -132,7 +142,7 @@ class Distillation(nn.Module):
             target,
             teacher_features=teacher_features,
             kd_ramp=ramp,
-            **more,
+            **given,
         )
         if self.method == "ce":
             # The criterion's own, to which the loss gives no weight, is no term of the method.

@@ -55,6 +55,7 @@ from dnkd_ext.train.summary import (
     summary,
 )
 from dnkd_ext.train.teacher import identity
+from dnkd_ext.train.teacher_outputs import check_outputs, outputs_notes
 from dnkd_ext.train.world import World
 
 __all__ = ["Job", "plan_jobs", "prepare_device", "resolve", "run_jobs"]
@@ -234,10 +235,12 @@ def _run_ready(
 ) -> list[dict[str, Any]]:
     """Train checked jobs, whose folders hold ``states``; see run_jobs."""
     shared = Shared(world)
+    outputs: dict[str, dict[str, str]] = {}
     for job, state in zip(ready, states, strict=True):
         with world.together():
             prepare_device(job.config, world)  # before anything runs on it
             _check_inputs(job, state, shared, world)
+            _check_outputs(job, outputs, shared, world)
     if overwrite:
         with world.first_alone():
             if world.is_first:
@@ -327,6 +330,35 @@ def _check_inputs(job: Job, state: _State, shared: Shared, world: World) -> None
         check_identity(job.out, told, identity(config, source, teacher))
 
 
+def _check_outputs(job: Job, seen: dict[str, dict[str, str]], shared: Shared, world: World) -> None:
+    """An error where the file of the teacher's outputs is, or will be, of something else.
+
+    ``seen`` has what the runs before are to find in theirs.
+    """
+    config = job.config
+    given = config.model.teacher_outputs
+    teacher = shared.teacher(config)
+    if given is None or teacher is None:
+        return
+    notes = outputs_notes(config, shared.source(config), teacher.digest)
+    before = seen.setdefault(given, notes)
+    if before != notes:
+        name = next(name for name, value in notes.items() if before[name] != value)
+        raise ValueError(
+            f"--teacher-outputs {given} would be of runs that differ: {name} is {before[name]} and "
+            f"{notes[name]}. In its name {{teacher}} stands for that of the teacher"
+        )
+    path = Path(given)
+    if check_outputs(path, notes):
+        return
+    if world.size > 1:
+        raise ValueError(
+            f"--teacher-outputs {given} is not there, and is made by a run of one process, got "
+            f"{world.size}"
+        )
+    check_place("--teacher-outputs", path, path.parent)
+
+
 class _State(NamedTuple):
     """What a job's folder holds: the identity of a checkpoint, and the result of a finished run."""
 
@@ -351,10 +383,12 @@ def _check_overwritten(jobs: list[Job]) -> None:
         read: dict[str, str | None] = {
             "teacher-weights": model.teacher_weights,
             "class-means": model.class_means,
+            "teacher-outputs": model.teacher_outputs,
             "backbone-weights": backbone,
         }
         for option, given in read.items():
-            if given is None or (given == PRETRAINED and option != "class-means"):
+            of_weights = option.endswith("weights")
+            if given is None or (given == PRETRAINED and of_weights):
                 continue
             path = find_weights(given) if option == "teacher-weights" else Path(given)
             path = path.resolve()
@@ -477,7 +511,7 @@ def _run(
     if result is not None:
         return result
     prepare_device(config, world)
-    teacher = shared.teacher_with_means(config, out)
+    teacher = shared.complete_teacher(config, out)
     source = shared.source(config)
     task = tasks.task_class(config)(config, source, teacher, world)
     with world.first_alone():
@@ -551,7 +585,7 @@ def _run_at_once(
         if _take(job, own, resume) is None:
             prepare_device(job.config, shared.world)
             try:
-                shared.teacher_with_means(job.config, job.out)
+                shared.complete_teacher(job.config, job.out)
                 todo.append(job)
             except FloatingPointError as error:
                 failed.append(f"{_name(job)}: {error}")

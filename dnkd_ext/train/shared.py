@@ -1,4 +1,4 @@
-"""What the runs of a call share: data, teachers and class means, read or gathered once."""
+"""What the runs of a call share: data, and what is the teacher's, read or gathered once."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ from dnkd_ext.train.teacher import (
     seen_otherwise,
     without_means,
 )
+from dnkd_ext.train.teacher_outputs import (
+    TeacherOutputs,
+    make_outputs,
+    outputs_notes,
+    read_outputs,
+)
 from dnkd_ext.train.world import World
 
 __all__ = ["Shared"]
 
 
 class Shared:
-    """Data, teachers and class means, each read once for all jobs of a call."""
+    """Data, teachers, their class means and outputs, each read once for all jobs of a call."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._sources: dict[Any, Any] = {}
         self._teachers: dict[Any, Teacher] = {}
+        self._outputs: dict[str, TeacherOutputs] = {}
         self._sharded: set[Any] = set()
         self._told: set[str] = set()
 
@@ -43,6 +50,7 @@ class Shared:
         """Give the memory back that others are to have."""
         self._sources.clear()
         self._teachers.clear()
+        self._outputs.clear()
         self._sharded.clear()
         gc.collect()  # models are in cycles
         if self.world.device.type == "cuda":
@@ -103,7 +111,23 @@ class Shared:
         if config.method.nd_weight and teacher.class_means is not None:
             self._warn(without_means(teacher.class_means, self.source(config).classes))
 
-    def teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
+    def complete_teacher(self, config: TrainConfig, out: Path) -> Teacher | None:
+        """The teacher with class means, and with the outputs that steps are to look up."""
+        teacher = self._teacher_with_means(config, out)
+        if teacher is None or config.model.teacher_outputs is None:
+            return teacher
+        path = config.model.teacher_outputs
+        if path not in self._outputs:
+            self._outputs.clear()  # one at a time: they are large
+            source = self.source(config)
+            notes = outputs_notes(config, source, teacher.digest)
+            outputs = read_outputs(Path(path), notes, self.world.device)
+            if outputs is None:
+                outputs = make_outputs(teacher.model, source, config, self.world, Path(path), notes)
+            self._outputs[path] = outputs
+        return teacher._replace(outputs=self._outputs[path])
+
+    def _teacher_with_means(self, config: TrainConfig, out: Path) -> Teacher | None:
         """The teacher, sharded if asked, with its class means.
 
         These are gathered now unless ``out`` or a file has them; a pass that was interrupted is

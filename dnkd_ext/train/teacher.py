@@ -28,6 +28,7 @@ from dnkd_ext.train.networks import (
     weights_digest,
 )
 from dnkd_ext.train.presets import load_preset
+from dnkd_ext.train.teacher_outputs import TeacherOutputs
 
 __all__ = [
     "Teacher",
@@ -49,12 +50,14 @@ class Teacher(NamedTuple):
     """A trained model, the digest of its weights, and the mean of its features per class.
 
     ``means_origin`` tells where the means come from: the digest of a file, or gathered here.
+    ``outputs`` are what steps look up in place of running the model.
     """
 
     model: nn.Module
     digest: str
     class_means: ClassMeans | None
     means_origin: str = "gathered"
+    outputs: TeacherOutputs | None = None
 
 
 def load_teacher(

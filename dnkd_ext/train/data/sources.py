@@ -36,8 +36,11 @@ class Epochs(Protocol):
         """Batches of an epoch."""
         ...
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, target) of this process, from batch number ``start`` of an epoch on."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """(images, target) of this process, from batch number ``start`` of an epoch on.
+
+        Behind them the places of the cut images, where the teacher's outputs are looked up.
+        """
         ...
 
 
@@ -143,6 +146,7 @@ class MemorySource(Source):
             seed=config.run.seed,
             pad=config.data.pad,
             flip=config.data.flip,
+            places=config.model.teacher_outputs is not None,
             **_shared(config, world),
         )
 
