@@ -454,6 +454,11 @@ def _add_training(command: argparse.ArgumentParser) -> None:
         ("cuda-graph", "record the step and replay it"),
     ):
         command.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
+    command.add_argument(
+        "--teacher-outputs", action="store_true",
+        help="measure presets that distil logits once more, with the teacher's outputs looked up, "
+        "among as many random numbers",
+    )  # fmt: skip
     _add_out(command)
     command.add_argument(
         "--resume", action="store_true",
@@ -471,6 +476,7 @@ def _training(arguments: argparse.Namespace) -> int:
         arguments.device,
         arguments.preset or training.PRESETS,
         settings={name: getattr(arguments, name) for name in names},
+        looks_up=arguments.teacher_outputs,
         data=arguments.data,
         limit=arguments.limit,
         rounds=arguments.rounds,

@@ -15,7 +15,7 @@ PARTS = (
 )  # fmt: skip
 SETTING = (
     "preset", "student", "teacher", "data", "images", "batch", "precision", "channels_last",
-    "compile", "cuda_graph",
+    "compile", "cuda_graph", "teacher_outputs",
 )  # fmt: skip
 _MEASURED = (
     "rounds", "steps", "data_ips", "plan_ms", "step_ips", "step_ms", "low_ms", "high_ms",

@@ -195,6 +195,7 @@ def _estimate(
             for (hardware, *_), group in latest_training(training).items()
             for row in reversed(group)
             if hardware == processor(step) and row["cuda_graph"] == "yes"
+            if row["teacher_outputs"] == "no"
             if str(row["preset"]).endswith("/kd++") and value_of(row, "device_ms")
         ),
         None,

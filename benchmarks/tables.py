@@ -103,6 +103,7 @@ def in_words(row: Row) -> str:
     words = [str(row["precision"])]
     for column, word in (
         ("channels_last", "channels last"), ("compile", "compiled"), ("cuda_graph", "recorded"),
+        ("teacher_outputs", "the teacher's outputs looked up"),
     ):  # fmt: skip
         words += [word] if row[column] == "yes" else []
     if row["batch"] != 128:

@@ -4,7 +4,7 @@ What is timed is the code that trains: the task's batches, its ``Distillation``,
 step with its optimiser and meter. Steps as they are and steps with marks between their parts take
 turns, block by block; what the parts' times leave of the step's is ``unexplained``. A step is its
 data and ``do_step``, as in the engine's loop, without progress bar, log and evaluation. Teachers
-are not trained, which takes as long.
+are not trained, and what is looked up in place of running them is random, which takes as long.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from dnkd_ext.train.networks import build_model
 from dnkd_ext.train.presets import expand, load_preset
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.teacher import Teacher
+from dnkd_ext.train.teacher_outputs import TeacherOutputs
 from dnkd_ext.train.world import World
 
 PRESETS = ("cifar100/resnet56-resnet20/{ce,kd,kd++}", "cifar100/resnet32x4-resnet8x4/kd++")
@@ -121,6 +122,16 @@ def untrained_teacher(name: str, data: ImageSet, config: TrainConfig, world: Wor
     return Teacher(model.eval().requires_grad_(False), "untrained", None)
 
 
+def random_outputs(source: MemorySource, config: TrainConfig, world: World) -> TeacherOutputs:
+    """What is looked up in place of running a teacher: numbers of its outputs' size and type."""
+    rows = source.train(config, world).cuts * source.train_images
+    dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
+    generator = torch.Generator(world.device).manual_seed(0)
+    options: Any = {"generator": generator, "device": world.device}
+    logits = torch.randn(rows, len(source.classes), dtype=dtype, **options)
+    return TeacherOutputs(logits, torch.rand(rows, **options) + 1)
+
+
 def configure(preset: str, world: World, settings: dict[str, Any], data: str = "") -> TrainConfig:
     """The preset's configuration with other settings, as the training command would resolve it.
 
@@ -140,6 +151,13 @@ def configure(preset: str, world: World, settings: dict[str, Any], data: str = "
         )
     config.check(world.size)
     return dataclasses.replace(config, run=resolve(config.run, world))
+
+
+def _looking_up(config: TrainConfig) -> list[TrainConfig]:
+    """The configuration with the teacher's outputs looked up; none where that is not there."""
+    if not config.needs_teacher or config.method.kind.compares_maps:
+        return []
+    return [replace(config, {"teacher_outputs": "random"})]
 
 
 # -- the parts ------------------------------------------------------------------------------------
@@ -235,6 +253,7 @@ def marked(training: _Training, marks: Marks) -> Iterator[None]:
                 stack.enter_context(around(distillation, "_top1", "criterion", "metering"))
                 stack.enter_context(network("features"))
                 stack.enter_context(network("stage_maps"))
+                stack.enter_context(around(TeacherOutputs, "look_up", None, "teacher"))
                 if step.criterion is None:  # which calls the student itself
                     hooks = (
                         step.student.register_forward_pre_hook(lambda *_: marks.mark(None)),
@@ -331,6 +350,9 @@ def measure_preset(
         row.update(means_images=len(few.train), means_ips=_rate(len(few.train), seconds))
         teacher = teacher._replace(class_means=gather())
     source = MemorySource(dataclasses.replace(few, train=data.train))
+    if teacher is not None and config.model.teacher_outputs is not None:
+        progress.say("teacher's outputs")
+        teacher = teacher._replace(outputs=random_outputs(source, config, world))
     Classification.check(config, source, teacher)
     task = Classification(config, source, teacher, world)
     training = _Training(
@@ -414,6 +436,7 @@ def described(config: TrainConfig, data: ImageSet) -> results.Row:
             name: "yes" if getattr(config.run, name) else "no"
             for name in ("channels_last", "compile", "cuda_graph")
         },
+        "teacher_outputs": "no" if config.model.teacher_outputs is None else "yes",
     }
 
 
@@ -441,6 +464,7 @@ def run(
     patterns: Sequence[str] = PRESETS,
     *,
     settings: dict[str, Any] | None = None,
+    looks_up: bool = False,
     data: str | None = None,
     limit: int | None = None,
     rounds: int | None = None,
@@ -454,6 +478,8 @@ def run(
         device: "cpu" or "cuda".
         patterns: names of presets, or patterns of several.
         settings: options of a training run by their flat names, in place of the preset's.
+        looks_up: measure presets that distil logits once more, with the teacher's outputs looked
+            up.
         data: folder of the data set; synthetic images without one.
         limit: training images.
         rounds: see :class:`Extent`.
@@ -474,6 +500,8 @@ def run(
     names = dict.fromkeys(name for pattern in patterns for name in expand(pattern))
     settings = {name: value for name, value in (settings or {}).items() if value is not None}
     configs = [configure(name, world, settings, data or "") for name in names]
+    if looks_up:
+        configs = [one for config in configs for one in (config, *_looking_up(config))]
     parts.TRAINING.require_addable(out)
     size = extent(device, rounds, eval_images)
     if data is None:

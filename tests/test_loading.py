@@ -179,8 +179,8 @@ def recorded(**columns):
     return {
         **dict.fromkeys(parts.TRAINING_FIELDS, ""), "hardware": "a GPU", "device": "cuda",
         "torch": "9.9.0", "preset": "cifar100/big-small/kd++", "batch": 128.0, "cuda_graph": "yes",
-        "precision": "bfloat16", "student": "small", "teacher": "big", "data": "synthetic",
-        "device_ms": 3.0, **columns,
+        "teacher_outputs": "no", "precision": "bfloat16", "student": "small", "teacher": "big",
+        "data": "synthetic", "device_ms": 3.0, **columns,
     }  # fmt: skip
 
 
@@ -198,7 +198,10 @@ def test_the_whole_run_on_paper():
     faster = [step(step_ms=25.0)]
     on_paper = report.render([], faster, [], [row()]).split("on paper\n")[1]
     assert "| 64 | 8 | 0.8 | - | 1.8 | exchange | 278,095 | 0.13 | 1,854 |" in on_paper
-    others = [recorded(device_ms=9.0, hardware="another"), recorded(device_ms=8.0, cuda_graph="no")]
+    others = [
+        recorded(device_ms=9.0, hardware="another"), recorded(device_ms=8.0, cuda_graph="no"),
+        recorded(device_ms=7.0, teacher_outputs="yes"),
+    ]  # fmt: skip
     text = report.render([], faster, [recorded(), *others], [row()])
     on_paper = text.split("on paper\n")[1]
     assert "| 8 | 64 | 6.2 | 3.0 | 0.2 | arithmetic | 81,920 | 0.43 | 546 |" in on_paper

@@ -25,10 +25,12 @@ from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.presets import expand
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.stepper import Recorded
+from dnkd_ext.train.teacher_outputs import TeacherOutputs
 from dnkd_ext.train.world import World
 
 PAIR = "cifar100/resnet56-resnet20/"
 WORLD = World(0, 1, torch.device("cpu"))
+LOOKED_UP = {"teacher_outputs": "random"}
 SMALL = ["--limit", "24", "--batch-size", "8", "--eval-images", "10", "--rounds", "2"]
 
 
@@ -42,6 +44,8 @@ def ready(preset, **settings):
         source = MemorySource(data)
         means = gather_class_means(teacher.model, source, config, WORLD)
         teacher = teacher._replace(class_means=means)
+        if config.model.teacher_outputs is not None:
+            teacher = teacher._replace(outputs=training.random_outputs(source, config, WORLD))
     task = Classification(config, MemorySource(data), teacher, WORLD)
     task.step.train()
     return _Training(task, config.optim, config.run, None, WORLD, 0, {})
@@ -49,21 +53,26 @@ def ready(preset, **settings):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A file with rows of two presets."""
+    """A file with rows of two presets, and of one of them with the outputs looked up."""
     out = tmp_path_factory.mktemp("training") / "training.csv"
-    assert main(["training", "--preset", PAIR + "{ce,kd++}", *SMALL, "--out", str(out)]) == 0
+    command = ["training", "--preset", PAIR + "{ce,kd++,reviewkd}", *SMALL, "--teacher-outputs"]
+    assert main([*command, "--out", str(out)]) == 0
     return out
 
 
 # -- what is timed --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["ce", "kd++", "reviewkd++"])
-def test_a_marked_step_is_the_engines_step(preset):
+@pytest.mark.parametrize(
+    ("preset", "looks_up"),
+    [("ce", False), ("kd++", False), ("reviewkd++", False), ("kd++", True)],
+)
+def test_a_marked_step_is_the_engines_step(preset, looks_up):
     """The same weights after it, every part of it marked once, and nothing left behind."""
-    plain, seen = ready(preset), ready(preset)
+    plain, seen = (ready(preset, **LOOKED_UP if looks_up else {}) for _ in range(2))
     marks = training.Marks("cpu")
     of_modules = batches.crop_and_flip, distillation.features, torch.Tensor.backward
+    look_up = TeacherOutputs.look_up
     training.block(plain, training.endless(plain.task), 2, None)
     training.block(seen, training.endless(seen.task), 2, marks)
     for a, b in zip(plain.parameters, seen.parameters, strict=True):
@@ -75,6 +84,7 @@ def test_a_marked_step_is_the_engines_step(preset):
     assert min(found.values()) > 0
     assert marks.read() == {}
     assert (batches.crop_and_flip, distillation.features, torch.Tensor.backward) == of_modules
+    assert TeacherOutputs.look_up is look_up
     assert not seen.task.model._forward_hooks
     assert not seen.task.model._forward_pre_hooks
     assert {"step", "zero_grad"}.isdisjoint(vars(seen.optimizer))
@@ -174,21 +184,37 @@ def test_a_recorded_step(monkeypatch):
 def test_runs_one_after_another_are_all_compiled(monkeypatch):
     """Dynamo gives a function up, silently, when it has compiled it so many times."""
     compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     monkeypatch.setattr(
         torch.nn.Module, "compile",
         lambda module, **named: compiled(module, backend="eager", **named),
     )  # fmt: skip
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters
-    for number in range(4):
-        counted.clear()
-        engine = ready("kd", student="cifar_resnet8x4" if number % 2 else "cifar_resnet20",
-                       teacher="cifar_resnet20", compile=True)  # fmt: skip
-        engine.do_step(next(engine.task.batches(0, 0)))
-        assert counted["stats"]["unique_graphs"] == 1, number
-        assert not counted["graph_break"]
-        engine.release()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for number in range(4):
+            counted.clear()
+            engine = ready("kd", student="cifar_resnet8x4" if number % 2 else "cifar_resnet20",
+                           teacher="cifar_resnet20", compile=True)  # fmt: skip
+            engine.do_step(next(engine.task.batches(0, 0)))
+            assert counted["stats"]["unique_graphs"] == 1, number
+            assert not counted["graph_break"]
+            engine.release()
+
+
+def test_a_step_that_looks_the_teacher_up_is_one_graph(monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile",
+        lambda module, **named: compiled(module, backend="eager", fullgraph=True, **named),
+    )  # fmt: skip
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    engine = ready("kd++", **LOOKED_UP, compile=True)
+    for batch in engine.task.batches(0, 0):
+        engine.do_step(batch)
+    assert counted["stats"]["unique_graphs"] == 1
+    engine.release()
 
 
 def test_marks_on_a_gpu_are_events(monkeypatch):
@@ -341,9 +367,13 @@ def test_a_loss_that_is_not_finite_is_no_measurement(monkeypatch):
 
 
 def test_rows_are_whole_and_add_up(measured):
-    ce, kd = parts.read_training(measured)
-    assert [row["preset"].rsplit("/", 1)[1] for row in (ce, kd)] == ["ce", "kd++"]
-    for row in (ce, kd):
+    rows = ce, kd, looked_up, review = parts.read_training(measured)
+    methods = [row["preset"].rsplit("/", 1)[1] for row in rows]
+    assert methods == ["ce", "kd++", "kd++", "reviewkd"]
+    assert [row["teacher_outputs"] for row in rows] == ["no", "no", "yes", "no"]
+    assert 0 < looked_up["teacher_ms"] < kd["teacher_ms"]
+    assert review["teacher_ms"] > 0
+    for row in rows:
         assert row["low_ms"] <= row["step_ms"] <= row["high_ms"]
         assert row["step_ips"] == pytest.approx(8e3 / row["step_ms"], rel=0.01)
         named = sum(row[f"{part}_ms"] or 0 for part in parts.PARTS)
@@ -362,13 +392,13 @@ def test_resumption_leaves_out_what_is_there(measured, tmp_path, capsys):
     out = tmp_path / "training.csv"
     out.write_text(measured.read_text())
     command = ["training", "--preset", PAIR + "{ce,kd++}", *SMALL, "--out", str(out), "--resume"]
-    assert main(command) == 0
-    assert capsys.readouterr().out.count("measured before") == 2
+    assert main([*command, "--teacher-outputs"]) == 0
+    assert capsys.readouterr().out.count("measured before") == 3
     assert out.read_text() == measured.read_text()
     # Another setting is another measurement.
     assert main([*command[:2], PAIR + "ce", *command[3:], "--no-channels-last"]) == 0
     rows = parts.read_training(out)
-    assert [row["channels_last"] for row in rows] == ["yes", "yes", "no"]
+    assert [row["channels_last"] for row in rows] == [*["yes"] * 4, "no"]
     ((machine, kept),) = parts.latest_training([*rows, *rows]).items()
     assert machine[1] == "cpu"
     assert kept == rows
@@ -417,12 +447,20 @@ def row(**columns):
         "hardware": "a machine", "torch": "9.9.0", "version": "0.0", "device": "cpu",
         "preset": "a/b", "data": "synthetic", "images": 50000.0, "batch": 128.0,
         "precision": "float32", "channels_last": "no", "compile": "no", "cuda_graph": "no",
+        "teacher_outputs": "no",
         "step_ms": 100.0, "low_ms": 99.0, "high_ms": 101.5, "step_ips": 1280.0,
         "index_ms": 1.0, "crop_ms": 2.0, "normalise_ms": 0.5, "teacher_ms": 40.0,
         "student_ms": 20.0, "criterion_ms": 0.25, "backward_ms": 33.0, "optimiser_ms": 1.0,
         "metering_ms": 0.25, "unexplained_ms": 2.0, "data_ips": 30000.0, "eval_images": 1000.0,
         "eval_ips": 4000.0, "means_ips": 1500.0, "plan_ms": 2.5, **columns,
     }  # fmt: skip
+
+
+def test_the_report_tells_what_is_looked_up():
+    """Beside the same preset's step that runs the teacher."""
+    text = report.render([], [], [row(), row(teacher_outputs="yes")])
+    assert "| a/b, float32 | 1,280 |" in text
+    assert "| a/b, float32, the teacher's outputs looked up | 1,280 |" in text
 
 
 GRAPH = {
