@@ -456,8 +456,8 @@ def _add_training(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=text)
     command.add_argument(
         "--teacher-outputs", action="store_true",
-        help="measure presets that distil logits once more, with the teacher's outputs looked up, "
-        "among as many random numbers",
+        help="measure presets that distil logits once more, with the teacher's outputs looked up "
+        "(random numbers, as many as its outputs for all images)",
     )  # fmt: skip
     _add_out(command)
     command.add_argument(

@@ -40,7 +40,7 @@ from dnkd_ext.train.networks import build_model
 from dnkd_ext.train.presets import expand, load_preset
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.teacher import Teacher
-from dnkd_ext.train.teacher_outputs import TeacherOutputs
+from dnkd_ext.train.teacher_outputs import TeacherOutputs, outputs_notes
 from dnkd_ext.train.world import World
 
 PRESETS = ("cifar100/resnet56-resnet20/{ce,kd,kd++}", "cifar100/resnet32x4-resnet8x4/kd++")
@@ -124,7 +124,7 @@ def untrained_teacher(name: str, data: ImageSet, config: TrainConfig, world: Wor
 
 def random_outputs(source: MemorySource, config: TrainConfig, world: World) -> TeacherOutputs:
     """What is looked up in place of running a teacher: numbers of its outputs' size and type."""
-    rows = source.train(config, world).cuts * source.train_images
+    rows = int(outputs_notes(config, source, "")["rows"])
     dtype = torch.bfloat16 if config.run.precision == "bfloat16" else torch.float32
     generator = torch.Generator(world.device).manual_seed(0)
     options: Any = {"generator": generator, "device": world.device}
@@ -522,7 +522,9 @@ def run(
         with Progress(size.rounds * len(configs), "training", unit="round") as progress:
             for config in configs:
                 if _key(described(config, images)) in done:
-                    print(f"{config.preset}: measured before at this commit on this machine")
+                    looked_up = ", the teacher looked up" if config.looks_up_teacher else ""
+                    before = "measured before at this commit on this machine"
+                    print(f"{config.preset}{looked_up}: {before}")
                     progress.advance(size.rounds)
                     continue
                 row = measure_preset(config, images, world, size, progress)

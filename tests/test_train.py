@@ -448,8 +448,17 @@ def test_defaults_are_those_of_the_device_and_the_task():
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("more", [["--cuda-graph"], ["--compile"], ["--precision", "bfloat16"]])
-def test_faster_ways_train_alike(images, teacher, tmp_path, more):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--cuda-graph"],
+        ["--compile"],
+        ["--precision", "bfloat16"],
+        ["--teacher-outputs", "outputs", "--cuda-graph"],
+    ],
+)
+def test_faster_ways_train_alike(images, teacher, tmp_path, monkeypatch, more):
+    monkeypatch.chdir(tmp_path)
     # At a rate at which rounding does not decide where a run goes.
     base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0), "--lr", "0.005"]
     base.append("--no-cuda-graph")

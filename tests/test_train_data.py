@@ -81,6 +81,23 @@ def test_batches_by_slicing_each_image(split):
     assert set(plan.mirrored.tolist()) == {0, 1}
 
 
+@pytest.mark.parametrize("options", [{}, {"flip": False}, {"pad": 0}, {"world_size": 2, "rank": 1}])
+def test_rows_number_all_cuts_of_all_images(split, options):
+    """Every cut has its own, from which it is made again."""
+    data = batches(split, **options, gives_rows=True)
+    cuts = (2 * data.pad + 1) ** 2 * (2 if data.flip else 1)
+    plan = data.plan_of(torch.arange(cuts * 50))
+    assert torch.equal(data.rows(plan), torch.arange(cuts * 50))
+    limits = (49, 2 * data.pad, 2 * data.pad, int(data.flip))
+    assert [int(values.max()) for values in plan] == [*limits]
+    assert min(int(values.min()) for values in plan) == 0
+    assert len(set(zip(*(values.tolist() for values in plan), strict=True))) == cuts * 50
+    for images, target, rows in data.epoch(3):
+        made, number = data.make(data.plan_of(rows))
+        assert torch.equal(made, images)
+        assert torch.equal(number, target)
+
+
 def test_black_is_black_before_normalisation(split):
     data = batches(split)
     count = torch.zeros(2, dtype=torch.int64)

@@ -115,7 +115,7 @@ class Classification(Task):
                 config.method, means, student, teacher.model, world, smoothing
             )
             guide = teacher.model
-            if run.precision == "bfloat16" and not run.fsdp_teacher:
+            if run.precision == "bfloat16" and not run.fsdp_teacher and teacher.outputs is None:
                 guide = cast_once(guide)
         method = config.method
         self.step = Distillation(
@@ -175,7 +175,7 @@ class Classification(Task):
         return None if self.step.criterion is None else self.step.criterion.class_means
 
     def batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        """Cut, mirrored and normalised images, and their classes."""
+        """Cut, mirrored and normalised images, their classes and what else the source gives."""
         before = self.unreadable if start else 0
         for batch in self._train.epoch(epoch, start):
             self.unreadable = before + self._train.unreadable

@@ -142,9 +142,10 @@ class ModelOptions:
     teacher_outputs: str | None = None
     """Safetensors file of the teacher's logits, and norms of its features, for every place of the
     crop in every training image, mirrored and not: steps look them up instead of running the
-    teacher. Where there is none it is made first, by as much as 162 epochs of the teacher alone
-    with --pad 4 and --flip, and is kept for other runs; of CIFAR-100 1.7 GB in bfloat16, 3.3 GB in
-    float32. For --task cifar, and methods that compare logits."""
+    teacher. Where there is none it is made first, by one process, which takes the teacher as long
+    as 162 epochs with --pad 4 and --flip, and is kept for other runs of the same --precision. Of
+    CIFAR-100 1.7 GB in bfloat16 and 3.3 GB in float32, on a GPU in the memory of every process. For
+    --task cifar, and methods that compare logits."""
     dropout: float = 0.5
     """Of the projector, which is there where student and class means differ in width."""
     drop_path: float = 0.0
@@ -549,6 +550,11 @@ class TrainConfig:
         """Whether the loss looks at a teacher."""
         return self.method.method != "ce" or self.method.nd_weight != 0
 
+    @property
+    def looks_up_teacher(self) -> bool:
+        """Whether what the teacher gives is looked up in a file."""
+        return self.needs_teacher and self.model.teacher_outputs is not None
+
 
 # Which tasks have an option, where not all do: by its name, or else by its group.
 OF_TASKS = {
@@ -602,7 +608,8 @@ FREE = {
     "data",
     "cache",
     "any_classes",
-    # Where things are: the checkpoint says by their digests what they must be.
+    # Where things are: the checkpoint says by their digests what they must be, a file of the
+    # teacher's outputs of what it is.
     "teacher_weights",
     "class_means",
     "teacher_outputs",

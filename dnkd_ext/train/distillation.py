@@ -68,9 +68,9 @@ class Distillation(nn.Module):
         outputs: the teacher's, which are looked up; it is not run then.
 
     Shape:
-        images (N, channels, H, W), target (N,) int64 or (N, classes), with ``outputs`` their places
-        (N,) int64, and ramp, 0-dim, to (loss, ce, kd, nd, top1): 0-dim, top1 in percent; kd is 0
-        where the method is "ce".
+        images (N, channels, H, W), target (N,) int64 or (N, classes), with ``outputs`` the rows
+        (N,) int64 of the images in them, and ramp, 0-dim, to (loss, ce, kd, nd, top1): 0-dim, top1
+        in percent; kd is 0 where the method is "ce".
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Distillation(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         """The terms of a batch."""
-        *places, ramp = more
+        rows, ramp = more if self._outputs is not None else (None, *more)
         (teacher,) = self._teacher
         if self.criterion is None or teacher is None:
             logits = self.student(images)
@@ -122,7 +122,7 @@ class Distillation(nn.Module):
             compared = (maps, wanted, logits)
         else:
             if self._outputs is not None:
-                teacher_logits, given["teacher_norms"] = self._outputs.look_up(*places)
+                teacher_logits, given["teacher_norms"] = self._outputs.look_up(rows)
             else:
                 with torch.no_grad():
                     teacher_features, teacher_logits = features(teacher, images)

@@ -55,7 +55,7 @@ from dnkd_ext.train.summary import (
     summary,
 )
 from dnkd_ext.train.teacher import identity
-from dnkd_ext.train.teacher_outputs import check_outputs, outputs_notes
+from dnkd_ext.train.teacher_outputs import check_outputs, check_room, outputs_notes
 from dnkd_ext.train.world import World
 
 __all__ = ["Job", "plan_jobs", "prepare_device", "resolve", "run_jobs"]
@@ -141,7 +141,7 @@ def run_jobs(
     overwrite: bool = False,
     at_once: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train one after another, or some at a time; data, teachers and class means are read once.
+    """Train one after another, or some at a time; data and teachers are read once.
 
     Args:
         jobs: the runs.
@@ -240,7 +240,8 @@ def _run_ready(
         with world.together():
             prepare_device(job.config, world)  # before anything runs on it
             _check_inputs(job, state, shared, world)
-            _check_outputs(job, outputs, shared, world)
+            if state.result is None:
+                _check_outputs(job, outputs, shared, world)
     if overwrite:
         with world.first_alone():
             if world.is_first:
@@ -336,20 +337,26 @@ def _check_outputs(job: Job, seen: dict[str, dict[str, str]], shared: Shared, wo
     ``seen`` has what the runs before are to find in theirs.
     """
     config = job.config
-    given = config.model.teacher_outputs
-    teacher = shared.teacher(config)
+    given, teacher = config.model.teacher_outputs, shared.teacher(config)
     if given is None or teacher is None:
         return
     notes = outputs_notes(config, shared.source(config), teacher.digest)
     before = seen.setdefault(given, notes)
     if before != notes:
         name = next(name for name, value in notes.items() if before[name] != value)
+        hint = "; in its path {teacher} stands for the teacher's name" if name == "teacher" else ""
         raise ValueError(
             f"--teacher-outputs {given} would be of runs that differ: {name} is {before[name]} and "
-            f"{notes[name]}. In its name {{teacher}} stands for that of the teacher"
+            f"{notes[name]}{hint}"
         )
     path = Path(given)
-    if check_outputs(path, notes):
+    if path.name in OWN_FILES:
+        raise ValueError(
+            f"--teacher-outputs {given} is what a run calls a file of its own; choose another name"
+        )
+    is_there = check_outputs(path, notes)
+    check_room(path, notes, world.device)
+    if is_there:
         return
     if world.size > 1:
         raise ValueError(
@@ -383,12 +390,10 @@ def _check_overwritten(jobs: list[Job]) -> None:
         read: dict[str, str | None] = {
             "teacher-weights": model.teacher_weights,
             "class-means": model.class_means,
-            "teacher-outputs": model.teacher_outputs,
             "backbone-weights": backbone,
         }
         for option, given in read.items():
-            of_weights = option.endswith("weights")
-            if given is None or (given == PRETRAINED and of_weights):
+            if given is None or (given == PRETRAINED and option != "class-means"):
                 continue
             path = find_weights(given) if option == "teacher-weights" else Path(given)
             path = path.resolve()
@@ -572,7 +577,7 @@ def _run(
 def _run_at_once(
     jobs: list[Job], shared: Shared, own: OwnFolders, resume: bool, number: int
 ) -> list[str]:
-    """Train jobs in processes of their own, for which class means are gathered here.
+    """Train jobs in processes of their own, for which the teacher's part is gathered here.
 
     Returns:
         Those that failed, and have told why.

@@ -52,6 +52,10 @@ class Shared:
         self._teachers.clear()
         self._outputs.clear()
         self._sharded.clear()
+        self._release()
+
+    def _release(self) -> None:
+        """Let the memory go of what is not held any more."""
         gc.collect()  # models are in cycles
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -114,11 +118,13 @@ class Shared:
     def complete_teacher(self, config: TrainConfig, out: Path) -> Teacher | None:
         """The teacher with class means, and with the outputs that steps are to look up."""
         teacher = self._teacher_with_means(config, out)
-        if teacher is None or config.model.teacher_outputs is None:
-            return teacher
-        path = config.model.teacher_outputs
-        if path not in self._outputs:
+        path = config.model.teacher_outputs if config.looks_up_teacher else None
+        if path not in self._outputs and self._outputs:
             self._outputs.clear()  # one at a time: they are large
+            self._release()
+        if teacher is None or path is None:
+            return teacher
+        if path not in self._outputs:
             source = self.source(config)
             notes = outputs_notes(config, source, teacher.digest)
             outputs = read_outputs(Path(path), notes, self.world.device)

@@ -140,7 +140,7 @@ class TrainBatches(_Batches):
         drop_last: leave out the images behind the last whole batch, other ones every epoch.
         channels_last: memory format of the images.
         dtype: of the images.
-        places: let batches be (images, target, places); see :meth:`places`.
+        gives_rows: let batches be (images, target, rows); see :meth:`rows`.
 
     Raises:
         ValueError: a value out of range; no whole batch; or a last batch that is to be kept, but
@@ -162,7 +162,7 @@ class TrainBatches(_Batches):
         drop_last: bool = True,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
-        places: bool = False,
+        gives_rows: bool = False,
     ) -> None:
         super().__init__(
             split,
@@ -190,7 +190,7 @@ class TrainBatches(_Batches):
         self.seed = seed
         self.pad = pad
         self.flip = flip
-        self._gives_places = places
+        self._gives_rows = gives_rows
         self._whole = whole
         self._rest = 0 if drop_last else rest
 
@@ -225,26 +225,26 @@ class TrainBatches(_Batches):
         pixels = crop_and_flip(pixels, plan.dy, plan.dx, plan.mirrored.bool(), self.pad)
         return self._normalised(pixels).to(self.dtype), self.split.target[plan.index]
 
-    @property
-    def cuts(self) -> int:
-        """How many images may become of one: places of the crop, mirrored and not."""
-        return (2 * self.pad + 1) ** 2 * (1 + self.flip)
+    def rows(self, plan: Plan) -> Tensor:
+        """Numbers (N,) int64 of a batch's cut images among all cuts, of all images each.
 
-    def places(self, plan: Plan) -> Tensor:
-        """Where a batch's cut images are in a list of all cuts, of all images each; (N,) int64."""
+        Cuts are ordered by ``dy``, ``dx``, and where images are mirrored at all by that.
+        """
         side = 2 * self.pad + 1
         cut = (plan.dy * side + plan.dx) * (1 + self.flip) + plan.mirrored
         return cut * len(self.split) + plan.index
 
-    def plans_of_cut(self, cut: int, size: int) -> Iterator[Plan]:
-        """Plans of all images by one of the cuts, ``size`` of them at a time, in order."""
-        place, mirrored = divmod(cut, 1 + self.flip)
-        dy, dx = divmod(place, 2 * self.pad + 1)
-        for index in torch.arange(len(self.split), device=self.device).split(size):
-            yield Plan(index, *(torch.full_like(index, value) for value in (dy, dx, mirrored)))
+    def plan_of(self, rows: Tensor) -> Plan:
+        """The plan by which a batch has these rows (N,) int64."""
+        count, side = len(self.split), 2 * self.pad + 1
+        cut = rows // count
+        place = cut // (1 + self.flip)
+        return Plan(rows % count, place // side, place % side, cut % (1 + self.flip))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """(images, target) of this process, from batch number ``start`` of the epoch on.
+
+        Behind them the rows where these are wanted.
 
         Raises:
             ValueError: a negative epoch, or a start outside of it.
@@ -257,7 +257,7 @@ class TrainBatches(_Batches):
         for step in range(start, len(self)):
             chosen = slice(step * self.local_size, (step + 1) * self.local_size)
             own = Plan(*(values[chosen] for values in plan))
-            yield (*self.make(own), self.places(own)) if self._gives_places else self.make(own)
+            yield (*self.make(own), self.rows(own)) if self._gives_rows else self.make(own)
 
 
 class EvalBatches(_Batches):

@@ -39,7 +39,7 @@ class Epochs(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ...]]:
         """(images, target) of this process, from batch number ``start`` of an epoch on.
 
-        Behind them the places of the cut images, where the teacher's outputs are looked up.
+        Behind them the numbers of the cut images, where the teacher's outputs are looked up.
         """
         ...
 
@@ -146,7 +146,7 @@ class MemorySource(Source):
             seed=config.run.seed,
             pad=config.data.pad,
             flip=config.data.flip,
-            places=config.model.teacher_outputs is not None,
+            gives_rows=config.looks_up_teacher,
             **_shared(config, world),
         )
 

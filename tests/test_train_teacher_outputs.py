@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +20,31 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dnkd_ext._files import TEMPORARY
 from dnkd_ext.adapters import features
 from dnkd_ext.cli import main
 from dnkd_ext.train import distillation, shared, teacher_outputs
+from dnkd_ext.train.arguments import _read_train
 from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.models import create_model, load_weights
-from tests.runs import LOSS, by_two_in_float64, log, same, weights
+from tests.runs import LOSS, by_two_in_float64, environment, log, same, weights
 from tests.stripes import CLASSES, SIZE, SKIPPED, TRAIN, contents, of, options, refused, run
 
 pytestmark = SKIPPED
 
 IMAGES = CLASSES * TRAIN
 PAD = 1
-CUTS = 2 * (2 * PAD + 1) ** 2
-# The fewest cuts that are of all kinds.
-FEW = ("--pad", str(PAD), "--epochs", "2", "--eval-batch-size", "20")
-METHODS = {"ce": 1.0, "kd": 0.0, "kd++": 1.0, "dkd": 1.0, "dist": 1.0, "hard_kd": 1.0}
+CUTS, BATCH = 2 * (2 * PAD + 1) ** 2, 20
+# The fewest cuts that are of all kinds, in batches that are not of one cut alone.
+FEW = ("--pad", str(PAD), "--epochs", "2", "--eval-batch-size", str(BATCH))
+METHODS = {
+    "ce": (1.0,),
+    "kd": (0.0,),
+    "kd++": (1.0, "--no-flip", "--accumulate", "2"),
+    "dkd": (1.0,),
+    "dist": (1.0,),
+    "hard_kd": (1.0,),
+}
 
 
 @pytest.fixture
@@ -91,9 +107,9 @@ def test_every_output_is_the_teachers(images, teacher, tmp_path, outputs):
 def test_training_is_the_same(images, teacher, tmp_path, outputs, runs_of_teacher, double, method):
     """In float64, but for the rounding of the log; and no step runs the teacher."""
     size = sum(p.numel() for p in create_model("cifar_resnet32", CLASSES).parameters())
-    more = of(teacher, method.removesuffix("++"), METHODS[method], *FEW)
+    more = of(teacher, method.removesuffix("++"), *METHODS[method], *FEW)
     wanted = run(images, tmp_path / "run", *more)
-    assert runs_of_teacher.pop(size) == 12
+    assert runs_of_teacher.pop(size) == (24 if "--accumulate" in more else 12)
     runs_of_teacher.clear()
     near(wanted, run(images, tmp_path / "other", *more, *outputs), **LOSS)
     assert size not in runs_of_teacher
@@ -102,7 +118,7 @@ def test_training_is_the_same(images, teacher, tmp_path, outputs, runs_of_teache
         torch.testing.assert_close(second[name], first[name], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("more", [(), ("--compile",), ("--accumulate", "2", "--no-flip")])
+@pytest.mark.parametrize("more", [(), ("--compile",)])
 def test_bfloat16(images, teacher, tmp_path, outputs, more):
     """Outputs are kept in the type that the loss had them in before, and give the same loss."""
     more = of(teacher, "kd", 1.0, *FEW, "--precision", "bfloat16", *more)
@@ -142,52 +158,118 @@ def test_a_file_is_made_once(images, teacher, tmp_path, outputs, monkeypatch):
     assert made == [1]
 
 
-def test_runs_at_once_share_the_file(images, teacher, tmp_path, outputs):
+def test_runs_at_once_share_the_file(images, teacher, tmp_path, outputs, monkeypatch, request):
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(1)  # as each of the processes has
     more = of(teacher, "kd", 1.0, *FEW, *outputs, "--seeds", "0,1")
     assert main(options(images, tmp_path / "at-once", *more, "--at-once", "2")) == 0
+    content = contents(tmp_path / "kept")
     assert main(options(images, tmp_path / "alone", *more)) == 0
     for seed in ("seed-0", "seed-1"):
         assert log(tmp_path / "at-once" / "run" / seed) == log(tmp_path / "alone" / "run" / seed)
+    assert contents(tmp_path / "kept") == content
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def stopped(monkeypatch):
+    """Make the teacher send this process a signal in one of its batches of cut images."""
+    calls = []
+
+    def stop(number, call):
+        calls.clear()
+
+        def counted(model, pixels):
+            calls.append(len(pixels))
+            if len(calls) == call:
+                os.kill(os.getpid(), number)
+            return features(model, pixels)
+
+        monkeypatch.setattr(teacher_outputs, "features", counted)
+        return calls
+
+    return stop
+
+
+@pytest.mark.parametrize(("number", "call"), [(signal.SIGINT, 1), (signal.SIGTERM, 10)])
 def test_making_them_goes_on_after_a_signal(
-    images, teacher, tmp_path, outputs, monkeypatch, capsys, number
+    images, teacher, tmp_path, outputs, stopped, capsys, number, call
 ):
     more = of(teacher, "kd", 1.0, *FEW)
     rows = run(images, tmp_path / "run", *more, *outputs)
     other = ("--teacher-outputs", str(tmp_path / "other.safetensors"))
-    calls = []
-
-    def stopping(model, pixels):
-        calls.append(len(pixels))
-        if len(calls) == 10:  # within the third cut, of 4 batches each
-            os.kill(os.getpid(), number)
-        return features(model, pixels)
-
-    monkeypatch.setattr(teacher_outputs, "features", stopping)
+    calls = stopped(number, call)
     arguments = options(images, tmp_path / "again", *more, *other)
     assert main(arguments) == 128 + number
     told = capsys.readouterr().out
     assert f"stopped by {number.name} while the teacher's outputs were made" in told
     part = tmp_path / "other.safetensors.part"
     assert f"kept in {part}" in told
-    assert len(load_file(part)["norms"]) == 2 * IMAGES
+    assert len(load_file(part)["norms"]) == call * BATCH
     assert not (tmp_path / "again" / "config.json").exists()
-    calls[:] = [0] * 10
     assert main([*arguments, "--resume"]) == 0
-    assert len(calls) == 10 + 4 * (CUTS - 2)
+    assert sum(calls) == CUTS * IMAGES
     assert log(tmp_path / "again") == rows
-    found, wanted = load_file(other[1]), load_file(outputs[1])
-    assert same(found, wanted)
-    assert not part.exists()
+    assert same(load_file(other[1]), load_file(outputs[1]))
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"other.safetensors"}
+
+
+def test_a_signal_in_the_last_batch(images, teacher, tmp_path, outputs, stopped, capsys):
+    """The file is written all the same, and what was killed while it wrote is gone."""
+    (tmp_path / "kept").mkdir()
+    left = f".outputs.safetensors.{12 * 'a'}{TEMPORARY}"
+    (tmp_path / "kept" / left).write_text("half")
+    calls = stopped(signal.SIGTERM, -(-CUTS * IMAGES // BATCH))
+    command = options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
+    assert main(command) == 128 + signal.SIGTERM
+    assert f"the teacher's outputs were made, in {outputs[1]}" in capsys.readouterr().out
+    assert [path.name for path in contents(tmp_path / "kept")] == ["outputs.safetensors"]
+    calls.clear()
+    assert main(command) == 0
+    assert not calls
+
+
+def test_another_process_that_makes_the_file_is_waited_for(
+    images, teacher, tmp_path, outputs, stopped, capfd
+):
+    """What it has made is taken, and not made again; or refused, if it is of something else."""
+    more = of(teacher, "kd", 1.0, *FEW)
+    run(images, tmp_path / "run", *more, *outputs)
+    made = Path(outputs[1]).rename(tmp_path / "made")
+    calls = stopped(signal.SIGTERM, 10**9)
+    script = tmp_path / "hold.py"
+    script.write_text(
+        "import fcntl, os, sys, time\nlock, made, path = sys.argv[1:]\n"
+        "handle = open(lock, 'w')\nfcntl.flock(handle, fcntl.LOCK_EX)\nprint('held', flush=True)\n"
+        "sys.stdin.read()\nos.rename(made, path)\nos.unlink(lock)\n"
+    )
+    lock = tmp_path / "kept" / ".outputs.safetensors.lock"
+    for number, given in enumerate(((), ("--pad", "2"))):
+        command = [sys.executable, str(script), str(lock), str(made), outputs[1]]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as holder:
+            assert holder.stdout.readline() == "held\n"
+            threading.Timer(3, holder.stdin.close).start()
+            out = tmp_path / f"other-{number}"
+            status = main(options(images, out, *more, *outputs, *given))
+        told = capfd.readouterr().err
+        assert f"another process makes {outputs[1]}; waiting" in told
+        assert not calls
+        if given:
+            assert status == 2
+            assert "is of other outputs: pad is 1, here 2" in told
+        else:
+            assert status == 0
+            assert log(out) == log(tmp_path / "run")
+            Path(outputs[1]).rename(made)
 
 
 def test_a_part_of_something_else_is_begun_anew(images, teacher, tmp_path, outputs):
     place = tmp_path / "kept"
     place.mkdir()
     (place / "outputs.safetensors.part").write_bytes(b"nothing")
-    with pytest.warns(UserWarning, match="outputs begin anew: .*cannot be read"):
+    with pytest.warns(UserWarning, match="outputs begin anew: .*part is damaged, or of another"):
         run(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
     assert [path.name for path in contents(place)] == ["outputs.safetensors"]
 
@@ -197,14 +279,29 @@ def test_what_is_kept_from_time_to_time(images, teacher, tmp_path, outputs, monk
     monkeypatch.setattr(teacher_outputs, "KEEP_EVERY", 0)
     write, sizes = teacher_outputs._write, []
 
-    def noted(path, found, rows, notes):
-        sizes.append((path.suffix, rows))
-        write(path, found, rows, notes)
+    def noted(path, found, notes):
+        sizes.append((path.suffix, len(found.norms)))
+        write(path, found, notes)
 
     monkeypatch.setattr(teacher_outputs, "_write", noted)
     run(images, tmp_path / "run", *of(teacher, "kd", 0.0, *FEW), *outputs)
-    wanted = [(".part", cut * IMAGES) for cut in range(1, CUTS)]
-    assert sizes == [*wanted, (".safetensors", CUTS * IMAGES)]
+    rows = CUTS * IMAGES
+    assert sizes == [*((".part", n) for n in range(BATCH, rows, BATCH)), (".safetensors", rows)]
+
+
+def test_outputs_that_are_not_finite_are_not_kept(
+    images, teacher, tmp_path, outputs, monkeypatch, capsys
+):
+    def infinite(model, pixels):
+        found, logits = features(model, pixels)
+        return found, logits / 0
+
+    monkeypatch.setattr(teacher_outputs, "features", infinite)
+    monkeypatch.setattr(teacher_outputs, "KEEP_EVERY", 0)
+    command = options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
+    told = refused(command, capsys)
+    assert re.search("outputs of the teacher cifar_resnet32 [0-9a-f]+ are not finite", told)
+    assert not contents(tmp_path / "kept")
 
 
 def test_other_outputs_are_refused(images, teacher, tmp_path, outputs, capsys):
@@ -226,9 +323,20 @@ def test_other_outputs_are_refused(images, teacher, tmp_path, outputs, capsys):
     save_file({"a": torch.ones(1)}, tmp_path / "others.safetensors")
     (tmp_path / "broken").write_bytes(b"nothing")
     (tmp_path / "file").write_text("")
+    found = load_file(outputs[1])
+    with safe_open(outputs[1], "pt") as file:
+        notes = file.metadata()
+    few = {name: values[:-1].clone() for name, values in found.items()}
+    save_file(few, tmp_path / "few", metadata=notes)
+    save_file({"norms": found["norms"]}, tmp_path / "one", metadata=notes)
+    save_file(few, tmp_path / "part", metadata={**notes, "format": teacher_outputs.BEGUN})
     for path, told in (
         (tmp_path / "others.safetensors", "holds something else than a teacher's outputs"),
         (tmp_path / "broken", "cannot be read"),
+        (tmp_path / "few", "few is damaged; remove it"),
+        (tmp_path / "one", "cannot be read"),
+        (tmp_path / "part", "holds something else"),
+        (tmp_path / "best.safetensors", "is what a run calls a file of its own"),
         (tmp_path / "kept", "must be a file, "),
         (tmp_path / "file" / "outputs", "file is a file"),
     ):
@@ -246,43 +354,40 @@ def test_what_they_are_not_for(images, teacher, tmp_path, outputs, capsys):
         (of(teacher, "kd", 1.0, "--task", "imagenet", "--pad", "4"), "those of --task cifar, got"),
     ):
         assert told in refused(options(images, tmp_path / "no", *more, *outputs), capsys)
-    run(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
-    over = options(tmp_path, tmp_path / "kept", *of(teacher, "kd", 1.0, *FEW), "--overwrite")
-    os.rename(outputs[1], tmp_path / "kept" / "best.safetensors")
-    given = (
-        "--data",
-        str(images),
-        "--teacher-outputs",
-        str(tmp_path / "kept" / "best.safetensors"),
-    )
-    assert "--overwrite would remove --teacher-outputs" in refused([*over, *given], capsys)
     assert not (tmp_path / "no").exists()
 
 
 def test_too_many_to_keep(images, teacher, tmp_path, outputs, monkeypatch, capsys):
-    def no_room(*_, **__):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", no_room)
-    told = refused(
-        options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs), capsys
-    )
-    assert "--teacher-outputs needs 0.0 GB for 1296 cut images, for which there is no room" in told
-    assert not contents(tmp_path / "kept")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    command = options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
+    told = refused(command, capsys)
+    # 1,296 rows of three logits and a norm, twice.
+    assert f"--teacher-outputs {outputs[1]} needs 0.0 GB of the disk of {tmp_path} for the" in told
+    assert "outputs of 1296 cut images, and 0.0 are free" in told
+    assert {path.name for path in tmp_path.iterdir()} == set()
+    limit = 2 * CUTS * IMAGES * (CLASSES + 1) * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=limit))
+    assert main(command) == 0
 
 
 PRESETS = "cifar100/resnet56-resnet20/{ce,kd,reviewkd++}"
 
 
-def test_presets_that_have_no_use_for_them_do_without(images, tmp_path, outputs, monkeypatch):
+def test_presets_that_have_no_use_for_them_do_without(tmp_path):
     """Cross entropy has no teacher, and ReviewKD compares maps; the others look them up."""
-    from dnkd_ext.train import arguments
-
-    call = ["--preset", PRESETS, "--data", str(images), "--out", str(tmp_path)]
+    call = ["--preset", PRESETS, "--data", "images", "--out", str(tmp_path)]
     call += ["--teacher-weights", "w", "--teacher-outputs", "{teacher}.safetensors"]
-    configs = [config for config, _ in arguments._read_train(call)[1]]
+    configs = [config for config, _ in _read_train(call)[1]]
     found = [config.model.teacher_outputs for config in configs]
     assert found == [None, "resnet56.safetensors", None]
+
+
+def test_finished_runs_do_without_the_file(images, teacher, tmp_path, outputs, capsys):
+    more = of(teacher, "kd", 1.0, *FEW)
+    rows = run(images, tmp_path / "run", *more, *outputs)
+    Path(outputs[1]).write_text("something else")
+    assert run(images, tmp_path / "run", *more, *outputs, "--resume") == rows
+    assert "cannot be read" in refused(options(images, tmp_path / "b", *more, *outputs), capsys)
 
 
 def test_one_file_of_two_teachers(images, tmp_path, capsys):
@@ -298,7 +403,7 @@ def test_one_file_of_two_teachers(images, tmp_path, capsys):
     path = tmp_path / "outputs.safetensors"
     told = refused([*call, "--teacher-outputs", str(path)], capsys)
     assert f"--teacher-outputs {path} would be of runs that differ: teacher is cifar_resnet" in told
-    assert "{teacher} stands for" in told
+    assert "in its path {teacher} stands for the teacher's name" in told
     assert not (tmp_path / "no").exists()
     assert not path.exists()
 
