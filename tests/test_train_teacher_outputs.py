@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
@@ -10,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import types
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dnkd_ext.train import distillation, shared, teacher_outputs
 from dnkd_ext.train.arguments import _read_train
 from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.models import create_model, load_weights
+from dnkd_ext.train.signals import Signals
 from tests.runs import LOSS, by_two_in_float64, environment, log, same, weights
 from tests.stripes import CLASSES, SIZE, SKIPPED, TRAIN, contents, of, options, refused, run
 
@@ -217,8 +218,8 @@ def test_making_them_goes_on_after_a_signal(
 def test_a_signal_in_the_last_batch(images, teacher, tmp_path, outputs, stopped, capsys):
     """The file is written all the same, and what was killed while it wrote is gone."""
     (tmp_path / "kept").mkdir()
-    left = f".outputs.safetensors.{12 * 'a'}{TEMPORARY}"
-    (tmp_path / "kept" / left).write_text("half")
+    for name in ("outputs.safetensors", "outputs.safetensors.part"):
+        (tmp_path / "kept" / f".{name}.{12 * 'a'}{TEMPORARY}").write_text("half")
     calls = stopped(signal.SIGTERM, -(-CUTS * IMAGES // BATCH))
     command = options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
     assert main(command) == 128 + signal.SIGTERM
@@ -230,7 +231,7 @@ def test_a_signal_in_the_last_batch(images, teacher, tmp_path, outputs, stopped,
 
 
 def test_another_process_that_makes_the_file_is_waited_for(
-    images, teacher, tmp_path, outputs, stopped, capfd
+    images, teacher, tmp_path, outputs, stopped, capfd, monkeypatch
 ):
     """What it has made is taken, and not made again; or refused, if it is of something else."""
     more = of(teacher, "kd", 1.0, *FEW)
@@ -250,7 +251,7 @@ def test_another_process_that_makes_the_file_is_waited_for(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as holder:
             assert holder.stdout.readline() == "held\n"
-            threading.Timer(3, holder.stdin.close).start()
+            monkeypatch.setattr(teacher_outputs, "_wait", lambda end=holder.stdin.close: end())
             out = tmp_path / f"other-{number}"
             status = main(options(images, out, *more, *outputs, *given))
         told = capfd.readouterr().err
@@ -287,21 +288,32 @@ def test_what_is_kept_from_time_to_time(images, teacher, tmp_path, outputs, monk
     run(images, tmp_path / "run", *of(teacher, "kd", 0.0, *FEW), *outputs)
     rows = CUTS * IMAGES
     assert sizes == [*((".part", n) for n in range(BATCH, rows, BATCH)), (".safetensors", rows)]
+    # Not so often, but for the first batch, which is looked at.
+    monkeypatch.setattr(teacher_outputs, "KEEP_EVERY", 3600)
+    sizes.clear()
+    Path(outputs[1]).unlink()
+    run(images, tmp_path / "other", *of(teacher, "kd", 0.0, *FEW), *outputs)
+    assert sizes == [(".part", BATCH), (".safetensors", rows)]
 
 
+@pytest.mark.parametrize("bad", [1, 65])
 def test_outputs_that_are_not_finite_are_not_kept(
-    images, teacher, tmp_path, outputs, monkeypatch, capsys
+    images, teacher, tmp_path, outputs, monkeypatch, capsys, bad
 ):
+    """In the first batch or the last, of which every one is looked at here but the last."""
+    calls = []
+
     def infinite(model, pixels):
+        calls.append(1)
         found, logits = features(model, pixels)
-        return found, logits / 0
+        return found, logits / (0 if len(calls) == bad else 1)
 
     monkeypatch.setattr(teacher_outputs, "features", infinite)
-    monkeypatch.setattr(teacher_outputs, "KEEP_EVERY", 0)
     command = options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
     told = refused(command, capsys)
     assert re.search("outputs of the teacher cifar_resnet32 [0-9a-f]+ are not finite", told)
-    assert not contents(tmp_path / "kept")
+    assert len(calls) == bad
+    assert not (tmp_path / "kept" / "outputs.safetensors").exists()
 
 
 def test_other_outputs_are_refused(images, teacher, tmp_path, outputs, capsys):
@@ -361,13 +373,65 @@ def test_too_many_to_keep(images, teacher, tmp_path, outputs, monkeypatch, capsy
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     command = options(images, tmp_path / "run", *of(teacher, "kd", 1.0, *FEW), *outputs)
     told = refused(command, capsys)
-    # 1,296 rows of three logits and a norm, twice.
-    assert f"--teacher-outputs {outputs[1]} needs 0.0 GB of the disk of {tmp_path} for the" in told
-    assert "outputs of 1296 cut images, and 0.0 are free" in told
+    assert f"--teacher-outputs {outputs[1]} needs 0.0 GB of the disk of {tmp_path}, and" in told
     assert {path.name for path in tmp_path.iterdir()} == set()
-    limit = 2 * CUTS * IMAGES * (CLASSES + 1) * 4
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=limit))
-    assert main(command) == 0
+
+
+@pytest.mark.parametrize("begun", [0, 500])
+def test_the_room_that_is_wanted(tmp_path, monkeypatch, begun):
+    """Of three logits and a norm for every row; and as much again for what is begun."""
+    files = {tmp_path / "a" / "one": 50, tmp_path / "two": 30, tmp_path / "there": 10**9}
+    notes = {
+        path: {"rows": str(rows), "classes": "3", "precision": '"bfloat16"'}
+        for path, rows in files.items()
+    }
+    (tmp_path / "there").write_text("")
+    (tmp_path / "two.part").write_bytes(bytes(begun))
+    wanted = (50 + 30 + 50) * (3 * 2 + 4) - begun
+    free = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free[-1]))
+    free.append(wanted)
+    teacher_outputs.check_room(notes, torch.device("cpu"), 1)
+    free.append(wanted - 1)
+    with pytest.raises(ValueError, match=r"needs 0\.0 GB of the disk of"):
+        teacher_outputs.check_room(notes, torch.device("cpu"), 1)
+    # One file at a time in the memory of a GPU, in that of every process.
+    for path in notes:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * 10**10, 10**11))
+    teacher_outputs.check_room(notes, torch.device("cuda"), 2)
+    with pytest.raises(ValueError, match=r"needs 30\.0 GB of the GPU's memory, and 20\.0 GB"):
+        teacher_outputs.check_room(notes, torch.device("cuda"), 3)
+
+
+def test_a_lock_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
+    """One that its owner removed while another waited is nobody's."""
+    path = tmp_path / "outputs"
+    signals = Signals()
+    flock, opened = fcntl.flock, []
+
+    def removed_first(handle, how):
+        if not opened:
+            (tmp_path / ".outputs.lock").unlink()
+        opened.append(handle)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with teacher_outputs._alone(path, signals) as is_alone:
+        assert is_alone
+        assert len(opened) == 2
+        with (tmp_path / ".outputs.lock").open() as other, pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not [*tmp_path.iterdir()]
+
+    def none_here(handle, how):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none_here)
+    with teacher_outputs._alone(path, signals) as is_alone:
+        assert not is_alone
+    assert not [*tmp_path.iterdir()]
 
 
 PRESETS = "cifar100/resnet56-resnet20/{ce,kd,reviewkd++}"

@@ -235,13 +235,15 @@ def _run_ready(
 ) -> list[dict[str, Any]]:
     """Train checked jobs, whose folders hold ``states``; see run_jobs."""
     shared = Shared(world)
-    outputs: dict[str, dict[str, str]] = {}
+    outputs: dict[Path, dict[str, str]] = {}
     for job, state in zip(ready, states, strict=True):
         with world.together():
             prepare_device(job.config, world)  # before anything runs on it
             _check_inputs(job, state, shared, world)
             if state.result is None:
                 _check_outputs(job, outputs, shared, world)
+    with world.together():
+        check_room(outputs, world.device, at_once)
     if overwrite:
         with world.first_alone():
             if world.is_first:
@@ -331,7 +333,9 @@ def _check_inputs(job: Job, state: _State, shared: Shared, world: World) -> None
         check_identity(job.out, told, identity(config, source, teacher))
 
 
-def _check_outputs(job: Job, seen: dict[str, dict[str, str]], shared: Shared, world: World) -> None:
+def _check_outputs(
+    job: Job, seen: dict[Path, dict[str, str]], shared: Shared, world: World
+) -> None:
     """An error where the file of the teacher's outputs is, or will be, of something else.
 
     ``seen`` has what the runs before are to find in theirs.
@@ -341,7 +345,8 @@ def _check_outputs(job: Job, seen: dict[str, dict[str, str]], shared: Shared, wo
     if given is None or teacher is None:
         return
     notes = outputs_notes(config, shared.source(config), teacher.digest)
-    before = seen.setdefault(given, notes)
+    path = Path(given)
+    before = seen.setdefault(path, notes)
     if before != notes:
         name = next(name for name, value in notes.items() if before[name] != value)
         hint = "; in its path {teacher} stands for the teacher's name" if name == "teacher" else ""
@@ -349,14 +354,11 @@ def _check_outputs(job: Job, seen: dict[str, dict[str, str]], shared: Shared, wo
             f"--teacher-outputs {given} would be of runs that differ: {name} is {before[name]} and "
             f"{notes[name]}{hint}"
         )
-    path = Path(given)
     if path.name in OWN_FILES:
         raise ValueError(
             f"--teacher-outputs {given} is what a run calls a file of its own; choose another name"
         )
-    is_there = check_outputs(path, notes)
-    check_room(path, notes, world.device)
-    if is_there:
+    if check_outputs(path, notes):
         return
     if world.size > 1:
         raise ValueError(

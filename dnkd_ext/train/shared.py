@@ -127,7 +127,10 @@ class Shared:
         if path not in self._outputs:
             source = self.source(config)
             notes = outputs_notes(config, source, teacher.digest)
-            outputs = read_outputs(Path(path), notes, self.world.device)
+            with self.world.together():
+                outputs = read_outputs(Path(path), notes, self.world.device)
+                if outputs is None and self.world.size > 1:
+                    raise FileNotFoundError(f"--teacher-outputs {path} is not there any more")
             if outputs is None:
                 outputs = make_outputs(teacher.model, source, config, self.world, Path(path), notes)
             self._outputs[path] = outputs

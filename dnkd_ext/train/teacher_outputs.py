@@ -8,14 +8,16 @@ that runs it sees as many cuts in 162 epochs.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import math
 import os
 import shutil
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,25 +105,51 @@ def read_outputs(path: Path, notes: dict[str, str], device: torch.device) -> Tea
     return _read(path, FORMAT, notes, device) if path.exists() else None
 
 
-def check_room(path: Path, notes: dict[str, str], device: torch.device) -> None:
-    """ValueError where the outputs of these notes have no room, on the disk or in a GPU's memory.
+def check_room(files: Mapping[Path, dict[str, str]], device: torch.device, copies: int) -> None:
+    """ValueError where outputs have no room, on the disk or in a GPU's memory.
 
-    Where the file is there it is the memory that counts.
+    Args:
+        files: notes of all files of a call; those that are not there will be made.
+        device: which has the outputs of one file at a time,
+        copies: and in so many processes.
     """
-    halved = notes["precision"] == json.dumps("bfloat16")
-    size = int(notes["rows"]) * (int(notes["classes"]) * (2 if halved else 4) + 4)
-    there = next(place for place in path.absolute().parents if place.exists())
+    sizes = {path: _size(notes) for path, notes in files.items()}
+    missing = [path for path in files if not path.exists()]
+    disks: dict[int, list[Path]] = {}
+    for path in missing:
+        disks.setdefault(_folder(path).stat().st_dev, []).append(path)
     rooms = []
-    if not path.exists():  # what is begun is kept until all of it is written
-        rooms.append((f"the disk of {there}", 2 * size, shutil.disk_usage(there).free))
-    if device.type == "cuda":
-        rooms.append(("the GPU's memory", size, torch.cuda.mem_get_info(device)[0]))
+    for paths in disks.values():
+        # What was begun is there until all of it is written, in its place at the end.
+        wanted = sum(map(sizes.__getitem__, paths)) + max(map(sizes.__getitem__, paths))
+        parts = [_part(path).stat().st_size for path in paths if _part(path).is_file()]
+        folder = _folder(paths[0])
+        rooms.append((f"the disk of {folder}", wanted, shutil.disk_usage(folder).free + sum(parts)))
+    if device.type == "cuda" and sizes:
+        free = torch.cuda.mem_get_info(device)[0]
+        rooms.append(("the GPU's memory", copies * max(sizes.values()), free))
     for where, wanted, free in rooms:
         if free < wanted:
             raise ValueError(
-                f"{OPTION} {path} needs {wanted / 1e9:.1f} GB of {where} for the outputs of "
-                f"{notes['rows']} cut images, and {free / 1e9:.1f} are free"
+                f"{OPTION} {' '.join(map(str, files))} needs {wanted / 1e9:.1f} GB of {where}, and "
+                f"{free / 1e9:.1f} GB are there"
             )
+
+
+def _size(notes: dict[str, str]) -> int:
+    """Bytes of the outputs."""
+    halved = notes["precision"] == json.dumps("bfloat16")
+    return int(notes["rows"]) * (int(notes["classes"]) * (2 if halved else 4) + 4)
+
+
+def _folder(path: Path) -> Path:
+    """Where it is, or the first above that is there."""
+    return next(place for place in path.absolute().parents if place.exists())
+
+
+def _part(path: Path) -> Path:
+    """What is kept of a file that is being made."""
+    return path.with_name(f"{path.name}.part")
 
 
 def _read(
@@ -166,40 +194,60 @@ def _write(path: Path, outputs: TeacherOutputs, notes: dict[str, str]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path, signals: Signals) -> Iterator[None]:
+def _alone(path: Path, signals: Signals) -> Iterator[bool]:
     """Others that would make the same file wait until the context ends; this process for others.
+
+    Whether there are locks at all.
 
     Raises:
         Interrupted: a signal came while it waited.
     """
-    if fcntl is None:
-        yield
-        return
-    lock, told = path.with_name(f".{path.name}.lock"), False
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = path.with_name(f".{path.name}.lock")
+    handle = _locked(lock, path, signals)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+
+
+def _locked(lock: Path, path: Path, signals: Signals) -> int | None:
+    """The file's lock, which this process has then; None where there are none."""
+    told = False
+    while fcntl is not None:
+        _stop_if(signals, f"while another process made {path}")
+        handle = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who had it before removes it at the end.
-            if lock.exists() and os.path.samestat(os.fstat(handle), lock.stat()):
-                break
         except BlockingIOError:
+            os.close(handle)
             if not told:
                 print(f"another process makes {path}; waiting", file=sys.stderr, flush=True)
                 told = True
-            time.sleep(0.2)
-        except OSError:  # no locks here
-            break
+            _wait()
+            continue
+        except OSError:  # not on this file system
+            os.close(handle)
+            lock.unlink(missing_ok=True)
+            return None
+        # Who had it before has removed it at the end, and another may have it by the same name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
         os.close(handle)
-        if signals.received:
-            name = signal.Signals(signals.received).name
-            raise Interrupted(f"stopped by {name} while another process made {path}",
-                              signals.received)  # fmt: skip
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(handle)
+    return None
+
+
+def _wait() -> None:
+    time.sleep(0.2)
+
+
+def _stop_if(signals: Signals, when: str) -> None:
+    """Interrupted where a signal has come."""
+    if signals.received:
+        name = signal.Signals(signals.received).name
+        raise Interrupted(f"stopped by {name} {when}", signals.received)
 
 
 def make_outputs(
@@ -225,31 +273,33 @@ def make_outputs(
         notes: see :func:`outputs_notes`.
 
     Raises:
-        FloatingPointError: outputs are not finite; nothing is kept.
+        FloatingPointError: outputs are not finite; the file is not made.
         Interrupted: SIGINT or SIGTERM came.
         ValueError: another process has made the file, of something else.
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    with Signals() as signals, _alone(path, signals):
-        found = read_outputs(path, notes, world.device)
-        if found is not None:  # another process has made it meanwhile
-            return found
-        for name in (path.name, part.name):  # of what was killed while it wrote
-            if len(name) <= 32:
-                for left in path.parent.glob(f".{name}.????????????{TEMPORARY}"):
-                    left.unlink(missing_ok=True)
-        outputs = _make(model, source, config, world, part, notes, signals)
-        _write(path, outputs, {"format": FORMAT, **notes})
+    part = _part(path)
+    with Signals() as signals, _alone(path, signals) as is_alone:
+        outputs = read_outputs(path, notes, world.device)  # another may have made it meanwhile
+        if outputs is None:
+            if is_alone:
+                _remove_temporaries(path)
+            outputs = _make(model, source, config, world, part, notes, signals)
+            _write(path, outputs, {"format": FORMAT, **notes})
         part.unlink(missing_ok=True)
-        if signals.received:
-            name = signal.Signals(signals.received).name
-            raise Interrupted(
-                f"stopped by {name} when the teacher's outputs were made, in {path}",
-                signals.received,
-            )
+        _stop_if(signals, f"when the teacher's outputs were made, in {path}")
     return outputs
+
+
+def _remove_temporaries(path: Path) -> None:
+    """What a process left that was killed while it wrote the file, or a part of it."""
+    for name in (path.name, _part(path).name):
+        # Of a longer name the beginning stands there, which may be another file's, too.
+        if len(path.name) <= 32:
+            pattern = f".{glob.escape(name[:32])}.{12 * '?'}{TEMPORARY}"
+            for left in path.parent.glob(pattern):
+                left.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -272,12 +322,16 @@ def _make(
         outputs = _with_room(outputs, count, world.device)
     is_finite = torch.ones((), dtype=torch.bool, device=world.device)
 
+    def look() -> None:
+        if not is_finite:
+            raise FloatingPointError(f"outputs of the teacher {notes['teacher']} are not finite")
+
     def keep() -> None:
-        if outputs is not None and is_finite:
+        if outputs is not None:
             rows = TeacherOutputs(*(values[:done] for values in outputs))
             _write(part, rows, {"format": BEGUN, "done": str(done), **notes})
 
-    kept = time.monotonic()
+    kept = -math.inf if outputs is None else time.monotonic()  # the first batch is looked at
     with Progress(
         -(-count // size),
         "teacher's outputs",
@@ -298,22 +352,21 @@ def _make(
                     is_finite &= new.isfinite().all()
                 done += len(rows)
                 bar.advance()
-                if signals.received and done < count:
-                    name = signal.Signals(signals.received).name
-                    raise Interrupted(
-                        f"stopped by {name} while the teacher's outputs were made; what there is "
-                        f"of them is kept in {part}, the same command with --resume goes on there",
-                        signals.received,
+                if done == count:
+                    break
+                if signals.received or time.monotonic() - kept > KEEP_EVERY:
+                    look()
+                    _stop_if(
+                        signals,
+                        "while the teacher's outputs were made; what there is of them is kept in "
+                        f"{part}, the same command with --resume goes on from there",
                     )
-                if time.monotonic() - kept > KEEP_EVERY and done < count:
                     keep()
                     kept = time.monotonic()
         except (Interrupted, KeyboardInterrupt):
             keep()
             raise
-    if not is_finite:
-        part.unlink(missing_ok=True)
-        raise FloatingPointError(f"the outputs of the teacher {notes['teacher']} are not finite")
+    look()
     assert outputs is not None
     return outputs
 
@@ -322,8 +375,7 @@ def _with_room(outputs: TeacherOutputs, count: int, device: torch.device) -> Tea
     """Room for so many rows, of which these are the first."""
     room = []
     for values in outputs:
-        values = values.to(device)
-        whole = values.new_empty(count, *values.shape[1:])
+        whole = torch.empty(count, *values.shape[1:], dtype=values.dtype, device=device)
         whole[: len(values)] = values
         room.append(whole)
     return TeacherOutputs(*room)
