@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
@@ -12,13 +14,49 @@ import torch
 from dnkd_ext.cli import main
 from dnkd_ext.train import presets
 from dnkd_ext.train.arguments import _read_train
-from dnkd_ext.train.config import METHODS, MethodOptions, flatten
+from dnkd_ext.train.config import KINDS, METHODS, TRAITS, MethodOptions, flatten
 from dnkd_ext.train.distillation import make_criterion
 from dnkd_ext.train.models import create_model
+from dnkd_ext.train.options import above, at_least, between
 from tests.runs import log, same, weights
 from tests.stripes import SKIPPED, refused
 
 pytestmark = SKIPPED
+
+
+def test_every_number_among_the_options_has_a_range():
+    """Or is looked at beside another: a new option is not forgotten."""
+    kinds = {name: get_args(kind) or (kind,) for name, kind in KINDS.items()}
+    numbers = {name for name, kind in kinds.items() if {int, float} & {*kind}}
+    tuples = {"mean", "std", "betas", "milestones", "min_size", "anchor_sizes", "scale", "ratio"}
+    assert numbers - tuples == {n for n, t in TRAITS.items() if t.range} | {"max_size"}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside", "words"),
+    [
+        (at_least(1), (1, 2.5), (0, 0.99, math.nan, math.inf), "at least 1"),
+        (above(0), (1e-9, 3), (0, -1, -0.0, math.nan), "greater than 0"),
+        (between(0, 1), (0, 1, 0.5), (-1e-9, 1.01, math.nan), "between 0 and 1"),
+        (between(0, 1, open_high=True), (0, 0.999), (1, -0.1), "in [0, 1)"),
+        (between(0, 1, open_low=True), (1, 1e-9), (0, 1.01), "greater than 0 and at most 1"),
+        (
+            between(0, 1, open_low=True, open_high=True),
+            (0.5,),
+            (0, 1, -math.inf),
+            "between 0 and 1, both excluded",
+        ),
+    ],
+    ids=str,
+)
+def test_ranges(allowed, inside, outside, words):
+    for value in inside:
+        allowed.check("some_name", value)
+    for value in outside:
+        wanted = words if math.isfinite(value) else "finite"
+        told = re.escape(f"--some-name must be {wanted}, got {value}")
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            allowed.check("some_name", value)
 
 
 def again(earlier, out, *more):

@@ -34,6 +34,7 @@ from dnkd_ext.train.config import (
     unused,
 )
 from dnkd_ext.train.files import CONFIG, checked_config
+from dnkd_ext.train.options import flag
 from dnkd_ext.train.presets import describe, expand, format_presets, load_preset, preset_names
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.world import SPEAKS, World, join_world, told_once
@@ -282,8 +283,7 @@ def _without_unused(
         if is_given and all(name in unused(other) for other in configs):
             methods = " and ".join(methods_with(name))
             raise ValueError(
-                f"--{name.replace('_', '-')} is for --method {methods}, got --method "
-                f"{config.method.method}"
+                f"{flag(name)} is for --method {methods}, got --method {config.method.method}"
             )
     return replace(config, unused(config))
 
@@ -508,8 +508,7 @@ def plot(argv: Sequence[str]) -> int:
         for name in ("images", "count", "threshold", "data", "teacher_weights", "device"):
             value = getattr(arguments, name)
             if value != drawn[name]:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is for the boxes of --task detection, got {value}")
+                raise ValueError(f"{flag(name)} is for the boxes of --task detection, got {value}")
     folders, out = [Path(run) for run in arguments.runs], _named(arguments.out)
     from dnkd_ext.train.commands import read_run, run_pictures, run_plot
 

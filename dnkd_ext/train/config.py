@@ -6,11 +6,10 @@ are flat.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import nn
 
@@ -22,6 +21,18 @@ from dnkd_ext.criteria import (
     ReviewKDPlusPlus,
 )
 from dnkd_ext.train.data.reader_options import ReaderOptions
+from dnkd_ext.train.options import (
+    Traits,
+    above,
+    at_least,
+    between,
+    check_ranges,
+    converted,
+    flag,
+    in_words,
+    option,
+    traits_of,
+)
 
 __all__ = [
     "METHODS",
@@ -33,9 +44,7 @@ __all__ = [
     "OptimOptions",
     "RunOptions",
     "TrainConfig",
-    "converted",
     "flatten",
-    "in_words",
     "methods_with",
     "replace",
 ]
@@ -87,25 +96,25 @@ class DataOptions:
     training (the reader options are theirs; --limit, --cache, --pad and --flip, where a command has
     them, are not); detection: boxes in images of COCO's format (the detection options are theirs,
     and of the reader's --workers)."""
-    data: str = ""
+    data: str = option("", free=True)
     """Folder of the data set: train/CLASS/* and test or val; for cifar also CIFAR-100 as
     torchvision unpacks it, for imagenet also tar archives and WebDataset shards. For detection
     train2017/*, val2017/* and annotations/instances_train2017.json, instances_val2017.json."""
-    limit: int | None = None
+    limit: int | None = option(None, at_least(1), tasks=("cifar", "detection"))
     """Use at most this many training images, as many of every class, and a third as many test
     images; for detection evenly spread over all."""
-    cache: str | None = None
+    cache: str | None = option(None, tasks=("cifar",), free=True)
     """Safetensors file in which decoded images are kept for the next run."""
-    pad: int = 4
+    pad: int = option(4, at_least(0), tasks=("cifar",))
     """Black border, in pixels, from which training images are cut at random."""
-    flip: bool = True
+    flip: bool = option(True, tasks=("cifar", "detection"))
     """Mirror every second training image."""
     mean: tuple[float, ...] | None = None
     """Mean of every channel, of pixels in [0, 1]; by default that of ImageNet, or with cifar that
     of CIFAR-100."""
     std: tuple[float, ...] | None = None
     """Standard deviation of every channel; likewise."""
-    any_classes: bool = False
+    any_classes: bool = option(False, free=True)
     """Take weights and class means that were made with classes of other names, or in another order,
     than the data's, as their labels are."""
 
@@ -128,27 +137,27 @@ class ModelOptions:
     fasterrcnn_resnet18, _resnet50, _resnet101 or _mobilenet_v2."""
     teacher: str | None = None
     """Model to learn from, likewise; none for cross entropy alone."""
-    teacher_weights: str | None = None
+    teacher_weights: str | None = option(None, free=True)
     """File of the teacher's weights (safetensors or PyTorch), the folder of the run that trained
     it, whose best weights are taken, or pretrained: timm's own, for detection torchvision's."""
-    class_means: str | None = None
+    class_means: str | None = option(None, free=True)
     """File of the teacher's class means (dnkd class-means, or the authors' JSON); without one they
     are gathered first and kept in the run's folder."""
-    class_means_momentum: float | None = None
+    class_means_momentum: float | None = option(None, between(0, 1, open_low=True, open_high=True))
     """Let class means be a moving average of the features that the teacher has while training, with
     this share of the old mean in every step, instead of gathering them in a pass of their own; a
     mixed image counts for the class with the larger share, and with --accumulate every part moves
     them. All processes have the same."""
-    teacher_outputs: str | None = None
+    teacher_outputs: str | None = option(None, free=True)
     """Safetensors file of the teacher's logits, and norms of its features, for every place of the
     crop in every training image, mirrored and not: steps look them up instead of running the
     teacher. Where there is none it is made first, by one process, which takes the teacher as long
     as 162 epochs with --pad 4 and --flip, and is kept for other runs of the same --precision. Of
     CIFAR-100 1.7 GB in bfloat16 and 3.3 GB in float32, on a GPU in the memory of every process. For
     --task cifar, and methods that compare logits."""
-    dropout: float = 0.5
+    dropout: float = option(0.5, between(0, 1))
     """Of the projector, which is there where student and class means differ in width."""
-    drop_path: float = 0.0
+    drop_path: float = option(0.0, between(0, 1))
     """Rate of stochastic depth in the student, for models of timm that have it."""
     zero_init_last: bool = True
     """Let the student's residual blocks begin as identities where timm does so (its ResNets): the
@@ -168,31 +177,31 @@ class MethodOptions:
     """What is distilled beside the features; ce: nothing; hard_kd: the class that the teacher
     finds, by cross entropy, on the distillation token where the student has one. The ++ of a method
     is its nd_weight."""
-    ce_weight: float = 1.0
+    ce_weight: float = option(1.0, at_least(0))
     """Weight of the cross entropy."""
-    kd_weight: float = 1.0
+    kd_weight: float = option(1.0, at_least(0))
     """Weight of the distillation."""
-    nd_weight: float = 0.0
+    nd_weight: float = option(0.0, at_least(0))
     """Weight of the norm-and-direction loss; 0 leaves it out."""
-    kd_warm_up: int = 0
+    kd_warm_up: int = option(0, at_least(0))
     """Epochs over which the weight of the distillation grows from 0."""
     nd_ramp: bool = False
     """Let the weight of the norm-and-direction loss grow likewise."""
-    temperature: float = 4.0
+    temperature: float = option(4.0, above(0))
     """Of KD, DKD and DIST, whose criterion in the library has 1 by default."""
-    alpha: float = 1.0
+    alpha: float = option(1.0, at_least(0))
     """DKD: weight of the target class's part."""
-    beta: float = 1.0
+    beta: float = option(1.0, at_least(0))
     """DKD: weight of the other classes' part, which in the library is 8 by default; presets set
     theirs. DIST: weight of the correlation over classes."""
-    gamma: float = 1.0
+    gamma: float = option(1.0, at_least(0))
     """DIST: weight of the correlation over samples."""
-    mid_channels: int | None = None
+    mid_channels: int | None = option(None, at_least(1), strict=True)
     """ReviewKD: width of what its fusion blocks carry; by default that of the student's last stage,
     at most 512; 256 for detection."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = option(0.0, between(0, 1))
     """Of the cross entropy."""
-    logit_standardization: bool = False
+    logit_standardization: bool = option(False, strict=True)
     """KD and DKD: standardise each row of logits before the temperature."""
 
     @property
@@ -211,46 +220,46 @@ class MethodOptions:
 class OptimOptions:
     """Optimiser and schedule."""
 
-    epochs: int = 240
+    epochs: int = option(240, at_least(1))
     """How long to train."""
-    batch_size: int = 128
+    batch_size: int = option(128, at_least(1))
     """Images per step, of all processes together."""
-    accumulate: int = 1
+    accumulate: int = option(1, at_least(1))
     """Parts in which a process takes its share of a batch one after another; BatchNorm, and DIST's
     correlation over samples, see a part at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Which optimiser."""
-    lr: float = 0.1
+    lr: float = option(0.1, above(0))
     """Highest learning rate, not scaled by anything."""
-    momentum: float = 0.9
+    momentum: float = option(0.9, between(0, 1, open_high=True))
     """Of SGD."""
     nesterov: bool = True
     """SGD: Nesterov's form of the momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
-    weight_decay: float = 5e-4
+    weight_decay: float = option(5e-4, at_least(0))
     """Of all parameters that are decayed."""
     decay_vectors: bool = True
     """Decay biases and other parameters of one dimension, too, and what timm's models name in
     no_weight_decay(): tokens and position embeddings."""
-    clip_grad: float | None = None
+    clip_grad: float | None = option(None, above(0))
     """Largest norm of all gradients together."""
     schedule: Literal["multistep", "cosine"] = "multistep"
     """How the learning rate falls: at the milestones, or along a half cosine, every step."""
     milestones: tuple[int, ...] = (150, 180, 210)
     """Epochs at which the learning rate is multiplied by --lr-decay."""
-    lr_decay: float = 0.1
+    lr_decay: float = option(0.1, above(0))
     """Factor of the learning rate at each of --milestones."""
-    lr_warm_up: float = 0.0
+    lr_warm_up: float = option(0.0, at_least(0))
     """Epochs over which the learning rate grows to --lr, every step; may be a part of one."""
-    lr_start: float = 0.0
+    lr_start: float = option(0.0, at_least(0))
     """Learning rate at the start of the warm-up."""
-    lr_end: float = 0.0
+    lr_end: float = option(0.0, at_least(0))
     """Learning rate at the end of the cosine."""
     cosine_after_warm_up: bool = False
     """Let the cosine begin where the warm-up ends; otherwise it spans all epochs, and the warm-up
     takes the place of its beginning."""
-    ema_decay: float | None = None
+    ema_decay: float | None = option(None, between(0, 1, open_high=True))
     """Keep an exponential moving average of the weights with this decay per step, and evaluate it,
     too."""
 
@@ -259,46 +268,46 @@ class OptimOptions:
 class RunOptions:
     """How it is run."""
 
-    seed: int = 0
+    seed: int = option(0, at_least(0))
     """Of weights, order, augmentation and dropout."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = option("auto", free=True)
     """Where; auto: a GPU where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16: autocast, the weights stay float32; auto: that on a GPU which has it. float32: on a
     GPU convolutions use TF32, as is PyTorch's default."""
-    channels_last: bool = True
+    channels_last: bool = option(True, free=True)
     """Memory format of images and weights; faster on CPUs, too."""
-    compile: bool = False
+    compile: bool = option(False, free=True)
     """torch.compile of teacher, student and loss; dropout draws other random numbers then."""
-    cuda_graph: bool = False
+    cuda_graph: bool = option(False, free=True)
     """Record the step (teacher, student, loss, optimiser) after three, and replay it."""
-    fsdp: bool = False
+    fsdp: bool = option(False, free=True)
     """Several processes share parameters, gradients and optimiser state of what is trained (FSDP2)
     instead of having copies; torch.compile is then that of the student's blocks."""
-    fsdp_teacher: bool = False
+    fsdp_teacher: bool = option(False, free=True)
     """With --fsdp: the teacher's parameters are shared, too."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = option(False, free=True)
     """Compute the student's activations again in the backward pass instead of keeping them, for
     models of timm that know how to."""
-    deterministic: bool = False
+    deterministic: bool = option(False, free=True)
     """Only deterministic kernels on a GPU, so that a run can be repeated exactly."""
-    eval_batch_size: int | None = None
+    eval_batch_size: int | None = option(None, at_least(1), free=True)
     """Images per step of the evaluation, of all processes together; made a multiple of these. By
     default 500, and 2000 for --task cifar on a GPU."""
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = option(None, at_least(1), free=True)
     """Epochs between checkpoints, by default 1, and 10 for --task cifar on a GPU, whose epochs are
     short; the last epoch always has one."""
-    checkpoint_minutes: float = 30.0
+    checkpoint_minutes: float = option(30.0, at_least(0), free=True)
     """Minutes after which a checkpoint is written within an epoch, where the loss is looked at; 0:
     never."""
-    log_every: int = 50
+    log_every: int = option(50, at_least(1), free=True)
     """Steps between looks at the loss, which wait for the device."""
-    tensorboard: bool = True
+    tensorboard: bool = option(True, free=True)
     """Write TensorBoard's files, too."""
-    wandb: bool = False
+    wandb: bool = option(False, free=True)
     """Log every epoch to Weights & Biases, too; WANDB_PROJECT and its other environment variables
     say where."""
-    progress: bool = True
+    progress: bool = option(True, free=True)
     """Show a progress bar."""
 
 
@@ -306,14 +315,16 @@ class RunOptions:
 class DetectionOptions:
     """Detectors and their data."""
 
+    TASKS: ClassVar = ("detection",)
+
     train_set: str = "train2017"
     """Folder of the training images in the data's; annotations/instances_NAME.json beside it."""
     val_set: str = "val2017"
     """Likewise of the images of the evaluation."""
-    backbone_weights: str | None = None
+    backbone_weights: str | None = option(None, free=True)
     """ImageNet weights with which the student's backbone begins: a file by torchvision's names, or
     pretrained for those that torchvision downloads. Its batch normalisation is frozen then."""
-    trainable_layers: int = 3
+    trainable_layers: int = option(3, between(0, 5))
     """How many of the backbone's five parts (stem and four stages), from the last, are trained;
     all of them without --backbone-weights."""
     min_size: tuple[int, ...] = (800,)
@@ -323,14 +334,14 @@ class DetectionOptions:
     """Longest side of a resized image, which overrules --min-size."""
     anchor_sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Side of the anchors of the feature pyramid's five levels, in pixels."""
-    rpn_proposals: int = 1000
+    rpn_proposals: int = option(1000, at_least(1))
     """Proposals of every training image from which are sampled those the box head sees."""
-    proposals: int = 512
+    proposals: int = option(512, at_least(1))
     """Sampled proposals of every image, at most a quarter of them on objects."""
-    epoch_steps: int | None = None
+    epoch_steps: int | None = option(None, at_least(1))
     """Steps that are called an epoch: evaluations, checkpoints, milestones and epochs count in
     these; by default a pass over the training images."""
-    detect_batch_size: int = 8
+    detect_batch_size: int = option(8, at_least(1), free=True)
     """Images per step of evaluation and of class means, of all processes together; made a multiple
     of these."""
 
@@ -344,10 +355,6 @@ class DetectionOptions:
         if len(self.anchor_sizes) != 5 or min(self.anchor_sizes) < 1:
             raise ValueError(
                 f"--anchor-sizes must be five sizes from 1 on, got {self.anchor_sizes}"
-            )
-        if not 0 <= self.trainable_layers <= 5:
-            raise ValueError(
-                f"--trainable-layers must be between 0 and 5, got {self.trainable_layers}"
             )
 
 
@@ -368,20 +375,10 @@ class TrainConfig:
     def check(self, world_size: int = 1) -> None:
         """ValueError for values out of range or at odds with each other, naming the option."""
         self.check_data()
-        flat = flatten(self)
-        for name in ("lr", "lr_decay", "temperature"):
-            _check_number(name, flat[name], flat[name] > 0, "greater than 0")
-        if not 0 <= self.run.seed < 2**63:
+        if self.run.seed >= 2**63:
             raise ValueError(f"--seed must be from 0 to 2^63 - 1, got {self.run.seed}")
-        for name in ("dropout", "drop_path", "label_smoothing"):
-            _check_number(name, flat[name], 0 <= flat[name] <= 1, "between 0 and 1")
-        for name in ("momentum", "ema_decay"):
-            if flat[name] is not None:
-                _check_number(name, flat[name], 0 <= flat[name] < 1, "in [0, 1)")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"--betas must be in [0, 1), got {self.optim.betas}")
-        if self.optim.clip_grad is not None and not self.optim.clip_grad > 0:
-            raise ValueError(f"--clip-grad must be greater than 0, got {self.optim.clip_grad}")
         if self.optim.lr_warm_up >= self.optim.epochs and self.optim.lr_warm_up > 0:
             raise ValueError(
                 f"--lr-warm-up must be below --epochs {self.optim.epochs}, got "
@@ -416,7 +413,7 @@ class TrainConfig:
             for name in ("compile", "cuda_graph"):
                 if getattr(self.run, name):
                     raise ValueError(
-                        f"--{_option(name)} cannot follow what --activation-checkpointing computes "
+                        f"{flag(name)} cannot follow what --activation-checkpointing computes "
                         "again; pass one of them"
                     )
         if self.run.fsdp_teacher and not self.run.fsdp:
@@ -447,7 +444,7 @@ class TrainConfig:
             for name in ("teacher_weights", "class_means", "teacher_outputs"):
                 if getattr(self.model, name) is not None:
                     raise ValueError(
-                        f"--{_option(name)} has no part in --method ce with --nd-weight 0, which "
+                        f"{flag(name)} has no part in --method ce with --nd-weight 0, which "
                         "has no teacher; name a --teacher and a --method"
                     )
 
@@ -456,10 +453,6 @@ class TrainConfig:
         momentum = self.model.class_means_momentum
         if momentum is None:
             return
-        if not 0 < momentum < 1:
-            raise ValueError(
-                f"--class-means-momentum must be between 0 and 1, both excluded, got {momentum}"
-            )
         if self.model.class_means is not None:
             raise ValueError(
                 "--class-means are read and --class-means-momentum gathers them while training; "
@@ -504,25 +497,21 @@ class TrainConfig:
         for group, name in ours:
             value = getattr(group, name)
             if value != getattr(type(group)(), name):
-                raise ValueError(
-                    f"--{_option(name)} has no part in --task detection, got {value:g}"
-                )
+                raise ValueError(f"{flag(name)} has no part in --task detection, got {value:g}")
         for name in ("fsdp", "activation_checkpointing"):
             if getattr(self.run, name):
-                raise ValueError(f"--{_option(name)} is not there for --task detection")
+                raise ValueError(f"{flag(name)} is not there for --task detection")
         for name in ("compile", "cuda_graph"):
             if getattr(self.run, name):
                 raise ValueError(
-                    f"--{_option(name)} is for batches of one shape, and those of --task detection "
+                    f"{flag(name)} is for batches of one shape, and those of --task detection "
                     "have many"
                 )
 
     def check_data(self) -> None:
         """What is wrong with the data's options alone, and with numbers of any."""
-        flat = flatten(self)
-        for name, least in LEAST.items():
-            if flat[name] is not None:
-                _check_number(name, flat[name], flat[name] >= least, f"at least {least:g}")
+        for name in GROUPS:
+            check_ranges(getattr(self, name))
         for name, values in self.data.normalisation.items():
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"--{name} must be finite numbers, got {values}")
@@ -531,16 +520,14 @@ class TrainConfig:
         task = self.data.task
         if task == "detection":
             self.detection.check()
-            if self.reader.workers < 0:
-                raise ValueError(f"--workers must be at least 0, got {self.reader.workers}")
         elif task == "imagenet":
             self.reader.check()
         for group in (self.data, self.reader, self.detection):
             for name, value in vars(group).items():
-                tasks = OF_TASKS.get(name, OF_GROUPS.get(type(group), (task,)))
+                tasks = TRAITS[name].tasks or getattr(group, "TASKS", (task,))
                 if task not in tasks and value != getattr(type(group)(), name):
                     raise ValueError(
-                        f"--{_option(name)} is for --task {' and '.join(tasks)}, got {value}"
+                        f"{flag(name)} is for --task {' and '.join(tasks)}, got {value}"
                     )
         if not self.data.data:
             raise ValueError("--data must name the folder of the data set, got nothing")
@@ -556,101 +543,17 @@ class TrainConfig:
         return self.needs_teacher and self.model.teacher_outputs is not None
 
 
-# Which tasks have an option, where not all do: by its name, or else by its group.
-OF_TASKS = {
-    "limit": ("cifar", "detection"),
-    "cache": ("cifar",),
-    "pad": ("cifar",),
-    "flip": ("cifar", "detection"),
-    "workers": ("imagenet", "detection"),
-}
-# Options that are refused where the method has no use for them; numbers of others do no harm.
-STRICT = ("logit_standardization", "mid_channels")
-OF_GROUPS: dict[type, tuple[str, ...]] = {
-    ReaderOptions: ("imagenet",),
-    DetectionOptions: ("detection",),
-}
-
-# The smallest value of an option.
-LEAST = {
-    "limit": 1,
-    "pad": 0,
-    "ce_weight": 0,
-    "kd_weight": 0,
-    "nd_weight": 0,
-    "alpha": 0,
-    "beta": 0,
-    "gamma": 0,
-    "kd_warm_up": 0,
-    "mid_channels": 1,
-    "epochs": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "weight_decay": 0,
-    "lr_warm_up": 0,
-    "lr_start": 0,
-    "lr_end": 0,
-    "seed": 0,
-    "eval_batch_size": 1,
-    "detect_batch_size": 1,
-    "epoch_steps": 1,
-    "rpn_proposals": 1,
-    "proposals": 1,
-    "checkpoint_every": 1,
-    "checkpoint_minutes": 0,
-    "log_every": 1,
-}
-
-# Options that do not change what is computed, beyond rounding: a run may go on with other ones. Of
-# shards, which workers divide among them, --workers does; it is told where it matters. So is
-# --compile, whose dropout draws other random numbers.
-FREE = {
-    "data",
-    "cache",
-    "any_classes",
-    # Where things are: the checkpoint says by their digests what they must be, a file of the
-    # teacher's outputs of what it is.
-    "teacher_weights",
-    "class_means",
-    "teacher_outputs",
-    "backbone_weights",
-    "device",
-    "channels_last",
-    "compile",
-    "cuda_graph",
-    "fsdp",
-    "fsdp_teacher",
-    "activation_checkpointing",
-    "deterministic",
-    "eval_batch_size",
-    "detect_batch_size",
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "log_every",
-    "tensorboard",
-    "wandb",
-    "progress",
-    "workers",
-    "on_error",
-}
-
-# The groups of options by name, and the type of every option, of --preset too.
+# The groups of options by name; the type and the traits of every option, of --preset too.
 GROUPS: dict[str, type] = get_type_hints(TrainConfig)
 KINDS: dict[str, Any] = {"preset": GROUPS.pop("preset")}
+TRAITS = {"preset": Traits()}
 for _group in GROUPS.values():
     KINDS |= get_type_hints(_group)
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _check_number(name: str, value: float, fits: bool, wanted: str) -> None:
-    """ValueError for an option that does not fit, or is infinite or no number."""
-    if isinstance(value, float) and not math.isfinite(value):
-        fits, wanted = False, "finite"
-    if not fits:
-        raise ValueError(f"--{_option(name)} must be {wanted}, got {value}")
+    TRAITS |= traits_of(_group)
+# Options in which a run may differ from the one that it goes on with. What the files of a teacher
+# hold is looked at by itself, and two that do not leave all as it was are told where it matters:
+# --workers, which divide shards among them, and --compile, whose dropout draws other numbers.
+FREE = frozenset(name for name, traits in TRAITS.items() if traits.free)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -665,7 +568,11 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 def unused(config: TrainConfig) -> dict[str, Any]:
     """The options that the configuration's method has no use for, as they are without them."""
     own = config.method.kind.options
-    return {name: getattr(MethodOptions(), name) for name in STRICT if name not in own}
+    return {
+        name: getattr(MethodOptions(), name)
+        for name, traits in TRAITS.items()
+        if traits.strict and name not in own
+    }
 
 
 def methods_with(option: str) -> list[str]:
@@ -701,38 +608,3 @@ def _typed(name: str, value: Any) -> Any:
     if found is None:
         raise ValueError(f"{name} must be {in_words(KINDS[name])}, got {value!r}")
     return found
-
-
-def _some(kind: Any) -> Any:
-    """The type without None."""
-    return get_args(kind)[0] if type(None) in get_args(kind) else kind
-
-
-def converted(kind: Any, value: Any) -> Any:
-    """The value as a field's type has it; None where it is of another."""
-    kind = _some(kind)
-    arguments = get_args(kind)
-    if get_origin(kind) is Literal:
-        return value if value in arguments else None
-    if get_origin(kind) is tuple:
-        fits = isinstance(value, list | tuple) and (
-            Ellipsis in arguments or len(value) == len(arguments)
-        )
-        items = tuple(converted(arguments[0], item) for item in value) if fits else (None,)
-        return None if None in items else items
-    if kind is float and type(value) is int:
-        with contextlib.suppress(OverflowError):
-            value = float(value)
-    return value if type(value) is kind else None
-
-
-def in_words(kind: Any) -> str:
-    """What a field's type asks for, None apart."""
-    kind = _some(kind)
-    arguments = get_args(kind)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(arguments)}"
-    if get_origin(kind) is tuple:
-        count = "" if Ellipsis in arguments else "two "
-        return f"a list of {count}{in_words(arguments[0]).split()[-1]}s"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}[kind]

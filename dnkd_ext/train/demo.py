@@ -22,6 +22,7 @@ from dnkd_ext.progress import Progress
 from dnkd_ext.train.data.memory import ImageSet, load_digits, load_image_folder
 from dnkd_ext.train.loop import Evaluation, Optimisation, evaluate, fit
 from dnkd_ext.train.models import SmallConvNet
+from dnkd_ext.train.options import flag
 from dnkd_ext.train.plots import plot_accuracy, plot_features
 
 __all__ = ["DemoConfig", "run_demo"]
@@ -51,9 +52,7 @@ class DemoConfig:
         """ValueError for a value out of range, naming the option."""
         for name in ("seeds", "teacher_epochs", "epochs"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}"
-                )
+                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
         if self.limit is not None and self.data is None:
             raise ValueError("--limit subsamples an image folder; give one with --data")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, Literal
 
-from dnkd_ext.train.config import KINDS, METHODS, converted, in_words
+from dnkd_ext.train.config import KINDS, METHODS
+from dnkd_ext.train.options import converted, in_words
 
 __all__ = ["Preset", "describe", "expand", "format_presets", "load_preset", "preset_names"]
 

@@ -27,6 +27,7 @@ from dnkd_ext.train.networks import (
     load_weights_for,
     weights_digest,
 )
+from dnkd_ext.train.options import flag
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.teacher_outputs import TeacherOutputs
 
@@ -204,7 +205,7 @@ def seen_otherwise(path: str, means: ClassMeans, notes: dict[str, str]) -> str |
     teacher is and on what data was looked at before.
     """
     before = [
-        (f"--{key.replace('_', '-')}", _words(means.metadata[key]), _words(wanted))
+        (flag(key), _words(means.metadata[key]), _words(wanted))
         for key, wanted in notes.items()
         if key not in ("teacher", "dataset", "precision")
         and means.metadata.get(key, wanted) != wanted

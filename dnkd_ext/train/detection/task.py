@@ -36,6 +36,7 @@ from dnkd_ext.train.detection.models import FEATURES, create_detector, load_dete
 from dnkd_ext.train.files import BEST, CONFIG, DETECTIONS, LAST, checked_config
 from dnkd_ext.train.gather import gather_means
 from dnkd_ext.train.networks import PRETRAINED, weights_file
+from dnkd_ext.train.options import flag
 from dnkd_ext.train.task import Task, autocast
 from dnkd_ext.train.teacher import Teacher, identity, read_class_means
 from dnkd_ext.train.world import World
@@ -105,7 +106,7 @@ def check_settings(weights: str, config: TrainConfig) -> None:
     given = _settings(config)
     for name, value in _settings(run).items():
         if value != given[name]:
-            option = f"--{name.replace('_', '-')}"
+            option = flag(name)
             raise ValueError(
                 f"{weights} is a run with {option} {_words(value)}, got {_words(given[name])}; "
                 f"pass {option} {_words(value)}, or weights that were trained with the other"
