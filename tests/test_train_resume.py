@@ -21,7 +21,7 @@ import torch
 
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
-from dnkd_ext.train import engine, files, jobs
+from dnkd_ext.train import engine, files, jobs, locks
 from dnkd_ext.train.checkpoint import load_checkpoint, save_checkpoint
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.engine import _Training, check_identity
@@ -311,7 +311,7 @@ def test_a_folder_has_one_writer(images, tmp_path, capsys, more):
     holding = """
 import sys, time
 from pathlib import Path
-from dnkd_ext.train.files import OwnFolders
+from dnkd_ext.train.locks import OwnFolders
 with OwnFolders() as own:
     own.take(Path(sys.argv[1]))
     print("taken", flush=True)
@@ -384,7 +384,7 @@ def test_what_another_process_finished_meanwhile_is_taken(images, tmp_path, monk
 def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with files.OwnFolders() as own, files.OwnFolders() as other:
+    with locks.OwnFolders() as own, locks.OwnFolders() as other:
         assert own.take(folder)
         assert not own.take(folder)
         folder.rmdir()
@@ -396,7 +396,7 @@ def test_a_folder_that_was_made_anew_is_taken_anew(tmp_path):
 
 def test_a_folder_is_not_held_by_what_was_forked(tmp_path):
     """A killed run's loading processes may live on for a while."""
-    with files.OwnFolders() as own:
+    with locks.OwnFolders() as own:
         own.take(tmp_path)
         own.take(tmp_path)  # it is its own already
         (reading, writing), (told, telling) = os.pipe(), os.pipe()
@@ -411,9 +411,9 @@ def test_a_folder_is_not_held_by_what_was_forked(tmp_path):
         assert os.read(told, 1) == b"x"
         own.release(tmp_path)
         try:
-            with files.OwnFolders() as again:
+            with locks.OwnFolders() as again:
                 again.take(tmp_path)
-                with files.OwnFolders() as third, pytest.raises(BlockingIOError, match="another"):
+                with locks.OwnFolders() as third, pytest.raises(BlockingIOError, match="another"):
                     third.take(tmp_path)
         finally:
             os.close(writing)

@@ -22,7 +22,7 @@ import torch
 
 from dnkd_ext import ClassMeans
 from dnkd_ext.cli import main
-from dnkd_ext.train import commands, files, jobs, tasks
+from dnkd_ext.train import commands, files, jobs, locks, tasks
 from dnkd_ext.train.checkpoint import load_checkpoint
 from dnkd_ext.train.classification import Classification
 from dnkd_ext.train.config import TrainConfig, replace
@@ -275,7 +275,7 @@ def test_before_runs_at_once_all_is_read_once_and_given_back(
         jobs_seen.extend(jobs)
         assert number == 2
         for job in jobs:  # each is this process's until another's run begins
-            with files.OwnFolders() as other:
+            with locks.OwnFolders() as other:
                 with pytest.raises(BlockingIOError, match="another process writes to"):
                     other.take(job.out)
                 hand_over(job.out)

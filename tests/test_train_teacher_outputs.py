@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from dnkd_ext._files import TEMPORARY
 from dnkd_ext.adapters import features
 from dnkd_ext.cli import main
-from dnkd_ext.train import distillation, shared, teacher_outputs
+from dnkd_ext.train import distillation, locks, shared, teacher_outputs
 from dnkd_ext.train.arguments import _read_train
 from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.models import create_model, load_weights
@@ -251,7 +251,7 @@ def test_another_process_that_makes_the_file_is_waited_for(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as holder:
             assert holder.stdout.readline() == "held\n"
-            monkeypatch.setattr(teacher_outputs, "_wait", lambda end=holder.stdin.close: end())
+            monkeypatch.setattr(locks, "_wait", lambda end=holder.stdin.close: end())
             out = tmp_path / f"other-{number}"
             status = main(options(images, out, *more, *outputs, *given))
         told = capfd.readouterr().err
@@ -418,7 +418,7 @@ def test_a_lock_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
         flock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
-    with teacher_outputs._alone(path, signals) as is_alone:
+    with locks.alone(path, signals) as is_alone:
         assert is_alone
         assert len(opened) == 2
         with (tmp_path / ".outputs.lock").open() as other, pytest.raises(BlockingIOError):
@@ -429,7 +429,7 @@ def test_a_lock_is_that_of_the_file_that_is_there(tmp_path, monkeypatch):
         raise OSError("no locks available")
 
     monkeypatch.setattr(fcntl, "flock", none_here)
-    with teacher_outputs._alone(path, signals) as is_alone:
+    with locks.alone(path, signals) as is_alone:
         assert not is_alone
     assert not [*tmp_path.iterdir()]
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import os
-import weakref
 from pathlib import Path
 from typing import Any
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 from torch import Tensor
 
@@ -37,7 +30,6 @@ __all__ = [
     "SUMMARY",
     "TENSORBOARD",
     "WANDB",
-    "OwnFolders",
     "check_place",
     "checked_config",
     "read_config",
@@ -70,72 +62,6 @@ TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 # Of several runs, in the folder above theirs.
 SUMMARY = "summary.csv"
-
-
-_alive: weakref.WeakSet[OwnFolders] = weakref.WeakSet()
-
-
-class OwnFolders(contextlib.AbstractContextManager["OwnFolders"]):
-    """Folders that this process alone writes to, for as long as the context lasts or it lives.
-
-    That is among the processes of this machine. Where the file system keeps no locks, they are
-    taken without a look.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[Path, int] = {}
-        _alive.add(self)
-
-    def take(self, folder: Path) -> bool:
-        """Keep others out of a folder that exists; whether it was not held already.
-
-        Raises:
-            BlockingIOError: another process has taken it, and is still running.
-        """
-        place = folder.resolve()
-        if fcntl is None:
-            return True
-        if place in self._held:
-            if os.path.samestat(os.fstat(self._held[place]), place.stat()):
-                return False
-            os.close(self._held.pop(place))  # it was removed, and is another now
-        handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise BlockingIOError(
-                f"another process writes to {folder}; wait until it ends, or choose another --out"
-            ) from None
-        except OSError:  # no locks here
-            os.close(handle)
-        else:
-            self._held[place] = handle
-        return True
-
-    def release(self, folder: Path) -> None:
-        """Let others write to a folder."""
-        handle = self._held.pop(folder.resolve(), None)
-        if handle is not None:
-            os.close(handle)
-
-    def release_all(self) -> None:
-        """Let others write to all of them."""
-        while self._held:
-            os.close(self._held.popitem()[1])
-
-    def __exit__(self, *exception: object) -> None:
-        self.release_all()
-
-
-def _release_all() -> None:
-    for one in list(_alive):
-        one.release_all()
-
-
-# A forked process, which may outlive this one, shares the lock and would go on holding it.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_all)
 
 
 def check_place(option: str, path: Path, folder: Path) -> None:

@@ -35,7 +35,6 @@ from dnkd_ext.train.files import (
     SUMMARY,
     TENSORBOARD,
     WANDB,
-    OwnFolders,
     check_place,
     checked_config,
     remove_temporaries,
@@ -43,6 +42,7 @@ from dnkd_ext.train.files import (
     write_json,
 )
 from dnkd_ext.train.gather import remove_parts
+from dnkd_ext.train.locks import OwnFolders
 from dnkd_ext.train.networks import PRETRAINED, find_weights
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.shared import Shared

@@ -33,6 +33,12 @@ class Signals:
             raise KeyboardInterrupt
         self.received = number
 
+    def stop(self, when: str) -> None:
+        """Interrupted where one has come, which says what was being done."""
+        if self.received:
+            name = signal.Signals(self.received).name
+            raise Interrupted(f"stopped by {name} {when}", self.received)
+
     def __enter__(self) -> Signals:
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread: nothing is caught

@@ -7,24 +7,15 @@ that runs it sees as many cuts in 162 epochs.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import math
-import os
 import shutil
-import signal
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +26,7 @@ from dnkd_ext.progress import Progress
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import MemorySource
 from dnkd_ext.train.gather import gathering_notes
+from dnkd_ext.train.locks import alone
 from dnkd_ext.train.signals import Interrupted, Signals
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
@@ -193,63 +185,6 @@ def _write(path: Path, outputs: TeacherOutputs, notes: dict[str, str]) -> None:
         save_file(tensors, temporary, metadata=notes)
 
 
-@contextlib.contextmanager
-def _alone(path: Path, signals: Signals) -> Iterator[bool]:
-    """Others that would make the same file wait until the context ends; this process for others.
-
-    Whether there are locks at all.
-
-    Raises:
-        Interrupted: a signal came while it waited.
-    """
-    lock = path.with_name(f".{path.name}.lock")
-    handle = _locked(lock, path, signals)
-    try:
-        yield handle is not None
-    finally:
-        if handle is not None:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def _locked(lock: Path, path: Path, signals: Signals) -> int | None:
-    """The file's lock, which this process has then; None where there are none."""
-    told = False
-    while fcntl is not None:
-        _stop_if(signals, f"while another process made {path}")
-        handle = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            if not told:
-                print(f"another process makes {path}; waiting", file=sys.stderr, flush=True)
-                told = True
-            _wait()
-            continue
-        except OSError:  # not on this file system
-            os.close(handle)
-            lock.unlink(missing_ok=True)
-            return None
-        # Who had it before has removed it at the end, and another may have it by the same name.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                return handle
-        os.close(handle)
-    return None
-
-
-def _wait() -> None:
-    time.sleep(0.2)
-
-
-def _stop_if(signals: Signals, when: str) -> None:
-    """Interrupted where a signal has come."""
-    if signals.received:
-        name = signal.Signals(signals.received).name
-        raise Interrupted(f"stopped by {name} {when}", signals.received)
-
-
 def make_outputs(
     model: nn.Module,
     source: MemorySource,
@@ -280,7 +215,7 @@ def make_outputs(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _part(path)
-    with Signals() as signals, _alone(path, signals) as is_alone:
+    with Signals() as signals, alone(path, signals) as is_alone:
         outputs = read_outputs(path, notes, world.device)  # another may have made it meanwhile
         if outputs is None:
             if is_alone:
@@ -288,7 +223,7 @@ def make_outputs(
             outputs = _make(model, source, config, world, part, notes, signals)
             _write(path, outputs, {"format": FORMAT, **notes})
         part.unlink(missing_ok=True)
-        _stop_if(signals, f"when the teacher's outputs were made, in {path}")
+        signals.stop(f"when the teacher's outputs were made, in {path}")
     return outputs
 
 
@@ -356,8 +291,7 @@ def _make(
                     break
                 if signals.received or time.monotonic() - kept > KEEP_EVERY:
                     look()
-                    _stop_if(
-                        signals,
+                    signals.stop(
                         "while the teacher's outputs were made; what there is of them is kept in "
                         f"{part}, the same command with --resume goes on from there",
                     )
