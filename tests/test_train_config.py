@@ -35,7 +35,7 @@ def test_every_number_among_the_options_has_a_range():
 @pytest.mark.parametrize(
     ("allowed", "inside", "outside", "words"),
     [
-        (at_least(1), (1, 2.5), (0, 0.99, math.nan, math.inf), "at least 1"),
+        (at_least(1), (1, 2.5, 10**400), (0, 0.99, math.nan, math.inf), "at least 1"),
         (above(0), (1e-9, 3), (0, -1, -0.0, math.nan), "greater than 0"),
         (between(0, 1), (0, 1, 0.5), (-1e-9, 1.01, math.nan), "between 0 and 1"),
         (between(0, 1, open_high=True), (0, 0.999), (1, -0.1), "in [0, 1)"),

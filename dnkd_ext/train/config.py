@@ -524,7 +524,7 @@ class TrainConfig:
             self.reader.check()
         for group in (self.data, self.reader, self.detection):
             for name, value in vars(group).items():
-                tasks = TRAITS[name].tasks or getattr(group, "TASKS", (task,))
+                tasks = TRAITS[name].tasks or getattr(group, "TASKS", None) or (task,)
                 if task not in tasks and value != getattr(type(group)(), name):
                     raise ValueError(
                         f"{flag(name)} is for --task {' and '.join(tasks)}, got {value}"

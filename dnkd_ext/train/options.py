@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 __all__ = [
@@ -22,7 +23,8 @@ __all__ = [
 ]
 
 
-class Range(NamedTuple):
+@dataclass(frozen=True)
+class Range:
     """Finite numbers from ``low`` to ``high``; ``open_low`` and ``open_high`` leave these out."""
 
     low: float
@@ -30,8 +32,8 @@ class Range(NamedTuple):
     open_low: bool = False
     open_high: bool = False
 
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not math.isfinite(value):
+    def __contains__(self, value: float) -> bool:
+        if not _is_finite(value):
             return False
         is_above = value > self.low if self.open_low else value >= self.low
         return is_above and (value < self.high if self.open_high else value <= self.high)
@@ -48,8 +50,12 @@ class Range(NamedTuple):
     def check(self, name: str, value: float) -> None:
         """ValueError for a value of an option outside of it."""
         if value not in self:
-            is_finite = not isinstance(value, float) or math.isfinite(value)
-            raise ValueError(f"{flag(name)} must be {self if is_finite else 'finite'}, got {value}")
+            wanted = self if _is_finite(value) else "finite"
+            raise ValueError(f"{flag(name)} must be {wanted}, got {value}")
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # integers of any length
 
 
 def at_least(low: float) -> Range:
