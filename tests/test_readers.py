@@ -337,6 +337,8 @@ def test_without_timm(folders, monkeypatch):
         ({"mixup": -0.1}, r"--mixup must be at least 0, got -0\.1"),
         ({"mixup": float("nan")}, "--mixup must be finite, got nan"),
         ({"cutmix": float("inf")}, "--cutmix must be finite, got inf"),
+        ({"color_jitter": float("inf")}, "--color-jitter must be finite, got inf"),
+        ({"ratio": (1.0, float("inf"))}, r"--ratio must be two positive, growing numbers, got"),
         ({"random_erasing": 1.5}, r"--random-erasing must be between 0 and 1, got 1\.5"),
         ({"crop_pct": 0.0}, "--crop-pct must be greater than 0 and at most 1"),
         ({"scale": (0.5, 1.5)}, r"--scale must be two positive, growing numbers of at most 1"),

@@ -48,7 +48,11 @@ def _only(kind: type, *names: str) -> Any:
     """A group with these options alone; the others keep their defaults."""
     hints = get_type_hints(kind)
     others = [
-        (one.name, tyro.conf.Fixed[hints[one.name]], dataclasses.field(default=one.default))
+        (
+            one.name,
+            tyro.conf.Fixed[hints[one.name]],
+            dataclasses.field(default=one.default, metadata=one.metadata),
+        )
         for one in dataclasses.fields(kind)
         if one.name not in names
     ]

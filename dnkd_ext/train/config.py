@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from torch import nn
 
@@ -315,7 +315,7 @@ class RunOptions:
 class DetectionOptions:
     """Detectors and their data."""
 
-    TASKS: ClassVar = ("detection",)
+    TASKS = ("detection",)
 
     train_set: str = "train2017"
     """Folder of the training images in the data's; annotations/instances_NAME.json beside it."""
@@ -346,7 +346,7 @@ class DetectionOptions:
     of these."""
 
     def check(self) -> None:
-        """ValueError for values out of range, naming the option."""
+        """ValueError for sizes that do not fit, naming the option."""
         sizes = self.min_size
         if not sizes or min(sizes) < 1 or self.max_size < max(sizes):
             raise ValueError(
@@ -510,18 +510,7 @@ class TrainConfig:
 
     def check_data(self) -> None:
         """What is wrong with the data's options alone, and with numbers of any."""
-        for name in GROUPS:
-            check_ranges(getattr(self, name))
-        for name, values in self.data.normalisation.items():
-            if not all(map(math.isfinite, values)):
-                raise ValueError(f"--{name} must be finite numbers, got {values}")
-        if min(self.data.normalisation["std"], default=0) <= 0:
-            raise ValueError(f"--std must be positive numbers, got {self.data.std}")
         task = self.data.task
-        if task == "detection":
-            self.detection.check()
-        elif task == "imagenet":
-            self.reader.check()
         for group in (self.data, self.reader, self.detection):
             for name, value in vars(group).items():
                 tasks = TRAITS[name].tasks or getattr(group, "TASKS", None) or (task,)
@@ -529,6 +518,17 @@ class TrainConfig:
                     raise ValueError(
                         f"{flag(name)} is for --task {' and '.join(tasks)}, got {value}"
                     )
+        for name in GROUPS:
+            check_ranges(getattr(self, name))
+        for name, values in self.data.normalisation.items():
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"--{name} must be finite numbers, got {values}")
+        if min(self.data.normalisation["std"], default=0) <= 0:
+            raise ValueError(f"--std must be positive numbers, got {self.data.std}")
+        if task == "detection":
+            self.detection.check()
+        elif task == "imagenet":
+            self.reader.check()
         if not self.data.data:
             raise ValueError("--data must name the folder of the data set, got nothing")
 
@@ -550,9 +550,10 @@ TRAITS = {"preset": Traits()}
 for _group in GROUPS.values():
     KINDS |= get_type_hints(_group)
     TRAITS |= traits_of(_group)
-# Options in which a run may differ from the one that it goes on with. What the files of a teacher
-# hold is looked at by itself, and two that do not leave all as it was are told where it matters:
-# --workers, which divide shards among them, and --compile, whose dropout draws other numbers.
+# Options in which a run may differ from the one that it goes on with. What paths name is compared
+# by digest, or by what the file says of itself. Two do change something: --workers, which divide
+# shards among them (a resumed run is warned), and --compile, whose dropout draws other numbers
+# (its help says so).
 FREE = frozenset(name for name, traits in TRAITS.items() if traits.free)
 
 
@@ -570,14 +571,14 @@ def unused(config: TrainConfig) -> dict[str, Any]:
     own = config.method.kind.options
     return {
         name: getattr(MethodOptions(), name)
-        for name, traits in TRAITS.items()
+        for name, traits in traits_of(MethodOptions).items()
         if traits.strict and name not in own
     }
 
 
-def methods_with(option: str) -> list[str]:
+def methods_with(name: str) -> list[str]:
     """The methods whose criterion is made with an option."""
-    return [name for name, method in METHODS.items() if option in method.options]
+    return [method for method, kind in METHODS.items() if name in kind.options]
 
 
 def replace(config: TrainConfig, settings: dict[str, Any]) -> TrainConfig:

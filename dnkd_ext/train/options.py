@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers from ``low`` to ``high``; ``open_low`` and ``open_high`` leave these out."""
+    """Finite numbers from ``low`` to ``high``; those that are open are not among them."""
 
     low: float
     high: float = math.inf
@@ -77,10 +77,11 @@ class Traits(NamedTuple):
     """What is known of an option beside its type and its default.
 
     Attributes:
-        range: numbers that it may be; None, where it may be that, always fits.
+        range: numbers that it may be; None is not looked at.
         tasks: those that have it; by default those of its group.
         free: it does not change what is computed, beyond rounding: a run may go on with another.
-        strict: it is refused where the method has no use for it; of others it does no harm.
+        strict: it is refused where the method has no use for it; others do no harm there. For
+            options of methods.
     """
 
     range: Range | None = None
@@ -112,14 +113,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def some(kind: Any) -> Any:
+def _some(kind: Any) -> Any:
     """The type without None."""
     return get_args(kind)[0] if type(None) in get_args(kind) else kind
 
 
 def converted(kind: Any, value: Any) -> Any:
     """The value as a field's type has it; None where it is of another."""
-    kind = some(kind)
+    kind = _some(kind)
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return value if value in arguments else None
@@ -137,7 +138,7 @@ def converted(kind: Any, value: Any) -> Any:
 
 def in_words(kind: Any) -> str:
     """What a field's type asks for, None apart."""
-    kind = some(kind)
+    kind = _some(kind)
     arguments = get_args(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(arguments)}"

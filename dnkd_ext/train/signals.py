@@ -34,7 +34,7 @@ class Signals:
         self.received = number
 
     def stop(self, when: str) -> None:
-        """Interrupted where one has come, which says what was being done."""
+        """Raise Interrupted if one has come; ``when`` says what was being done."""
         if self.received:
             name = signal.Signals(self.received).name
             raise Interrupted(f"stopped by {name} {when}", self.received)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from math import inf
+from typing import Literal
 
 from dnkd_ext.train.options import at_least, between, check_ranges, option
 
@@ -18,7 +19,7 @@ class ReaderOptions:
     groups: --data, --mean, --std and --label-smoothing.
     """
 
-    TASKS: ClassVar = ("imagenet",)
+    TASKS = ("imagenet",)
 
     reader: str = ""
     """How timm names the reader: nothing for class folders and tar archives, wds/NAME for
@@ -77,9 +78,9 @@ class ReaderOptions:
     def check(self) -> None:
         """ValueError for values out of range or at odds with each other, naming the option."""
         check_ranges(self)
-        for name, most in (("scale", 1.0), ("ratio", float("inf"))):
+        for name, most in (("scale", 1.0), ("ratio", inf)):
             values = getattr(self, name)
-            if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+            if len(values) != 2 or not 0 < values[0] <= values[1] <= most or values[1] == inf:
                 limit = " of at most 1" if most == 1 else ""
                 raise ValueError(
                     f"--{name} must be two positive, growing numbers{limit}, got {tuple(values)}"
