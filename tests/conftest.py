@@ -125,7 +125,7 @@ def served_processes():
     multiprocessing.set_start_method(None, force=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def needs_extension():
     """Skips tests of the compiled library where it is not built."""
     if not dnkd_ext.build_info()["loaded"]:

@@ -52,7 +52,7 @@ def ready(preset, **settings):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, needs_extension):
     """A file with rows of two presets, and of one of them with the outputs looked up."""
     out = tmp_path_factory.mktemp("training") / "training.csv"
     command = ["training", "--preset", PAIR + "{ce,kd++,reviewkd}", *SMALL, "--teacher-outputs"]
