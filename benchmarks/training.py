@@ -35,8 +35,8 @@ from dnkd_ext.train.data.memory import Images, ImageSet
 from dnkd_ext.train.data.sources import MemorySource
 from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
-from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.networks import build_model
+from dnkd_ext.train.plan import resolve
 from dnkd_ext.train.presets import expand, load_preset
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.teacher import Teacher

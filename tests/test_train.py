@@ -25,8 +25,8 @@ from dnkd_ext.train.data.memory import load_image_folder
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.distillation import Distillation
 from dnkd_ext.train.evaluation import evaluate
-from dnkd_ext.train.jobs import resolve
 from dnkd_ext.train.models import create_model, load_weights
+from dnkd_ext.train.plan import resolve
 from dnkd_ext.train.schedule import learning_rate, ramp
 from dnkd_ext.train.stepper import Meter
 from dnkd_ext.train.teacher import load_teacher
@@ -349,10 +349,10 @@ def test_the_device_is_prepared_before_anything_runs_on_it(images, teacher, tmp_
         order.append(own.__name__)
         return own(*arguments)
 
-    for name in ("prepare_device", "_check_inputs"):
+    for name in ("prepare_device", "check_inputs"):
         monkeypatch.setattr(jobs, name, functools.partial(note, getattr(jobs, name)))
     run(images, tmp_path / "run", *of(teacher, "kd", 1.0, "--epochs", "1"))
-    assert order[:2] == ["prepare_device", "_check_inputs"]
+    assert order[:2] == ["prepare_device", "check_inputs"]
 
 
 class Keeping(torch.nn.Module):

@@ -21,7 +21,7 @@ from dnkd_ext.train.data import batches
 from dnkd_ext.train.data.sources import MemorySource
 from dnkd_ext.train.engine import _Training
 from dnkd_ext.train.gather import gather_class_means
-from dnkd_ext.train.jobs import resolve
+from dnkd_ext.train.plan import resolve
 from dnkd_ext.train.presets import expand
 from dnkd_ext.train.signals import Interrupted
 from dnkd_ext.train.stepper import Recorded

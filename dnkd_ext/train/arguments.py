@@ -382,7 +382,8 @@ def train(argv: Sequence[str]) -> int:
     with told_once():
         arguments, configs, seeds = _read_train(argv)
     out = _named(arguments.out)
-    from dnkd_ext.train.jobs import plan_jobs, run_jobs
+    from dnkd_ext.train.jobs import run_jobs
+    from dnkd_ext.train.plan import plan_jobs
 
     def work(world: World) -> None:
         # Where a node was replaced, its torchrun has restarted nothing yet.

@@ -16,13 +16,16 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dnkd_ext.progress import Progress
+from dnkd_ext.train.config import TrainConfig, flatten, replace
+from dnkd_ext.train.data.workers import worker_death
 from dnkd_ext.train.files import LOG
+from dnkd_ext.train.plan import Job
 from dnkd_ext.train.signals import Interrupted, Signals
+from dnkd_ext.train.world import join_world
 
 __all__ = ["train_at_once"]
 
@@ -31,7 +34,7 @@ LOOK_EVERY = 1.0
 
 
 def train_at_once(
-    jobs: Sequence[Any], number: int, hand_over: Callable[[Path], None] = lambda _: None
+    jobs: Sequence[Job], number: int, hand_over: Callable[[Path], None] = lambda _: None
 ) -> list[str]:
     """Train jobs by so many processes at a time; what they say goes where this one's does.
 
@@ -53,7 +56,7 @@ def train_at_once(
     threads = max(1, torch.get_num_threads() // number)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     waiting, failed = list(jobs), []
-    running: dict[subprocess.Popen[bytes], Any] = {}
+    running: dict[subprocess.Popen[bytes], Job] = {}
     told = False
     epochs = {job.out: _epochs(job.out)[0] for job in jobs}
     total = sum(job.config.optim.epochs for job in jobs)
@@ -115,7 +118,7 @@ def _epochs(out: Path) -> tuple[int, float]:
 
 
 def _show(
-    bar: Progress, jobs: Sequence[Any], running: Collection[Any], epochs: dict[Path, int]
+    bar: Progress, jobs: Sequence[Job], running: Collection[Job], epochs: dict[Path, int]
 ) -> None:
     """Bring the bar to what the logs of the runs have."""
     speeds, moved = {}, False
@@ -146,9 +149,7 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _told(job: Any) -> str:
-    from dnkd_ext.train.config import flatten
-
+def _told(job: Job) -> str:
     given = {
         "config": {**flatten(job.config), "progress": False},
         "out": os.fspath(job.out),
@@ -160,10 +161,7 @@ def _told(job: Any) -> str:
 
 def main(told: str) -> int:
     """One of the processes; what is wrong is a line on standard error, as in dnkd train."""
-    from dnkd_ext.train.config import TrainConfig, replace
-    from dnkd_ext.train.data.workers import worker_death
-    from dnkd_ext.train.jobs import Job, run_jobs
-    from dnkd_ext.train.world import join_world
+    from dnkd_ext.train.jobs import run_jobs  # which imports this module
 
     _end_with_parent()
     given = json.loads(told)

@@ -16,8 +16,9 @@ from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.evaluation import evaluate
 from dnkd_ext.train.files import CONFIG, CURVES, LOG, check_place, read_config
 from dnkd_ext.train.gather import find_parts, remove_parts
-from dnkd_ext.train.jobs import prepare_device, resolve
+from dnkd_ext.train.jobs import prepare_device
 from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out
+from dnkd_ext.train.plan import resolve
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
