@@ -407,12 +407,8 @@ def measure_preset(
         row.update(launches=counted.launches, syncs=counted.syncs, device_ms=_ms(counted.device))
 
     progress.say("evaluation")
-    try:
-        seconds = _seconds(lambda: task.evaluate(*task.evaluated), device, size.repeats)
-    except ModuleNotFoundError as error:
-        print(f"{config.preset}: evaluation not run, {error}", file=sys.stderr)
-    else:
-        row.update(eval_images=len(few.test), eval_ips=_rate(len(few.test), seconds))
+    seconds = _seconds(lambda: task.evaluate(*task.evaluated), device, size.repeats)
+    row.update(eval_images=len(few.test), eval_ips=_rate(len(few.test), seconds))
     return {
         **dict.fromkeys(parts.TRAINING_FIELDS, ""),
         **results.environment(device),

@@ -37,6 +37,27 @@ TABLE = {
     "vgg8": (3_965_028, 37, "7f85b8479109415f", 512, "128x16 256x8 512x4 512x4"),
     "vgg13": (9_462_180, 72, "5778ceb5832ef6a7", 512, "128x16 256x8 512x4 512x4"),
 }
+# Logits of mdistiller's own networks (at a08d46f) in float64, with the weights and images of
+# ``filled`` and ``numbers``: the first and the last class of one image, and class 50 of another.
+LOGITS = {
+    "resnet20": (-0.16754116, -0.76706408, -0.041969113),
+    "resnet32": (2.3446832, 4.9200357, -6.756746),
+    "resnet44": (1.4729899, 0.9430991, -5.0605024),
+    "resnet56": (-3.587664, -5.6181477, -12.338493),
+    "resnet110": (-1641.6755, -341.22719, -1113.1903),
+    "resnet8x4": (0.15355714, -0.59567067, 0.0071858602),
+    "resnet32x4": (1.2126911, -2.4765118, 1.9298072),
+    "resnet50": (0.7568429, -0.67154636, 2.2574667),
+    "wrn_16_2": (-0.31812038, -0.038848281, 0.56029678),
+    "wrn_40_1": (-1.1465384, -0.095703266, 0.24600473),
+    "wrn_40_2": (-1.1591877, -0.28828228, 2.2573003),
+    "mobilenetv2": (0.45348512, -0.013553222, 0.26713275),
+    "shufflenetv1": (0.38326727, 0.33138183, 0.051299346),
+    "shufflenetv2": (0.0074977671, 0.095530078, -0.30448338),
+    "vgg8": (-0.26244045, -0.88151481, 0.10768431),
+    "vgg13": (0.19670893, 0.074699487, -0.049487335),
+}
+
 CLASSIFIERS = {"resnet50": "linear", "mobilenetv2": "classifier.0", "vgg8": "classifier"}
 CLASSIFIERS |= {"shufflenetv1": "linear", "shufflenetv2": "linear", "vgg13": "classifier"}
 
@@ -146,6 +167,39 @@ def test_state_dictionaries_are_those_of_mdistiller(name):
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert len(lines) == entries
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest
+
+
+def numbers(start, count):
+    """Of whole numbers alone, spread over -1 to 1, so that they are the same everywhere."""
+    index = torch.arange(start, start + count)
+    return ((index * 7919 + index * index % 65521 * 104729) % 65521).double() / 32760.5 - 1
+
+
+def filled(model):
+    """Weights by their place in the sorted state dictionary, about as large as at first."""
+    start = 0
+    for name, value in sorted(model.state_dict().items()):
+        if not value.is_floating_point():
+            continue
+        drawn = numbers(start, value.numel()).view_as(value)
+        start += value.numel()
+        if value.dim() > 1:
+            value.copy_(drawn * (3 / value[0].numel()) ** 0.5)
+        elif name.endswith(("weight", "running_var")):
+            value.copy_(1 + drawn / 2)
+        else:
+            value.copy_(drawn / 4)
+    return model
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_logits_are_those_of_mdistiller(name):
+    model = filled(models.create_model(f"cifar_{name}", num_classes=100).double()).eval()
+    with torch.no_grad():
+        logits = model(numbers(0, 2 * 3 * 32 * 32).view(2, 3, 32, 32))
+    found = torch.stack([logits[0, 0], logits[0, -1], logits[1, 50]])
+    wanted = torch.tensor(LOGITS[name], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -449,19 +449,22 @@ def test_defaults_are_those_of_the_device_and_the_task():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize(
-    "more",
+    ("method", "more"),
     [
-        ["--cuda-graph"],
-        ["--compile"],
-        ["--precision", "bfloat16"],
-        ["--teacher-outputs", "outputs", "--cuda-graph"],
+        ("kd", ["--cuda-graph"]),
+        ("dkd", ["--cuda-graph"]),
+        ("dist", ["--cuda-graph"]),
+        ("reviewkd", ["--cuda-graph"]),
+        ("kd", ["--compile"]),
+        ("kd", ["--precision", "bfloat16"]),
+        ("kd", ["--teacher-outputs", "outputs", "--cuda-graph"]),
     ],
 )
-def test_faster_ways_train_alike(images, teacher, tmp_path, monkeypatch, more):
+def test_faster_ways_train_alike(images, teacher, tmp_path, monkeypatch, method, more):
     monkeypatch.chdir(tmp_path)
     # At a rate at which rounding does not decide where a run goes.
-    base = ["--device", "cuda", "--precision", "float32", *of(teacher, "kd", 1.0), "--lr", "0.005"]
-    base.append("--no-cuda-graph")
+    base = ["--device", "cuda", "--precision", "float32", "--lr", "0.005", "--no-cuda-graph"]
+    base += of(teacher, method, 1.0)
     plain = run(images, tmp_path / "plain", *base)
     other = run(images, tmp_path / "other", *base, *more)
     # Differences of rounding grow from epoch to epoch.

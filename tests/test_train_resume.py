@@ -102,6 +102,38 @@ def test_goes_on_exactly_within_an_epoch(
     assert same(weights(out), weights(whole[0]))
 
 
+@pytest.fixture
+def algorithms():
+    """What ``--deterministic`` changes is put back."""
+    was = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(was)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("algorithms")
+@pytest.mark.parametrize("more", [(), ("--cuda-graph",)])
+def test_goes_on_exactly_on_a_gpu(images, teacher, tmp_path, monkeypatch, more):
+    base = [*student_options(teacher), "--device", "cuda", "--deterministic", *more]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    rows = run(images, whole, *base)
+    batches = Classification.batches
+
+    def interrupted(self, epoch, start):
+        for i, batch in enumerate(batches(self, epoch, start), start):
+            if epoch == 1 and i == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(Classification, "batches", interrupted)
+    assert main(options(images, out, *base)) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Classification, "batches", batches)
+    assert run(images, out, *base, "--resume") == rows
+    assert same(weights(out), weights(whole))
+
+
 @pytest.mark.parametrize("seeds", ["0", "0,1"])
 def test_a_signal_at_the_very_end_stops_the_series(images, tmp_path, monkeypatch, capsys, seeds):
     """Behind the run's result; and of a run alone that is all there was to do."""

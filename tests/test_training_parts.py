@@ -422,20 +422,6 @@ def test_an_interrupted_run_prints_what_it_measured(measured, monkeypatch, capsy
         assert captured.err.endswith("benchmarks training: interrupted\n")
 
 
-def test_without_torchmetrics_only_the_evaluation_is_missing(monkeypatch, capsys):
-    def evaluate(self, *_):
-        raise ModuleNotFoundError("No module named 'torchmetrics'")
-
-    monkeypatch.setattr(Classification, "evaluate", evaluate)
-    config = training.configure(PAIR + "ce", WORLD, {"batch_size": 4})
-    with Progress(1, "", enabled=False) as bar:
-        size = training.Extent(1, 1, 4, 1)
-        row = training.measure_preset(config, training.synthetic(8, 4), WORLD, size, bar)
-    assert row["eval_ips"] == ""
-    assert row["step_ips"] > 0
-    assert "evaluation not run, No module named 'torchmetrics'" in capsys.readouterr().err
-
-
 # -- the report -----------------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ class Train:
     GPU side by side where NVIDIA's multi-process service runs (nvidia-cuda-mps-control -d), else
     taking turns."""
     resume: bool = False
-    """Go on with what --out holds, exactly where it stopped; begin where there is nothing."""
+    """Go on with what --out holds, exactly where it stopped (on a GPU but for rounding, unless
+    --deterministic is given); begin where there is nothing."""
     overwrite: bool = False
     """Replace the run that --out holds."""
     data: DataOptions = field(default_factory=DataOptions)
