@@ -59,26 +59,16 @@ def find_classifier(model: nn.Module) -> nn.Module:
 def _candidates(model: nn.Module) -> list[nn.Module]:
     """The layer that is likely the last of a classifier, and the one that else may be."""
     if callable(getattr(model, "get_classifier", None)):
-        classifier = model.get_classifier()
-        if is_pair(classifier):
-            raise ValueError(
-                f"{type(model).__name__}.get_classifier() gives two heads, of the class and the "
-                "distillation token; call dnkd_ext.features(model, images) for the mean of both, "
-                "dnkd_ext.distilled_features(model, images) for each, or pass classifier="
-            )
-        if isinstance(classifier, tuple) and len(classifier) == 2 and classifier[1] is None:
-            classifier = classifier[0]  # a model that could have had a distillation head
-        # A whole head of timm's (Sequencer2D, SAM's), which pools before its layer.
-        layer = getattr(classifier, "fc", None)
-        if hasattr(classifier, "global_pool") and isinstance(layer, nn.Module):
-            classifier = layer
-        if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
-            return [classifier]
-        raise ValueError(
-            f"{type(model).__name__}.get_classifier() gives {type(classifier).__name__}, which is "
-            "no layer to take the features before; pass classifier="
-        )
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        return [_own_classifier(model)]
+    modules = list(model.modules())
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
+    # A wrapper's is that of the model inside, unless a linear layer follows that model.
+    for inner in modules[1:]:
+        if callable(getattr(inner, "get_classifier", None)) and (
+            not linear or any(part is linear[-1] for part in inner.modules())
+        ):
+            own = _own_classifier(inner)
+            return [own, *(one for one in linear[-1:] if one is not own)]
     if not linear:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear to take the features before; pass classifier="
@@ -92,6 +82,29 @@ def _candidates(model: nn.Module) -> list[nn.Module]:
         outside = [module for module in linear if module not in inside]
         return [*outside[-1:], linear[-1]]
     return linear[-1:]
+
+
+def _own_classifier(model: Any) -> nn.Module:
+    """The layer, or the head of several, that timm's ``get_classifier()`` names."""
+    classifier = model.get_classifier()
+    if is_pair(classifier):
+        raise ValueError(
+            f"{type(model).__name__}.get_classifier() gives two heads, of the class and the "
+            "distillation token; call dnkd_ext.features(model, images) for the mean of both, "
+            "dnkd_ext.distilled_features(model, images) for each, or pass classifier="
+        )
+    if isinstance(classifier, tuple) and len(classifier) == 2 and classifier[1] is None:
+        classifier = classifier[0]  # a model that could have had a distillation head
+    # A whole head of timm's (Sequencer2D, SAM's), which pools before its layer.
+    layer = getattr(classifier, "fc", None)
+    if hasattr(classifier, "global_pool") and isinstance(layer, nn.Module):
+        classifier = layer
+    if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.Identity):
+        return classifier
+    raise ValueError(
+        f"{type(model).__name__}.get_classifier() gives {type(classifier).__name__}, which is "
+        "no layer to take the features before; pass classifier="
+    )
 
 
 def features(
@@ -136,7 +149,7 @@ def features(
             compiled by itself; or it keeps its features from having a gradient, by
             ``torch.utils.checkpoint`` with ``use_reentrant=True``.
     """
-    _check_model(model)
+    check_model(model)
     if (
         classifier is None
         and torch.compiler.is_compiling()
@@ -195,7 +208,7 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
         >>> of_token is logits  # as there is no distillation token
         True
     """
-    _check_model(model)
+    check_model(model)
     heads = _find_heads(model)
     if heads is None:
         own, logits = features(model, images)
@@ -204,6 +217,7 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
 
 
 SPLIT = ("forward_features", "forward_head")
+CALL = nn.Module.__call__
 
 
 def _is_split(model: nn.Module) -> bool:
@@ -220,7 +234,9 @@ def _is_in_parts(model: nn.Module) -> bool:
     kind = type(model)
     if not all(callable(getattr(kind, name, None)) for name in (*SPLIT, "get_classifier")):
         return False
-    if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+    if model._forward_hooks or model._forward_pre_hooks or kind.__call__ is not CALL:
+        return False
+    if "forward" in vars(model) or "forward_head" in vars(model):
         return False
     if model._compiled_call_impl is not None:
         return False
@@ -229,15 +245,57 @@ def _is_in_parts(model: nn.Module) -> bool:
     code = getattr(kind.forward, "__code__", None), getattr(kind.forward_head, "__code__", None)
     if None in code or "pre_logits" not in code[1].co_varnames:
         return False
-    if not set(code[0].co_names) <= set(SPLIT):
-        return False
-    # A forward pass that a subclass wrote over inherited parts may scale the images or the like.
+    return set(code[0].co_names) <= set(SPLIT) and _forward_belongs_to(kind, SPLIT)
+
+
+def _forward_belongs_to(kind: type, parts: Sequence[str]) -> bool:
+    """Whether no subclass wrote a forward pass over inherited parts.
+
+    Such a one may scale the images or the like.
+    """
     for base in kind.__mro__:
-        if any(name in vars(base) for name in SPLIT):
+        if any(name in vars(base) for name in parts):
             return True
         if "forward" in vars(base):
             return False
     return False
+
+
+def require_bare(model: Any, parts: Sequence[str], read: Sequence[str] = ()) -> None:
+    """ValueError where calling the model is more than running its parts, which skips the rest.
+
+    ``parts``: the methods of the model that run it in the place of its forward pass; ``read``:
+    those of them that are taken for what the class says. Hooks of torch's own (FSDP's,
+    weight_norm's) are not counted.
+    """
+    kind = type(model)
+    more = None
+    replaced = [name for name in ("forward", *read) if name in vars(model)]
+    if replaced:
+        more = f"its {replaced[0]} was replaced"
+    elif kind.__call__ is not CALL:
+        more = f"{kind.__name__} has a __call__ of its own"
+    elif not _forward_belongs_to(kind, parts):
+        more = f"{kind.__name__} has a forward of its own over inherited {' and '.join(parts)}"
+    elif _are_changed_by_hooks(model._forward_pre_hooks, model._forward_hooks):
+        more = "it has forward hooks"
+    elif read and _are_changed_by_hooks(model.get_classifier()._forward_pre_hooks):
+        more = "its classifier has a forward pre-hook"
+    if more is not None:
+        raise ValueError(
+            f"the maps of {kind.__name__} are taken by its {' and '.join(parts)} and not by a "
+            f"call, but {more}, which would be left out: do that outside of the model "
+            "(images can be normalised before they are given), or take the maps with hooks"
+        )
+
+
+def _are_changed_by_hooks(*hooks: Mapping[int, Any]) -> bool:
+    """Whether there are hooks that may change what a module reads or gives: not torch's own."""
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("torch.")
+        for some in hooks
+        for hook in some.values()
+    )
 
 
 def _ends_in_its_classifier(model: nn.Module) -> bool:
@@ -246,7 +304,12 @@ def _ends_in_its_classifier(model: nn.Module) -> bool:
     Of some of timm's models a normalisation, or a dropout, lies between.
     """
     classifier = model.get_classifier()
-    return isinstance(classifier, nn.Linear) and _only_calls(model, "forward_head", classifier)
+    return (
+        isinstance(classifier, nn.Linear)
+        and "forward_head" not in vars(model)
+        and not _are_changed_by_hooks(classifier._forward_pre_hooks)
+        and _only_calls(model, "forward_head", classifier)
+    )
 
 
 def _only_calls(owner: nn.Module, method: str, classifier: nn.Module) -> bool:
@@ -267,6 +330,8 @@ def _only_calls(owner: nn.Module, method: str, classifier: nn.Module) -> bool:
             and isinstance(part, nn.Module)
             and not part._forward_hooks
             and not part._forward_pre_hooks
+            and type(part).__call__ is CALL
+            and "forward" not in vars(part)
             and _only_calls(part, "forward", classifier)
         ):
             is_inside = True  # named in both branches, with and without pre_logits
@@ -414,7 +479,7 @@ def _listen(
     return own, logits
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object, function: str = "features") -> None:
     """TypeError for what is no model, ValueError for one that torch.compile made by itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -424,8 +489,13 @@ def _check_model(model: object) -> None:
         compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
         if isinstance(inner, compiled) or getattr(inner, "_compiled_call_impl", None) is not None:
             raise ValueError(
-                f"{type(model).__name__} was compiled by itself and calls hooks by chance alone: "
-                "compile the function around features() instead"
+                f"{type(model).__name__} was compiled by itself, which "
+                + (
+                    "calls hooks by chance alone"
+                    if function == "features"
+                    else f"{function}() does not run"
+                )
+                + f": compile the function around {function}() instead"
             )
         inner = getattr(inner, "module", None)  # of a wrapper, as DistributedDataParallel
 
@@ -491,7 +561,7 @@ def _hear(
     handles = []
     has_gradients = torch.is_grad_enabled()
     without: list[bool] = []
-    versions: list[tuple[Tensor, int, torch.Size]] = []
+    versions: list[tuple[Tensor, int, torch.Size, str]] = []
     # A model may run in several threads at once, of which each hears the others' calls.
     thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -503,12 +573,13 @@ def _hear(
             kwargs, output = rest
             given = args[0] if args else next(iter(kwargs.values()))
             calls.append((given, output))
-            if (
-                not torch.compiler.is_compiling()
-                and isinstance(output, Tensor)
-                and not output.is_inference()
-            ):
-                versions.append((output, output._version, output.shape))
+            for one, what in ((given, "input"), (output, "output")):
+                if (
+                    not torch.compiler.is_compiling()
+                    and isinstance(one, Tensor)
+                    and not one.is_inference()
+                ):
+                    versions.append((one, one._version, one.shape, what))
             if has_gradients and not torch.is_grad_enabled() and not given.requires_grad:
                 without.append(True)
 
@@ -525,13 +596,16 @@ def _hear(
                 "its input has none: use torch.utils.checkpoint with use_reentrant=False"
             )
         # One whose shape was changed was squeezed in place, which leaves the numbers.
-        if any(
-            given._version != version and given.shape == shape for given, version, shape in versions
-        ):
-            raise ValueError(
-                "the model changes the output of its last layer in place, so that what it returns "
-                "is not what that layer made of the features"
-            )
+        for one, version, shape, what in versions:
+            if one._version != version and one.shape == shape:
+                raise ValueError(
+                    f"the model changes the {what} of its last layer in place, so that "
+                    + (
+                        "it is no longer the features that the layer read"
+                        if what == "input"
+                        else "what it returns is not what that layer made of the features"
+                    )
+                )
         return seen, output
     finally:
         for handle in handles:

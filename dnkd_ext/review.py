@@ -19,7 +19,7 @@ from dnkd_ext._checks import (
     require_sequence,
 )
 from dnkd_ext._export import exportable
-from dnkd_ext.adapters import is_pair, run_head
+from dnkd_ext.adapters import check_model, is_pair, require_bare, run_head
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
 
@@ -263,7 +263,8 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
     """Run a classifier once and return the maps of its stages, its features and its logits.
 
     For the networks of :mod:`dnkd_ext.train.models` and those of timm that have
-    ``forward_intermediates``; the stages of the latter begin at a quarter of the image's size.
+    ``forward_intermediates``; the stages of the latter begin at a quarter of the image's size. The
+    model's parts are run, and not the model, so that hooks on it do not see the call.
 
     Args:
         model: the classifier itself, in no wrapper. DistributedDataParallel exchanges gradients of
@@ -278,8 +279,11 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
         ``(maps, features, logits)``, see :class:`StageMaps`.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: the model does not tell its stages (torchvision's do not), has two heads (DeiT's
-            with a distillation token), or ``pre_activation=True`` of a model that has none.
+            with a distillation token), or ``pre_activation=True`` of a model that has none; calling
+            it is more than running its stages and head (hooks on it, a forward pass of its own
+            over inherited parts), which would be left out; or it was compiled by itself.
 
     Example:
         >>> from dnkd_ext.train.models import create_model
@@ -287,10 +291,13 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
         >>> [tuple(one.shape[1:]) for one in stage_maps(model, torch.randn(2, 3, 32, 32)).maps]
         [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 1, 1)]
     """
+    check_model(model, "stage_maps")
     if _has_stages(model):
+        require_bare(model, ("forward_stages", "forward_head"), read=("forward_head",))
         maps, features, logits = model.forward_stages(images, pre_activation=pre_activation)
     else:
         indices = _timm_stages(model)
+        require_bare(model, ("forward_intermediates", "forward_head"))
         if pre_activation:
             raise ValueError(
                 f"{type(model).__name__} gives maps after their activation only, but "

@@ -460,6 +460,18 @@ def test_logits_that_are_changed_in_place_are_refused(images, has_gradients):
         dnkd_ext.features(model, images)
 
 
+def test_features_that_are_overwritten_are_refused(images):
+    class Clears(Split):
+        def forward(self, x):
+            features = self.forward_features(x)
+            logits = self.head(features)
+            features.zero_()
+            return logits
+
+    with torch.no_grad(), pytest.raises(ValueError, match="changes the input of its last layer in"):
+        dnkd_ext.features(Clears().eval(), images)
+
+
 def test_logits_that_are_squeezed_in_place_are_the_layers_own(images):
     class Squeezes(nn.Sequential):
         def forward(self, x):
@@ -626,6 +638,46 @@ def test_what_surrounds_the_parts_is_run(make, images):
     features, logits = dnkd_ext.features(model, images)
     torch.testing.assert_close(features, model.stem(2 * images.flatten(1)).tanh())
     assert torch.equal(logits, model(images))
+
+
+class OfItsOwnCall(Split):
+    def __call__(self, images):
+        return super().__call__(images * 2)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial(torch.compile, backend="eager")])
+def test_a_call_of_its_own_is_run(wrap, images):
+    model = OfItsOwnCall().eval()
+    features, logits = wrap(lambda x: dnkd_ext.features(model, x))(images)
+    torch.testing.assert_close(features, model.stem(2 * images.flatten(1)).tanh())
+    torch.testing.assert_close(logits, model(images))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial(torch.compile, backend="eager")])
+def test_a_replaced_head_is_not_taken_apart(wrap, images):
+    model = Split().eval()
+    head = model.forward_head
+    model.forward_head = lambda x, pre_logits=False: head(x, pre_logits) * 2
+    with pytest.raises(ValueError, match="did not produce the model's output"):
+        wrap(lambda x: dnkd_ext.features(model, x))(images)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, functools.partial(torch.compile, backend="eager")])
+def test_features_are_what_the_classifier_reads_behind_its_hooks(wrap, images):
+    model = Split().eval()
+    model.head.register_forward_pre_hook(lambda _, args: (nn.functional.normalize(args[0]),))
+    with torch.no_grad():
+        features, logits = wrap(lambda x: dnkd_ext.features(model, x))(images)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(len(images)))
+    torch.testing.assert_close(logits, model(images))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_hooks_that_make_weights_do_not_break_the_graph(norm, images):
+    model = Split().eval()
+    norm(model.head)
+    found = compiled(model)(images)
+    torch.testing.assert_close(found, dnkd_ext.features(model, images))
 
 
 def test_an_auxiliary_head_is_not_left_out(images):
@@ -810,6 +862,72 @@ class Around(nn.Module):
 
     def forward(self, images):
         return self.module(self.before(images))
+
+
+class Holds(nn.Module):
+    """A wrapper that names the model otherwise, as tasks do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.net = model
+
+    def forward(self, images):
+        return self.net(images)
+
+
+class OfLayers(Split):
+    """As timm's CAFormer and DLA: the classifier is no single linear layer."""
+
+    def __init__(self, classes=5, is_map=False):
+        super().__init__(classes)
+        self.head = (
+            nn.Conv2d(9, classes, 1)
+            if is_map
+            else nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, classes))
+        )
+        if is_map:
+            self.stem = nn.Conv2d(3, 9, 1)
+
+    def forward_features(self, images):
+        if isinstance(self.stem, nn.Conv2d):
+            return self.stem(images).mean((2, 3), keepdim=True)
+        return super().forward_features(images)
+
+    def forward_head(self, x, pre_logits=False):
+        return x.flatten(1) if pre_logits else self.head(x).flatten(1)
+
+
+@pytest.mark.parametrize("is_map", [False, True])
+@pytest.mark.parametrize(
+    "wrap", [Around, Holds, lambda m: Around(Holds(m)), torch.optim.swa_utils.AveragedModel]
+)
+def test_a_wrapper_has_the_features_of_its_model(wrap, is_map, images):
+    model = OfLayers(is_map=is_map).eval()
+    wanted = dnkd_ext.features(model, images)
+    assert wanted[0].shape == (len(images), 9)
+    wrapped = wrap(model).eval()
+    torch.testing.assert_close(dnkd_ext.features(wrapped, images), wanted)
+    inner = next(one for one in wrapped.modules() if isinstance(one, OfLayers))
+    assert find_classifier(wrapped) is inner.head
+
+
+def test_what_follows_a_model_that_names_its_classifier(images):
+    """In a wrapper whose own layer comes behind, or that holds two models, of which one is run."""
+    model = nn.Sequential(OfLayers(6), nn.Linear(6, 3)).eval()
+    features, logits = dnkd_ext.features(model, images)
+    torch.testing.assert_close(features, model[0](images))
+    torch.testing.assert_close(logits, model(images))
+    second = OfLayers(3).eval()
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.teacher, self.student = OfLayers(4), second
+
+        def forward(self, x):
+            return self.student(x)
+
+    torch.testing.assert_close(dnkd_ext.features(Both(), images), dnkd_ext.features(second, images))
 
 
 MODES = [(False, False), (False, True), (True, False), (True, True)]

@@ -177,6 +177,41 @@ def test_masked_classes(device, generator):
         assert gradient[:, 40:].abs().max() == 0
 
 
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("name", ["ce_kd_loss", "ce_dkd_loss"])
+def test_smoothing_reaches_masked_classes(name, implementation, device, generator):
+    """Smoothed, every class is expected: one at -inf makes the row's cross entropy infinite."""
+    student, teacher, _ = draw(generator, 4, 9)
+    probabilities = torch.rand(4, 9, generator=generator)
+    with torch.no_grad():
+        for logits in (student, teacher, probabilities):
+            logits[1:3, 3] = -torch.inf
+    probabilities[1, 3], probabilities[2, 3] = 0, 0.5
+    args = [one.detach().to(device) for one in (student, teacher, probabilities)]
+    namespace = dnkd_ext if implementation == "fused" else dnkd_ext.reference
+    found = getattr(namespace, name)(*args, label_smoothing=0.1, reduction="none").ce
+    right = torch.nn.functional.cross_entropy(
+        args[0], args[2], label_smoothing=0.1, reduction="none"
+    )
+    assert right.isinf().tolist() == [False, True, True, False]
+    torch.testing.assert_close(found, right.to(found.dtype))
+    unsmoothed = getattr(namespace, name)(*args, reduction="none").ce
+    assert unsmoothed[1].isnan()  # as PyTorch's, whose probability of 0 is multiplied
+    assert unsmoothed[2].isinf()
+
+
+@pytest.mark.parametrize("name", ["ce_kd_loss", "ce_dkd_loss"])
+def test_infinite_weight_of_an_ignored_row(name, device, generator):
+    """What an ignored row does not count is left out, and not multiplied by its weight."""
+    student, teacher, target = (one.detach().to(device) for one in draw(generator, 4, 9))
+    target[1] = -100
+    function = getattr(dnkd_ext, name)
+    weight = torch.tensor(torch.inf, device=device)
+    loss = function(student, teacher, target, ce_weight=weight, reduction="none").loss
+    assert loss.isinf().tolist() == [True, False, True, True]
+    assert loss[1] == function(student, teacher, target, reduction="none").loss[1]
+
+
 def terms_of(case, implementation):
     """The function that returns all terms, not the loss alone."""
     return getattr(dnkd_ext if implementation == "fused" else dnkd_ext.reference, case.name)

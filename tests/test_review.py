@@ -735,6 +735,81 @@ def test_models_that_do_not_tell():
         dnkd_ext.stage_maps(plain, torch.zeros(1, 3, 32, 32))
 
 
+def doubled_by_a_hook(model):
+    model.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+
+
+def halved_by_a_hook(model):
+    model.register_forward_hook(lambda _, args, output: output / 2)
+
+
+def doubled_by_a_replaced_forward(model):
+    forward = model.forward
+    model.forward = lambda images: forward(images * 2)
+
+
+def doubled_by_a_subclass(model):
+    base = type(model)
+    model.__class__ = type(
+        "Doubles", (base,), {"forward": lambda self, images: base.forward(self, images * 2)}
+    )
+
+
+def doubled_by_a_call(model):
+    base = type(model)
+    model.__class__ = type(
+        "Doubles", (base,), {"__call__": lambda self, images: base.__call__(self, images * 2)}
+    )
+
+
+SURROUND = {
+    doubled_by_a_hook: "has forward hooks",
+    halved_by_a_hook: "has forward hooks",
+    doubled_by_a_replaced_forward: "its forward was replaced",
+    doubled_by_a_subclass: "Doubles has a forward of its own over inherited forward_",
+    doubled_by_a_call: "Doubles has a __call__ of its own",
+}
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8x4", "resnet10t"])
+@pytest.mark.parametrize("surround", SURROUND)
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")])
+def test_what_surrounds_a_models_stages_is_not_left_out(name, surround, wrap):
+    make = create_model if name.startswith("cifar_") else pytest.importorskip("timm").create_model
+    model = make(name).eval()
+    surround(model)
+    with pytest.raises(ValueError, match=SURROUND[surround]):
+        wrap(lambda images: dnkd_ext.stage_maps(model, images))(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_head_of_stages_that_was_changed():
+    images = torch.zeros(1, 3, 32, 32)
+    model = create_model("cifar_resnet8x4").eval()
+    head = model.forward_head
+    model.forward_head = lambda maps, pre_logits=False: 2 * head(maps, pre_logits)
+    with pytest.raises(ValueError, match="its forward_head was replaced"):
+        dnkd_ext.stage_maps(model, images)
+    model = create_model("cifar_resnet8x4").eval()
+    model.get_classifier().register_forward_pre_hook(lambda _, args: (F.normalize(args[0]),))
+    with pytest.raises(ValueError, match="its classifier has a forward pre-hook"):
+        dnkd_ext.stage_maps(model, images)
+
+
+def test_hooks_of_torch_surround_nothing():
+    model = create_model("cifar_resnet8x4").eval()
+    nn.utils.spectral_norm(model.get_classifier())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(dnkd_ext.stage_maps(model, images).logits, model(images))
+
+
+def test_what_has_no_stages_is_named():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got NoneType"):
+        dnkd_ext.stage_maps(None, torch.zeros(1, 3, 32, 32))
+    model = torch.compile(create_model("cifar_resnet8x4"), backend="eager")
+    with pytest.raises(ValueError, match=r"compile the function around stage_maps\(\) instead"):
+        dnkd_ext.stage_maps(model, torch.zeros(1, 3, 32, 32))
+
+
 def test_models_of_other_stages():
     models = create_model("cifar_resnet20"), create_model("cifar_mobilenetv2")
     match = r"\(CifarResNet\) have \[16, 32, 64, 64\] .*\(MobileNetV2\) \[12, 16, 48, 160, 1280\]"

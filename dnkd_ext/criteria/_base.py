@@ -185,6 +185,12 @@ class PlusPlus(nn.Module):
                     f"class_means is {classes} classes by {width} features but student_logits is "
                     f"{width} wide and student_features {own} wide: the two seem to be swapped"
                 )
+            if student_features.dim() == student_logits.dim() + 2:
+                raise ValueError(
+                    "student_features must be one vector per row of student_logits, as the "
+                    f"classifier reads them, got maps of shape {list(student_features.shape)}; "
+                    "pool them first, as student_features.mean((-2, -1)) does"
+                )
             raise ValueError(
                 f"class_means is {width} wide but student_features is {own} wide; project the "
                 f"student's features to the width of the class means, as "
