@@ -216,6 +216,8 @@ def test_kinds_of_images(layout, tmp_path):
         saved(tmp_path / split / name / "0.png", 3)
         (tmp_path / split / name / "1.heic").write_bytes(b"unread")
         (tmp_path / split / name / "notes.txt").write_text("no image")
+        (tmp_path / split / name / "._0.png").write_bytes(b"as macOS leaves in copies")
+        (tmp_path / split / "._0.png").write_bytes(b"likewise")
     for number, kind in enumerate(kinds):
         path = tmp_path / "train" / f"c{number}" / f"x.{kind}"
         path.parent.mkdir(parents=True)

@@ -40,6 +40,7 @@ def run_logit_loss(
     shared=64 << 10, multiprocessors=2, reverse=False, change=None, seed=0, weights=(0.7, 1.5),
     stand_in=None, clusters=True, cluster=0, teacher_stride=None, teacher_shift=None,
     probabilities_stride=None, probabilities_shift=None, most_cluster=8, ptx=90, late=0,
+    unexpected=(),
 ):  # fmt: skip
     """Both sides: (losses, gradient) of the kernels, and of the reference in float64.
 
@@ -47,7 +48,7 @@ def run_logit_loss(
     most_cluster: of how many blocks one finds room; ptx: what the kernels were compiled for. late:
     when what blocks of a cluster send each other arrives, see the shim.
     stand_in: what the reference sees instead of -inf. Strides and shifts of their own: where not
-    given, those of the student.
+    given, those of the student. unexpected: classes whose given probability is 0.
     """
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -60,6 +61,7 @@ def run_logit_loss(
         change(student, teacher, labels)
     student, teacher = student.to(dtype), teacher.to(teacher_dtype)
     probabilities = draw(rows, columns).mul(2).softmax(-1).to(accumulate(dtype))
+    probabilities[:, list(unexpected)] = 0
     with_probabilities = target == "probabilities"
     if with_probabilities:
         labels = probabilities.argmax(-1) if rows else labels
@@ -495,6 +497,23 @@ def test_impossible_class(harness, kind):
         assert (loss == float("inf")).tolist() == [False, True, False, False, False]
         assert not loss.isnan().any()
     assert losses[1].isfinite().all()
+
+
+@pytest.mark.parametrize("columns", [64, 600, 4104])
+@pytest.mark.parametrize("kind", ["ce_kd", "ce_dkd"])
+def test_smoothing_reaches_a_class_at_minus_infinity(harness, columns, kind):
+    """Whose own probability is 0, so that without smoothing it is NaN, as in PyTorch."""
+
+    def change(student, teacher, labels):
+        student[1, 2] = teacher[1, 2] = -float("inf")
+
+    for smoothing, told in ((0.1, torch.isinf), (0.0, torch.isnan)):
+        (losses, _), _ = run_logit_loss(
+            harness, dtype=torch.float32, columns=columns, kind=kind, change=change,
+            reduction="none", target="probabilities", label_smoothing=smoothing, unexpected=[2],
+        )  # fmt: skip
+        assert told(losses[1]).tolist() == [False, True, False, False, False]
+        assert losses[2].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["kd", "ce_kd", "dkd", "ce_dkd"])

@@ -30,7 +30,7 @@ from dnkd_ext.train.networks import weights_digest
 from dnkd_ext.train.teacher import load_teacher
 from tests.float64 import in_float64
 from tests.runs import by_two_in_float64, same, weights
-from tests.stripes import ALONE, CLASSES, SKIPPED, TRAIN, of, options, refused, run
+from tests.stripes import ALONE, CLASSES, SKIPPED, TRAIN, contents, of, options, refused, run
 
 pytestmark = SKIPPED
 
@@ -68,6 +68,15 @@ def test_class_means_command(images, teacher, tmp_path, capsys):
     assert out.read_bytes() == content
     assert main([*command, "--overwrite"]) == 0
     assert torch.equal(ClassMeans.load(out).compute(), means)
+    before = contents(teacher)
+    for place, message in (
+        (teacher / "best.safetensors", "is the file of --weights"),
+        (teacher / "checkpoint.pt", "is what a run calls another file of its own"),
+        (tmp_path / "log.csv", "is what a run calls another file of its own"),
+    ):
+        given = [str(place) if part == str(out) else part for part in command]
+        assert message in refused([*given, "--overwrite"], capsys)
+    assert contents(teacher) == before
     more = of(teacher, "kd", 1.0, "--epochs", "1", "--class-means", str(out))
     run(images, tmp_path / "run", *more)
     kept = ClassMeans.load(tmp_path / "run" / "class_means.safetensors")

@@ -546,6 +546,18 @@ def test_an_unreadable_image_is_named(tmp_path):
         load_images(tmp_path, progress=False)
 
 
+def test_hidden_files_are_left_out(tmp_path):
+    write_folders(tmp_path)
+    wanted = load_images(tmp_path, progress=False)
+    for place in ("train", "test", "train/crab"):
+        (tmp_path / place / "._0.png").write_bytes(b"as macOS leaves in copies")
+    (tmp_path / "test" / "crab" / "._0.heic").write_bytes(b"likewise")
+    found = load_images(tmp_path, progress=False)
+    assert torch.equal(found.train.pixels, wanted.train.pixels)
+    assert torch.equal(found.test.pixels, wanted.test.pixels)
+    assert not left_out(tmp_path)
+
+
 def test_class_folders_that_lose_images(tmp_path):
     write_folders(tmp_path)
     (tmp_path / "train" / ".hidden").mkdir()
@@ -630,3 +642,14 @@ def test_a_cache_that_is_something_else(tmp_path):
         assert cache.read_bytes() == content
     with pytest.raises(ValueError, match=r"--cache must be a file, .* is a folder"):
         load_images(tmp_path, cache=tmp_path, progress=False)
+
+
+def test_a_cache_in_a_place_of_no_use_is_told_before_images_are_read(tmp_path, monkeypatch):
+    write_cifar(tmp_path / "cifar-100-python")
+    monkeypatch.setattr("dnkd_ext.train.data.image_files._read", None)
+    with pytest.raises(ValueError, match=r"--cache .* is what a run calls a file of its own"):
+        load_images(tmp_path, cache=tmp_path / "new" / "best.safetensors", progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"--cache .*: \S*file is a file"):
+        load_images(tmp_path, cache=tmp_path / "file" / "cache", progress=False)
+    assert not (tmp_path / "new").exists()

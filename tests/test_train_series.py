@@ -29,6 +29,7 @@ from dnkd_ext.train.config import TrainConfig, replace
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.models import create_model
 from dnkd_ext.train.plots import plot_curves
+from dnkd_ext.train.summary import summary
 from dnkd_ext.train.teacher import load_teacher
 from dnkd_ext.train.world import World
 from tests.runs import LOSS, WEIGHTS, by_two_in_float64, environment, log, same, weights
@@ -64,6 +65,15 @@ def test_two_processes_train_as_one(images, teacher, tmp_path, double):
     assert means[0].counts.tolist() == means[1].counts.tolist() == [TRAIN] * CLASSES
 
 
+def test_a_table_is_in_the_order_of_the_presets():
+    pair = "cifar100/resnet56-resnet20"
+    names = [f"{pair}/dist", None, f"{pair}/kd++", "mine", f"{pair}/ce", f"{pair}/kd"]
+    same = {"best_top1": 1.0, "last_top1": 1.0, "published_top1": None, "training_seconds": 1.0}
+    rows = summary([{"preset": name, "config": {}, **same} for name in names])
+    wanted = [f"{pair}/{method}" for method in ("ce", "kd", "kd++", "dist")]
+    assert [row["preset"] for row in rows] == [*wanted, None, "mine"]
+
+
 def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     assert main(options(images, tmp_path, "--epochs", "1", "--seeds", "0,4")) == 0
     results = [
@@ -85,6 +95,12 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     for option, value in (("--teacher-weights", "x"), ("--count", "2"), ("--device", "cpu")):
         told = refused(["plot", *folders, "--out", str(out), option, value], capsys)
         assert f"{option} is for the boxes of --task detection, got {value}" in told
+    own = (tmp_path / "run" / "seed-0" / "curves.png").read_bytes()
+    told = refused(["plot", *folders, "--out", folders[0]], capsys)
+    assert "is the folder of a run, whose own curves.png would be replaced" in told
+    assert refused(["plot", folders[1], "--out", folders[0]], capsys) == told
+    assert (tmp_path / "run" / "seed-0" / "curves.png").read_bytes() == own
+    assert main(["plot", folders[0], "--out", folders[0]]) == 0
     # Nothing is written before all is looked at, nor into the current folder by an empty name.
     (out / "curves.png").write_bytes(b"the old one")
     told = refused(["plot", folders[0], "--out", str(out), "--task", "detection"], capsys)
@@ -235,6 +251,10 @@ def test_runs_at_once_are_those_one_after_another(
         assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
         assert json.loads((two / "config.json").read_text())["cache"] is None
         assert json.loads((two / "result.json").read_text())["config"]["cache"] is None
+        for name in ("config.json", "result.json"):
+            settings = [json.loads((folder / name).read_text()) for folder in (one, two)]
+            settings = [found.get("config", found) for found in settings]
+            assert settings[0] == settings[1]
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"run", "summary.csv"}
     assert capfd.readouterr().out.count("accuracies in percent") == 2
     # One that fails leaves the others alone, and is named.

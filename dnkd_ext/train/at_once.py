@@ -1,7 +1,7 @@
 """Several runs at once on one device, each in a process of its own.
 
 ``python -m dnkd_ext.train.at_once JOB`` is such a process: JOB is JSON of the run's configuration,
-its folder, its published accuracy and whether its file of decoded images is its own.
+its folder, its published accuracy and the options that its files are to have otherwise.
 """
 
 from __future__ import annotations
@@ -150,11 +150,12 @@ def _end_with_parent() -> None:
 
 
 def _told(job: Job) -> str:
+    config = flatten(job.config)
     given = {
-        "config": {**flatten(job.config), "progress": False},
+        "config": {**config, "progress": False},
         "out": os.fspath(job.out),
         "published": job.published,
-        "borrows": job.borrows,
+        "recorded": {"progress": config["progress"], **job.recorded},
     }
     return json.dumps(given)
 

@@ -14,11 +14,19 @@ from dnkd_ext.train import tasks
 from dnkd_ext.train.config import TrainConfig
 from dnkd_ext.train.data.sources import open_source
 from dnkd_ext.train.evaluation import evaluate
-from dnkd_ext.train.files import CONFIG, CURVES, LOG, check_place, read_config
+from dnkd_ext.train.files import (
+    CLASS_MEANS,
+    CONFIG,
+    CURVES,
+    LOG,
+    OWN_FILES,
+    check_place,
+    read_config,
+)
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device
 from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out
-from dnkd_ext.train.plan import resolve
+from dnkd_ext.train.plan import present_files, resolve
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
@@ -52,7 +60,7 @@ def run_class_means(
             find_weights(weights)  # not after minutes of decoding
     with world.first_alone():
         if world.is_first:
-            _look_at_means(out, overwrite, resume)
+            _look_at_means(out, weights, overwrite, resume)
     prepare_device(config, world)
     with world.together():
         if tasks.is_detection(config):
@@ -92,9 +100,15 @@ def run_class_means(
     return means
 
 
-def _look_at_means(out: Path, overwrite: bool, resume: bool) -> None:
+def _look_at_means(out: Path, weights: str, overwrite: bool, resume: bool) -> None:
     if out.is_dir():
         raise IsADirectoryError(f"--out {out} is a folder; name a file")
+    if weights != PRETRAINED and out.resolve() == find_weights(weights).resolve():
+        raise ValueError(f"--out {out} is the file of --weights {weights}; choose another name")
+    if out.name in set(OWN_FILES) - {CLASS_MEANS}:
+        raise ValueError(
+            f"--out {out} is what a run calls another file of its own; choose another name"
+        )
     if out.exists() and not (overwrite or resume):
         raise FileExistsError(f"--out {out} exists; choose another name, or pass --overwrite")
     if find_parts(out) and not (overwrite or resume):
@@ -194,6 +208,10 @@ def run_plot(folders: list[Path], out: Path) -> Path:
 
     A run's name is its preset or student, method and seed; where several have one name, their
     folders stand behind it.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_run`.
+        FileExistsError: ``out`` is the folder of a run other than the only one that is drawn.
     """
     found = {folder: read_run(folder) for folder in folders}
     names = {folder: _run_name(config) for folder, (config, _) in found.items()}
@@ -202,6 +220,12 @@ def run_plot(folders: list[Path], out: Path) -> Path:
         names[folder] if count[names[folder]] == 1 else f"{names[folder]} ({folder})": rows
         for folder, (_, rows) in found.items()
     }
+    if present_files(out) and [folder.resolve() for folder in folders] != [out.resolve()]:
+        raise FileExistsError(
+            f"--out {out} is the folder of a run, whose own {CURVES} would be replaced; choose "
+            "another"
+        )
+    check_place("--out", out, out)
     out.mkdir(parents=True, exist_ok=True)
     plot_curves(runs, out / CURVES)
     return out / CURVES

@@ -102,7 +102,7 @@ class DataOptions:
     train2017/*, val2017/* and annotations/instances_train2017.json, instances_val2017.json."""
     limit: int | None = option(None, at_least(1), tasks=("cifar", "detection"))
     """Use at most this many training images, as many of every class, and a third as many test
-    images; for detection evenly spread over all."""
+    images of every class, but one at least; for detection evenly spread over all."""
     cache: str | None = option(None, tasks=("cifar",), free=True)
     """Safetensors file in which decoded images are kept for the next run."""
     pad: int = option(4, at_least(0), tasks=("cifar",))

@@ -97,6 +97,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}")
+        if isinstance(config.get("config"), dict):
+            raise ValueError(f"it is a run's result; name its {CONFIG}, or its folder")
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or no configuration of a run: {error}") from error
     return config

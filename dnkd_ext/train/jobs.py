@@ -137,7 +137,7 @@ def _decoded_once(jobs: list[Job], out: Path) -> Iterator[list[Job]]:
     for job in jobs:
         if job.config.data.task == "cifar" and job.config.data.cache is None:
             config = replace(job.config, {"cache": os.fspath(cache)})
-            job = dataclasses.replace(job, config=config, borrows=True)
+            job = dataclasses.replace(job, config=config, recorded={"cache": None})
         borrowing.append(job)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,19 +50,19 @@ __all__ = [
 class Job:
     """A run: its configuration, its folder, and the accuracy or AP that was published.
 
-    ``borrows``: the file of decoded images in the configuration is that of the call, not the run's.
+    ``recorded``: options as the run's files are to have them, where those that it runs with are
+    the call's, not the run's.
     """
 
     config: TrainConfig
     out: Path
     published: float | None = None
-    borrows: bool = False
+    recorded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The configuration as the run's files have it."""
-        flat = flatten(self.config)
-        return {**flat, "cache": None} if self.borrows else flat
+        return {**flatten(self.config), **self.recorded}
 
 
 def resolve(options: RunOptions, world: World, task: str = "cifar") -> RunOptions:

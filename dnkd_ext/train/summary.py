@@ -10,6 +10,7 @@ from typing import Any
 
 from dnkd_ext.train.config import FREE, TrainConfig, flatten
 from dnkd_ext.train.files import RESULT
+from dnkd_ext.train.presets import preset_names
 
 __all__ = ["all_results", "format_summary", "is_result", "result_line", "summary"]
 
@@ -103,10 +104,15 @@ def _alike(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row per preset: best and last accuracy (or AP) over its seeds, and the published.
 
+    In the order of ``dnkd presets``, behind it all others in that of the results.
     Of a preset that ran with several configurations a row for each; ``differing`` has the options
     in which they differ.
     """
-    presets = dict.fromkeys(result["preset"] for result in results)
+    known = {name: number for number, name in enumerate(preset_names())}
+    presets = sorted(
+        dict.fromkeys(result["preset"] for result in results),
+        key=lambda name: known.get(name, len(known)),
+    )
     groups = [
         (preset, told, own)
         for preset in presets

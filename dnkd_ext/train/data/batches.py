@@ -177,6 +177,9 @@ class TrainBatches(_Batches):
         for name, value in (("seed", seed), ("pad", pad)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
+        side = max(split.pixels.shape[2:])
+        if pad > side:
+            raise ValueError(f"pad must be at most the images' larger side, {side}, got {pad}")
         whole, rest = divmod(len(split), batch_size)
         if drop_last and whole == 0:
             raise ValueError(

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dnkd_ext.train.data.decoding import UnreadableError, decode, reason_of
-from dnkd_ext.train.data.memory import IMAGE_SUFFIXES, KINDS, OTHER_SUFFIXES, told_kinds
+from dnkd_ext.train.data.memory import (
+    IMAGE_SUFFIXES,
+    KINDS,
+    OTHER_SUFFIXES,
+    suffix_of,
+    told_kinds,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -179,12 +185,10 @@ def _archive_classes(samples: Sequence[Any]) -> list[str]:
     return classes
 
 
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
 def open_files(place: Path, class_map: str) -> FileSplit:
     """The images of a split, whose classes are its folders of the first level.
+
+    Hidden files are left out.
 
     Args:
         place: a folder of class folders or of tar archives, or an archive.
@@ -215,12 +219,17 @@ def open_files(place: Path, class_map: str) -> FileSplit:
         raise ValueError(f"{none} ({told})" if told else none) from error
     # timm's classes are the last folders, whatever lies above them.
     if isinstance(reader, ReaderImageInTar):
+        shown = [n for n, (member, _, _) in enumerate(reader.samples) if suffix_of(member.name)]
+        reader.samples = reader.samples[shown]
+        if not shown:
+            raise ValueError(none)
         names = _archive_classes(reader.samples)
-        suffixes = [_suffix(member.name) for member, _, _ in reader.samples]
+        suffixes = [suffix_of(member.name) for member, _, _ in reader.samples]
         found = set(names)
     else:
+        reader.samples = [sample for sample in reader.samples if suffix_of(sample[0])]
         names = _folder_classes(place, reader.samples)
-        suffixes = [_suffix(path) for path, _ in reader.samples]
+        suffixes = [suffix_of(path) for path, _ in reader.samples]
         found = {entry.name for entry in os.scandir(place) if entry.is_dir()} | set(names)
     read = [number for number, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
     numbers = {name: number for number, name in enumerate({names[number] for number in read})}

@@ -23,6 +23,7 @@ from dnkd_ext.train.data.memory import (
     load_image_folder,
     other_images,
 )
+from dnkd_ext.train.files import OWN_FILES, check_place
 
 __all__ = ["left_out", "load_images"]
 
@@ -87,10 +88,15 @@ def load_images(
     if cache is None:
         return _read(folder, cifar, limit, seed, progress, test_only)
     cache = Path(cache)
+    if cache.name in OWN_FILES:
+        raise ValueError(
+            f"--cache {cache} is what a run calls a file of its own; choose another name"
+        )
     files = [cifar / name for name in CIFAR100_FILES] if cifar else folder_files(folder)
     key = _fingerprint(folder, files, limit, seed)
     found = _read_cache(cache, key) if cache.exists() else None
     if found is None:
+        check_place("--cache", cache, cache.parent)  # not after minutes of decoding
         found = _read(folder, cifar, limit, seed, progress)
         _write_cache(cache, key, found)
     return found

@@ -196,7 +196,7 @@ def load_image_folder(
     """An image-folder data set: ``folder/train/CLASS/*.png`` and ``folder/test`` (or ``val``).
 
     Images of any size: they are brought to the size of the first one, at most 64 pixels a side, by
-    scaling the shorter side and cropping the centre.
+    scaling the shorter side and cropping the centre. Hidden files are left out.
 
     Args:
         folder: the data set.
@@ -261,7 +261,7 @@ def other_images(folder: Path, *, test_only: bool = False) -> Counter[str]:
     """Image files there of kinds that :func:`load_image_folder` leaves out, by their suffix."""
     splits = _split_folders(folder, test_only)[test_only:]
     files = (path for split in splits if split is not None for path in split.rglob("*"))
-    suffixes = (path.suffix.lower() for path in files)
+    suffixes = map(suffix_of, files)
     return Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
 
 
@@ -282,8 +282,14 @@ def _split_folders(folder: Path, test_only: bool = False) -> tuple[Path | None, 
     return train_folder, test_folder
 
 
+def suffix_of(path: str | Path) -> str:
+    """By which it is told what a file is; nothing of hidden files, as macOS leaves in copies."""
+    name = os.path.basename(path)
+    return "" if name.startswith(".") else os.path.splitext(name)[1].lower()
+
+
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES
+    return suffix_of(path) in IMAGE_SUFFIXES
 
 
 def _images(folder: Path) -> list[Path]:
@@ -297,7 +303,7 @@ def _class_names(folder: Path) -> list[str]:
     if len(folders) < 2:
         raise ValueError(f"{folder} must hold at least two class folders, found {len(folders)}")
     for path in inside:
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
+        if _is_image(path) and not path.is_dir():
             raise ValueError(f"{folder} holds images outside of class folders, one is {path}")
     return [path.name for path in folders]
 
