@@ -64,10 +64,14 @@ def _candidates(model: nn.Module) -> list[nn.Module]:
     linear = [module for module in modules if isinstance(module, nn.Linear)]
     # A wrapper's is that of the model inside, unless a linear layer follows that model.
     for inner in modules[1:]:
-        if callable(getattr(inner, "get_classifier", None)) and (
+        # Of the class, because a module looks for what it lacks for long.
+        if callable(getattr(type(inner), "get_classifier", None)) and (
             not linear or any(part is linear[-1] for part in inner.modules())
         ):
-            own = _own_classifier(inner)
+            try:
+                own = _own_classifier(inner)
+            except ValueError:
+                continue
             return [own, *(one for one in linear[-1:] if one is not own)]
     if not linear:
         raise ValueError(
@@ -217,7 +221,6 @@ def distilled_features(model: nn.Module, images: Tensor) -> DistilledFeatures:
 
 
 SPLIT = ("forward_features", "forward_head")
-CALL = nn.Module.__call__
 
 
 def _is_split(model: nn.Module) -> bool:
@@ -234,7 +237,7 @@ def _is_in_parts(model: nn.Module) -> bool:
     kind = type(model)
     if not all(callable(getattr(kind, name, None)) for name in (*SPLIT, "get_classifier")):
         return False
-    if model._forward_hooks or model._forward_pre_hooks or kind.__call__ is not CALL:
+    if model._forward_hooks or model._forward_pre_hooks or kind.__call__ is not nn.Module.__call__:
         return False
     if "forward" in vars(model) or "forward_head" in vars(model):
         return False
@@ -261,41 +264,78 @@ def _forward_belongs_to(kind: type, parts: Sequence[str]) -> bool:
     return False
 
 
-def require_bare(model: Any, parts: Sequence[str], read: Sequence[str] = ()) -> None:
-    """ValueError where calling the model is more than running its parts, which skips the rest.
+def run_parts(
+    model: Any, images: Tensor, run: Callable[[Tensor], Any], parts: Sequence[str]
+) -> Any:
+    """What ``run`` makes of the images by parts of a model, where calling it does no more.
 
-    ``parts``: the methods of the model that run it in the place of its forward pass; ``read``:
-    those of them that are taken for what the class says. Hooks of torch's own (FSDP's,
-    weight_norm's) are not counted.
+    ``run`` gives a tuple whose last is the logits, and ``parts`` are the methods that it takes.
+    Hooks on the model are run, but for torch's own (FSDP's, weight_norm's).
+
+    Raises:
+        ValueError: a call does more, which would be left out.
     """
     kind = type(model)
-    more = None
-    replaced = [name for name in ("forward", *read) if name in vars(model)]
+    owners = {name: _owner(kind, name) for name in ("forward", "forward_features", *parts)}
+    replaced = [name for name in owners if name in vars(model) and not _is_of_fsdp(model, name)]
     if replaced:
-        more = f"its {replaced[0]} was replaced"
-    elif kind.__call__ is not CALL:
-        more = f"{kind.__name__} has a __call__ of its own"
-    elif not _forward_belongs_to(kind, parts):
-        more = f"{kind.__name__} has a forward of its own over inherited {' and '.join(parts)}"
-    elif _are_changed_by_hooks(model._forward_pre_hooks, model._forward_hooks):
-        more = "it has forward hooks"
-    elif read and _are_changed_by_hooks(model.get_classifier()._forward_pre_hooks):
-        more = "its classifier has a forward pre-hook"
-    if more is not None:
-        raise ValueError(
-            f"the maps of {kind.__name__} are taken by its {' and '.join(parts)} and not by a "
-            f"call, but {more}, which would be left out: do that outside of the model "
-            "(images can be normalised before they are given), or take the maps with hooks"
-        )
+        raise more_than_parts(model, parts, f"its {replaced[0]} was replaced")
+    if kind.__call__ is not nn.Module.__call__:
+        raise more_than_parts(model, parts, f"{kind.__name__} has a __call__ of its own")
+    for name, owner in owners.items():
+        if owner is not owners[parts[0]]:
+            told = f"its {name} is not of the class that its {parts[0]} is of"
+            raise more_than_parts(model, parts, told)
+    for number, hook in [*model._forward_pre_hooks.items()]:
+        if _is_torchs(hook):
+            continue
+        has_names = number in model._forward_pre_hooks_with_kwargs
+        given = hook(model, (images,), {}) if has_names else hook(model, (images,))
+        if has_names and given is not None:
+            given = given[0]
+        if given is not None and (given[0] if isinstance(given, tuple) else given) is not images:
+            raise more_than_parts(model, parts, "a hook on it changes what it reads")
+    result = run(images)
+    for number, hook in [*model._forward_hooks.items()]:
+        if _is_torchs(hook):
+            continue
+        has_names = number in model._forward_hooks_with_kwargs
+        given = (images,), *([{}] if has_names else []), result[-1]
+        found = hook(model, *given)
+        if found is not None and found is not result[-1]:
+            raise more_than_parts(model, parts, "a hook on it changes what it gives")
+    return result
 
 
-def _are_changed_by_hooks(*hooks: Mapping[int, Any]) -> bool:
-    """Whether there are hooks that may change what a module reads or gives: not torch's own."""
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("torch.")
-        for some in hooks
-        for hook in some.values()
+def more_than_parts(model: nn.Module, parts: Sequence[str], more: str) -> ValueError:
+    """The error where a call of the model does ``more`` than the parts that are run."""
+    return ValueError(
+        f"the maps of {type(model).__name__} are taken by its {' and '.join(parts)} and not by a "
+        f"call, but {more}: what that does would be left out. Do it outside of the model (images "
+        "can be normalised before they are given), or take the maps with hooks"
     )
+
+
+def _owner(kind: type, name: str) -> type | None:
+    """The class that a class has a method of."""
+    return next((base for base in kind.__mro__ if name in vars(base)), None)
+
+
+def _is_torchs(hook: Any) -> bool:
+    """Whether a hook is one of torch's own, such as FSDP's and weight_norm's."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _is_of_fsdp(model: nn.Module, name: str) -> bool:
+    """Whether a method was replaced by ``register_fsdp_forward_method``, which calls it."""
+    wrapper = getattr(vars(model)[name], "__func__", None)
+    module = getattr(wrapper, "__globals__", {}).get("__name__", "")
+    return module.startswith("torch.distributed.")
+
+
+def is_observed(layer: nn.Module) -> bool:
+    """Whether hooks, other than torch's own, may change what a layer reads."""
+    return any(not _is_torchs(hook) for hook in layer._forward_pre_hooks.values())
 
 
 def _ends_in_its_classifier(model: nn.Module) -> bool:
@@ -307,7 +347,7 @@ def _ends_in_its_classifier(model: nn.Module) -> bool:
     return (
         isinstance(classifier, nn.Linear)
         and "forward_head" not in vars(model)
-        and not _are_changed_by_hooks(classifier._forward_pre_hooks)
+        and not is_observed(classifier)
         and _only_calls(model, "forward_head", classifier)
     )
 
@@ -330,7 +370,7 @@ def _only_calls(owner: nn.Module, method: str, classifier: nn.Module) -> bool:
             and isinstance(part, nn.Module)
             and not part._forward_hooks
             and not part._forward_pre_hooks
-            and type(part).__call__ is CALL
+            and type(part).__call__ is nn.Module.__call__
             and "forward" not in vars(part)
             and _only_calls(part, "forward", classifier)
         ):
@@ -433,7 +473,7 @@ def _listen(
         )
     if classifier is not None:
         layers = [classifier]
-    heard, output = _hear(run or model, images, layers)
+    heard, output, require_untouched = _hear(run or model, images, layers)
     logits = _logits_of(output)
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -468,6 +508,7 @@ def _listen(
             f"model's output{shapes}; {remedy} (where a part of the model is compiled by itself it "
             "does not call hooks: compile the function around features() instead)"
         )
+    require_untouched(classifier)
     own = seen[0][0]
     if own.dim() == 4 and own.shape[2:] == (1, 1):
         own = own.flatten(1)  # what a convolution that classifies reads
@@ -555,13 +596,16 @@ def _hear(
     model: Callable[..., object],
     images: Tensor | Mapping[str, Tensor],
     layers: Sequence[nn.Module],
-) -> tuple[list[list[tuple[Tensor, Tensor]]], object]:
-    """Call the model: input and output of every call of each layer, and the model's output."""
+) -> tuple[list[list[tuple[Tensor, Tensor]]], object, Callable[[nn.Module], None]]:
+    """Call the model: input and output of every call of each layer, and the model's output.
+
+    Also what raises ValueError where input or output of a layer were changed in place since.
+    """
     seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
     handles = []
     has_gradients = torch.is_grad_enabled()
     without: list[bool] = []
-    versions: list[tuple[Tensor, int, torch.Size, str]] = []
+    versions: dict[nn.Module, list[tuple[Tensor, int, torch.Size, str]]] = {}
     # A model may run in several threads at once, of which each hears the others' calls.
     thread = None if torch.compiler.is_compiling() else threading.get_ident()
 
@@ -578,8 +622,10 @@ def _hear(
                     not torch.compiler.is_compiling()
                     and isinstance(one, Tensor)
                     and not one.is_inference()
+                    # Of a view another part may be written.
+                    and not (what == "input" and one._is_view())
                 ):
-                    versions.append((one, one._version, one.shape, what))
+                    versions.setdefault(module, []).append((one, one._version, one.shape, what))
             if has_gradients and not torch.is_grad_enabled() and not given.requires_grad:
                 without.append(True)
 
@@ -595,18 +641,21 @@ def _hear(
                 "the classifier ran without gradients inside a model whose output has one, so that "
                 "its input has none: use torch.utils.checkpoint with use_reentrant=False"
             )
-        # One whose shape was changed was squeezed in place, which leaves the numbers.
-        for one, version, shape, what in versions:
-            if one._version != version and one.shape == shape:
-                raise ValueError(
-                    f"the model changes the {what} of its last layer in place, so that "
-                    + (
-                        "it is no longer the features that the layer read"
-                        if what == "input"
-                        else "what it returns is not what that layer made of the features"
+
+        def untouched(layer: nn.Module) -> None:
+            # One whose shape was changed was squeezed in place, which leaves the numbers.
+            for one, version, shape, what in versions.get(layer, ()):
+                if one._version != version and one.shape == shape:
+                    raise ValueError(
+                        f"the model changes the {what} of its last layer in place, so that "
+                        + (
+                            "it is no longer the features that the layer read"
+                            if what == "input"
+                            else "what it returns is not what that layer made of the features"
+                        )
                     )
-                )
-        return seen, output
+
+        return seen, output, untouched
     finally:
         for handle in handles:
             handle.remove()
@@ -636,7 +685,8 @@ def _find_heads(model: nn.Module) -> Heads | None:
         return _own_heads(model)
     modules = list(model.modules())
     for inner in modules[1:]:
-        heads = _own_heads(inner) if callable(getattr(inner, "get_classifier", None)) else None
+        is_named = callable(getattr(type(inner), "get_classifier", None))
+        heads = _own_heads(inner) if is_named else None
         if heads is not None:
             last = [module for module in modules if isinstance(module, nn.Linear)][-1:]
             inside = [module for head in heads for module in head.modules()]
@@ -670,12 +720,14 @@ def _run_heads(
     model: nn.Module, images: Tensor | Mapping[str, Tensor], heads: Heads
 ) -> tuple[DistilledFeatures, Tensor | None]:
     """Features and both logits; and the model's output, where it is the mean of the logits."""
-    if _is_distilled_vit(model):
+    if _is_distilled_vit(model) and not any(map(is_observed, heads)):
         tokens = model.forward_features(images)
         inputs = model.head_drop(tokens[:, 0]), model.head_drop(tokens[:, 1])
         logits = heads[0](inputs[0]), heads[1](inputs[1])
         return DistilledFeatures(_mean(*inputs), *logits), None
-    seen, output = _hear(model, images, heads)
+    seen, output, require_untouched = _hear(model, images, heads)
+    for head in heads:
+        require_untouched(head)
     times = [len(calls) for calls in seen]
     if times == [1, 1]:
         inputs, logits = zip(*(calls[0] for calls in seen), strict=True)

@@ -162,6 +162,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dnkd_ext.train.data.workers import worker_death
 
             died = worker_death(error)
+        if died is None and _lost_another(error):
+            print(
+                f"dnkd {arguments.command}: error: another process ended, and should have told "
+                f"why ({str(error).strip().splitlines()[0]})",
+                file=sys.stderr,
+            )
+            return 2
         if died is None:
             raise
         if threading.current_thread() is threading.main_thread():
@@ -171,6 +178,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         more = "; --resume goes on where the run was last kept" if resumes else ""
         print(f"dnkd {arguments.command}: error: {died}{more}", file=sys.stderr)
         return 2
+
+
+def _lost_another(error: RuntimeError) -> bool:
+    """Whether gloo lost the connection to another process of torchrun, which has ended."""
+    distributed = sys.modules.get("torch.distributed")
+    return (
+        distributed is not None
+        and distributed.is_initialized()
+        and "gloo" in str(error)
+        and "closed by peer" in str(error).lower().replace("reset by peer", "closed by peer")
+    )
 
 
 def _is_read() -> bool:

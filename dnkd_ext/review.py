@@ -19,7 +19,14 @@ from dnkd_ext._checks import (
     require_sequence,
 )
 from dnkd_ext._export import exportable
-from dnkd_ext.adapters import check_model, is_pair, require_bare, run_head
+from dnkd_ext.adapters import (
+    check_model,
+    is_observed,
+    is_pair,
+    more_than_parts,
+    run_head,
+    run_parts,
+)
 
 __all__ = ["FusionBlock", "ReviewFusion", "StageMaps", "stage_channels", "stage_maps"]
 
@@ -264,7 +271,8 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
 
     For the networks of :mod:`dnkd_ext.train.models` and those of timm that have
     ``forward_intermediates``; the stages of the latter begin at a quarter of the image's size. The
-    model's parts are run, and not the model, so that hooks on it do not see the call.
+    model's parts are run, and not the model; hooks on it are called as by itself, and must change
+    nothing.
 
     Args:
         model: the classifier itself, in no wrapper. DistributedDataParallel exchanges gradients of
@@ -282,8 +290,9 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
         TypeError: ``model`` is no module.
         ValueError: the model does not tell its stages (torchvision's do not), has two heads (DeiT's
             with a distillation token), or ``pre_activation=True`` of a model that has none; calling
-            it is more than running its stages and head (hooks on it, a forward pass of its own
-            over inherited parts), which would be left out; or it was compiled by itself.
+            it is more than running its stages and head (a hook that changes the images or the
+            logits, a method that was replaced or is of another class than the one that gives the
+            stages), which would be left out; or it was compiled by itself.
 
     Example:
         >>> from dnkd_ext.train.models import create_model
@@ -293,16 +302,25 @@ def stage_maps(model: nn.Module, images: Tensor, *, pre_activation: bool = False
     """
     check_model(model, "stage_maps")
     if _has_stages(model):
-        require_bare(model, ("forward_stages", "forward_head"), read=("forward_head",))
-        maps, features, logits = model.forward_stages(images, pre_activation=pre_activation)
+
+        def run(images: Tensor) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+            return model.forward_stages(images, pre_activation=pre_activation)
+
+        parts = ("forward_stages", "forward_head")
+        if is_observed(model.get_classifier()):
+            raise more_than_parts(model, parts, "its classifier has a forward pre-hook")
+        maps, features, logits = run_parts(model, images, run, parts)
     else:
         indices = _timm_stages(model)
-        require_bare(model, ("forward_intermediates", "forward_head"))
         if pre_activation:
             raise ValueError(
                 f"{type(model).__name__} gives maps after their activation only, but "
                 "pre_activation=True was given"
             )
-        last, maps = model.forward_intermediates(images, indices=indices)
-        features, logits = run_head(model, last)
+
+        def run(images: Tensor) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+            last, maps = model.forward_intermediates(images, indices=indices)
+            return maps, *run_head(model, last)
+
+        maps, features, logits = run_parts(model, images, run, ("forward_intermediates",))
     return StageMaps([*maps, features[..., None, None]], features, logits)

@@ -277,6 +277,7 @@ def test_it_is_one_function_of_two_names():
 
 
 def compiled(model):
+    torch._dynamo.reset()  # of one line of code there are only so many graphs
     return torch.compile(
         lambda x: dnkd_ext.features(model, x), fullgraph=True, backend="eager", dynamic=False
     )
@@ -672,6 +673,19 @@ def test_features_are_what_the_classifier_reads_behind_its_hooks(wrap, images):
     torch.testing.assert_close(logits, model(images))
 
 
+def test_heads_of_a_deit_are_read_behind_their_hooks(generator):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=5
+    ).eval()
+    for head in model.get_classifier():
+        head.register_forward_pre_hook(lambda _, args: (nn.functional.normalize(args[0]),))
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        wanted = dnkd_ext.features(Around(model), images)
+        torch.testing.assert_close(dnkd_ext.features(model, images), wanted)
+
+
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
 def test_hooks_that_make_weights_do_not_break_the_graph(norm, images):
     model = Split().eval()
@@ -909,6 +923,61 @@ def test_a_wrapper_has_the_features_of_its_model(wrap, is_map, images):
     torch.testing.assert_close(dnkd_ext.features(wrapped, images), wanted)
     inner = next(one for one in wrapped.modules() if isinstance(one, OfLayers))
     assert find_classifier(wrapped) is inner.head
+
+
+def test_a_layer_in_a_model_without_a_classifier_of_its_own(images):
+    """A new head was hung into a trunk that had lost its own, or has two heads."""
+
+    class Hangs(nn.Module):
+        def __init__(self, trunk):
+            super().__init__()
+            self.trunk = trunk
+            self.trunk.new_head = nn.Linear(9, 7)
+
+        def forward(self, x):
+            return self.trunk.new_head(self.trunk.forward_features(x))
+
+    headless, two = Split().eval(), Split().eval()
+    headless.head = nn.Identity()
+    two.__class__ = type("Two", (Split,), {"get_classifier": lambda self: (self.head, self.stem)})
+    for trunk in (headless, two):
+        model = Hangs(trunk)
+        features, logits = dnkd_ext.features(model, images)
+        torch.testing.assert_close(features, trunk.forward_features(images))
+        torch.testing.assert_close(logits, model(images))
+
+
+def test_a_layer_behind_the_named_one_inside_of_it(images):
+    """A wrapper's second candidate, where the first did not make the output."""
+
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Split().eval()
+            self.net.more = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.net.more(self.net(x))
+
+    model = Adds()
+    features, logits = dnkd_ext.features(model, images)
+    torch.testing.assert_close(features, model.net(images))
+    torch.testing.assert_close(logits, model(images))
+
+
+def test_features_in_a_part_of_a_buffer_may_have_neighbours(images):
+    class Bank(Split):
+        def forward(self, x):
+            bank = torch.zeros(2, len(x), 9)
+            bank[0] = self.forward_features(x)
+            logits = self.head(bank[0])
+            bank[1] = 5
+            return logits
+
+    model = Bank().eval()
+    features, logits = dnkd_ext.features(model, images)
+    torch.testing.assert_close(features, model.forward_features(images))
+    torch.testing.assert_close(logits, model(images))
 
 
 def test_what_follows_a_model_that_names_its_classifier(images):

@@ -953,6 +953,11 @@ def test_bad_temperature(kind, value):
             r"must be one vector per row of student_logits.*maps of shape \[12, 24, 7, 7\]; pool",
         ),
         (
+            {"student_features": torch.ones(12, 7, 7, 24)},
+            ValueError,
+            r"must be one vector per row of student_logits.*maps of shape \[12, 7, 7, 24\]; pool",
+        ),
+        (
             {"student_features": None},
             ValueError,
             "student_features must be given unless nd_weight is 0, got None",

@@ -1057,6 +1057,11 @@ def test_where_detections_go_is_looked_at_first(shapes, teacher, tmp_path, monke
     assert f"--detections {tmp_path} is a folder" in refused([*command, str(tmp_path)], capsys)
     below = tmp_path / "new" / "found.json" / "more.json"
     assert "found.json" in refused([*command, str(below)], capsys)
+    annotations = shapes / "annotations" / "instances_val2017.json"
+    for file in (annotations, teacher / "best.safetensors"):
+        before = file.read_bytes()
+        assert f"--detections {file} exists" in refused([*command, str(file)], capsys)
+        assert file.read_bytes() == before
 
 
 def test_no_boxes_at_all_are_told(shapes, teacher, tmp_path):

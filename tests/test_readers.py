@@ -218,6 +218,8 @@ def test_kinds_of_images(layout, tmp_path):
         (tmp_path / split / name / "notes.txt").write_text("no image")
         (tmp_path / split / name / "._0.png").write_bytes(b"as macOS leaves in copies")
         (tmp_path / split / "._0.png").write_bytes(b"likewise")
+        saved(tmp_path / split / ".thumbs" / "0.png")
+        saved(tmp_path / split / name / ".ipynb_checkpoints" / "0.png")
     for number, kind in enumerate(kinds):
         path = tmp_path / "train" / f"c{number}" / f"x.{kind}"
         path.parent.mkdir(parents=True)
@@ -277,7 +279,7 @@ def test_validation_images_alone_are_of_the_training_classes(tiles, tmp_path):
     root = write(tmp_path / "data", tiles, "folders")
     (root / "train" / ".cache").mkdir()  # another program's
     shutil.copytree(root / "train" / "sky", root / "val" / ".sky")
-    assert open_splits(root, PLAIN, test_only=True).val.classes[0] == ".sky"
+    assert sorted(open_splits(root, PLAIN, test_only=True).val.classes) == sorted(tiles["val"])
     shutil.rmtree(root / "val" / ".sky")
     shutil.rmtree(root / "val" / "roof")
     with pytest.raises(ValueError, match=r"same classes, but .*train has roof alone$"):
@@ -346,6 +348,10 @@ def test_without_timm(folders, monkeypatch):
         ({"scale": (0.5, 1.5)}, r"--scale must be two positive, growing numbers of at most 1"),
         ({"ratio": (2.0, 1.0)}, r"--ratio must be two positive, growing numbers, got"),
         ({"num_classes": 0}, "--num-classes must be at least 1, got 0"),
+        ({"num_classes": 4}, r"--num-classes is for WebDataset shards .*, got 4 and class folders"),
+        ({"val_split": "test"}, r"--val-split is for WebDataset shards .*, got 'test' and"),
+        ({"train_split": "a"}, "--train-split is for WebDataset shards"),
+        ({"shuffle_buffer": 7}, "--shuffle-buffer is for WebDataset shards"),
         ({"reader": "wds/x", "repeats": 3}, "--repeats needs class folders or tar archives"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import nn
 import dnkd_ext
 from dnkd_ext.review import FusionBlock, ReviewFusion, stage_channels
 from dnkd_ext.train.models import create_model
+from dnkd_ext.train.models.cifar_resnet import CifarResNet
 from tests.test_distributed import in_processes
 
 CLASSES, WIDTH, ROWS = 10, 24, 6
@@ -762,11 +763,31 @@ def doubled_by_a_call(model):
     )
 
 
+def doubled_in_its_features(model):
+    base = type(model)
+    double = lambda self, images: base.forward_features(self, images * 2)  # noqa: E731
+    model.__class__ = type("Doubles", (base,), {"forward_features": double})
+
+
+def doubled_by_replaced_features(model):
+    features = model.forward_features
+    model.forward_features = lambda images: features(images * 2)
+
+
+def doubled_by_a_subclass_with_a_head(model):
+    base = type(model)
+    doubled_by_a_subclass(model)
+    type(model).forward_head = lambda self, maps, **more: base.forward_head(self, maps, **more)
+
+
 SURROUND = {
-    doubled_by_a_hook: "has forward hooks",
-    halved_by_a_hook: "has forward hooks",
+    doubled_by_a_hook: "a hook on it changes what it reads",
+    halved_by_a_hook: "a hook on it changes what it gives",
     doubled_by_a_replaced_forward: "its forward was replaced",
-    doubled_by_a_subclass: "Doubles has a forward of its own over inherited forward_",
+    doubled_by_replaced_features: "its forward_features was replaced",
+    doubled_by_a_subclass: "its forward is not of the class that its forward_",
+    doubled_by_a_subclass_with_a_head: "its forward is not of the class that its forward_",
+    doubled_in_its_features: "its forward_features is not of the class that its forward_",
     doubled_by_a_call: "Doubles has a __call__ of its own",
 }
 
@@ -793,6 +814,79 @@ def test_a_head_of_stages_that_was_changed():
     model.get_classifier().register_forward_pre_hook(lambda _, args: (F.normalize(args[0]),))
     with pytest.raises(ValueError, match="its classifier has a forward pre-hook"):
         dnkd_ext.stage_maps(model, images)
+
+
+class Scaled(CifarResNet):
+    def forward_head(self, maps, pre_logits=False):
+        return super().forward_head(maps, pre_logits) * (1 if pre_logits else 2)
+
+
+def test_a_subclass_whose_head_scales_the_logits():
+    model = Scaled(8, (16, 16, 32, 64), num_classes=5).eval()
+    with pytest.raises(ValueError, match="its forward_head is not of the class that its forward_"):
+        dnkd_ext.stage_maps(model, torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8x4", "resnet10t"])
+def test_hooks_that_change_nothing_see_the_call(name):
+    make = create_model if name.startswith("cifar_") else pytest.importorskip("timm").create_model
+    model = make(name).eval()
+    images, seen = torch.randn(2, 3, 32, 32), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.register_forward_pre_hook(lambda _, args: args)
+    model.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+    model.register_forward_hook(lambda _, args, output: seen.append(output))
+    model.register_forward_hook(lambda _, args, kwargs, output: output, with_kwargs=True)
+    found = dnkd_ext.stage_maps(model, images)
+    assert seen[0] is images
+    assert seen[1] is found.logits
+    torch.testing.assert_close(found.logits, model(images))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8x4", "resnet10t"])
+@pytest.mark.parametrize("function", [dnkd_ext.features, dnkd_ext.stage_maps])
+def test_tracers_that_stand_in_for_calls(name, function):
+    """They put a call of their own in the place of torch.nn.Module's."""
+    make = create_model if name.startswith("cifar_") else pytest.importorskip("timm").create_model
+    model = make(name).eval()
+    images = torch.randn(2, 3, 32, 32)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return function(self.model, x)[-1]
+
+    with torch.no_grad():
+        wanted = model(images)
+        traced = torch.fx.experimental.proxy_tensor.make_fx(Logits())(images)
+        torch.testing.assert_close(traced(images), wanted)
+        for is_strict in (False, True):
+            program = torch.export.export(Logits(), (images,), strict=is_strict)
+            torch.testing.assert_close(program.module()(images), wanted)
+
+
+def test_methods_that_fsdp_wraps_are_the_models_own():
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    class State:  # of a module that is not divided
+        def _pre_forward(self, module, args, kwargs):
+            return args, kwargs
+
+        def _post_forward(self, module, args, output):
+            return output
+
+    model = create_model("cifar_resnet8x4").eval()
+    images = torch.randn(2, 3, 32, 32)
+    wanted = dnkd_ext.stage_maps(model, images)
+    kind = type(model)
+    model.__class__ = type("Sharded", (FSDPModule, kind), {"_get_fsdp_state": lambda _: State()})
+    for name in ("forward_stages", "forward_head", "forward_features"):
+        register_fsdp_forward_method(model, name)
+        assert name in vars(model)
+    torch.testing.assert_close(dnkd_ext.stage_maps(model, images).logits, wanted.logits)
 
 
 def test_hooks_of_torch_surround_nothing():

@@ -549,10 +549,14 @@ def test_an_unreadable_image_is_named(tmp_path):
 def test_hidden_files_are_left_out(tmp_path):
     write_folders(tmp_path)
     wanted = load_images(tmp_path, progress=False)
+    for place in ("train/.thumbs", "test/.thumbs", "train/crab/.ipynb_checkpoints"):
+        (tmp_path / place).mkdir()
+        shutil.copy(next((tmp_path / "test" / "crab").glob("*.png")), tmp_path / place)
     for place in ("train", "test", "train/crab"):
         (tmp_path / place / "._0.png").write_bytes(b"as macOS leaves in copies")
     (tmp_path / "test" / "crab" / "._0.heic").write_bytes(b"likewise")
     found = load_images(tmp_path, progress=False)
+    assert found.classes == wanted.classes
     assert torch.equal(found.train.pixels, wanted.train.pixels)
     assert torch.equal(found.test.pixels, wanted.test.pixels)
     assert not left_out(tmp_path)

@@ -148,6 +148,18 @@ def test_an_error_of_several_processes_is_no_abort(images, tmp_path):
     assert {*found} <= {"2", str(-signal.SIGTERM)}
 
 
+def test_a_configuration_of_another_program_is_not_replaced(images, tmp_path, capsys):
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "config.json").write_text('{"architectures": ["Bert"]}')
+    before = contents(out)
+    told = refused(options(images, out, "--epochs", "1"), capsys)
+    assert f"{out / 'config.json'}: " in told
+    assert "architectures" in told
+    assert "it would be replaced: choose another --out" in told
+    assert contents(out) == before
+
+
 def test_overwrite_replaces_a_run_but_nothing_else(images, tmp_path):
     out = tmp_path / "run"
     run(images, out, "--epochs", "2")

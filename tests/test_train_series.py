@@ -92,6 +92,7 @@ def test_several_seeds_get_folders_and_a_summary(images, tmp_path, capsys):
     folders = [str(tmp_path / "run" / f"seed-{seed}") for seed in (0, 4)]
     assert main(["plot", *folders, "--out", str(out)]) == 0
     assert (out / "curves.png").stat().st_size > 10_000
+    assert main(["plot", folders[0], "--out", str(out)]) == 0  # in the place of the other
     for option, value in (("--teacher-weights", "x"), ("--count", "2"), ("--device", "cpu")):
         told = refused(["plot", *folders, "--out", str(out), option, value], capsys)
         assert f"{option} is for the boxes of --task detection, got {value}" in told

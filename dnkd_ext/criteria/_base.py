@@ -178,18 +178,18 @@ class PlusPlus(nn.Module):
         require_floating(student_features, "student_features")
         require_floating(student_logits, "student_logits")
         classes, width = self.class_means.shape
+        if student_features.dim() == student_logits.dim() + 2:
+            raise ValueError(
+                "student_features must be one vector per row of student_logits, as the "
+                f"classifier reads them, got maps of shape {list(student_features.shape)}; "
+                "pool them over height and width first"
+            )
         if student_features.dim() >= 1 and student_features.shape[-1] != width:
             own = student_features.shape[-1]
             if own == classes and student_logits.shape[-1:] == (width,):
                 raise ValueError(
                     f"class_means is {classes} classes by {width} features but student_logits is "
                     f"{width} wide and student_features {own} wide: the two seem to be swapped"
-                )
-            if student_features.dim() == student_logits.dim() + 2:
-                raise ValueError(
-                    "student_features must be one vector per row of student_logits, as the "
-                    f"classifier reads them, got maps of shape {list(student_features.shape)}; "
-                    "pool them first, as student_features.mean((-2, -1)) does"
                 )
             raise ValueError(
                 f"class_means is {width} wide but student_features is {own} wide; project the "

@@ -516,8 +516,9 @@ def plot(argv: Sequence[str]) -> int:
             if value != drawn[name]:
                 raise ValueError(f"{flag(name)} is for the boxes of --task detection, got {value}")
     folders, out = [Path(run) for run in arguments.runs], _named(arguments.out)
-    from dnkd_ext.train.commands import read_run, run_pictures, run_plot
+    from dnkd_ext.train.commands import check_plot, read_run, run_pictures, run_plot
 
+    check_plot(folders, out)
     if arguments.task == "detection":
         for folder in folders:  # before anything is written
             task = read_run(folder)[0].get("task")

@@ -26,13 +26,13 @@ from dnkd_ext.train.files import (
 from dnkd_ext.train.gather import find_parts, remove_parts
 from dnkd_ext.train.jobs import prepare_device
 from dnkd_ext.train.networks import PRETRAINED, find_weights, try_out
-from dnkd_ext.train.plan import present_files, resolve
+from dnkd_ext.train.plan import resolve
 from dnkd_ext.train.plots import plot_curves
 from dnkd_ext.train.presets import load_preset
 from dnkd_ext.train.task import autocast
 from dnkd_ext.train.world import World
 
-__all__ = ["read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
+__all__ = ["check_plot", "read_run", "run_class_means", "run_eval", "run_pictures", "run_plot"]
 
 
 def run_class_means(
@@ -130,6 +130,10 @@ def run_eval(
         config: its groups ``data``, ``run``, ``reader`` and ``detection``.
         world: the processes.
         detections: file for a detector's detections, whose folder is made.
+
+    Raises:
+        FileExistsError: ``detections`` exists.
+        ValueError, FileNotFoundError: a wrong option or input.
     """
     with world.together():
         config.check_data()
@@ -141,6 +145,10 @@ def run_eval(
         if detections is not None and detections.is_dir():
             raise IsADirectoryError(f"--detections {detections} is a folder; name a file")
         if detections is not None:
+            if detections.exists():
+                raise FileExistsError(
+                    f"--detections {detections} exists; choose another name, or remove it"
+                )
             check_place("--detections", detections, detections.parent)
     if tasks.is_detection(config):
         return tasks.detection().run_evaluation(model, weights, config, world, detections)
@@ -203,6 +211,22 @@ def _settings_of(preset: Any) -> dict[str, Any]:
         return {}
 
 
+def check_plot(folders: list[Path], out: Path) -> None:
+    """An error where :func:`run_plot` may not write.
+
+    Raises:
+        FileExistsError: ``out`` is the folder of a run other than the only one that is drawn.
+        NotADirectoryError, PermissionError: see :func:`dnkd_ext.train.files.check_place`.
+    """
+    is_run = (out / CONFIG).exists() or (out / LOG).exists()
+    if is_run and {folder.resolve() for folder in folders} != {out.resolve()}:
+        raise FileExistsError(
+            f"--out {out} is the folder of a run, whose own {CURVES} would be replaced; choose "
+            "another"
+        )
+    check_place("--out", out, out)
+
+
 def run_plot(folders: list[Path], out: Path) -> Path:
     """The curves of several runs in one picture, ``out/curves.png``.
 
@@ -211,8 +235,9 @@ def run_plot(folders: list[Path], out: Path) -> Path:
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_run`.
-        FileExistsError: ``out`` is the folder of a run other than the only one that is drawn.
+        FileExistsError, NotADirectoryError, PermissionError: see :func:`check_plot`.
     """
+    check_plot(folders, out)
     found = {folder: read_run(folder) for folder in folders}
     names = {folder: _run_name(config) for folder, (config, _) in found.items()}
     count = Counter(names.values())
@@ -220,12 +245,6 @@ def run_plot(folders: list[Path], out: Path) -> Path:
         names[folder] if count[names[folder]] == 1 else f"{names[folder]} ({folder})": rows
         for folder, (_, rows) in found.items()
     }
-    if present_files(out) and [folder.resolve() for folder in folders] != [out.resolve()]:
-        raise FileExistsError(
-            f"--out {out} is the folder of a run, whose own {CURVES} would be replaced; choose "
-            "another"
-        )
-    check_place("--out", out, out)
     out.mkdir(parents=True, exist_ok=True)
     plot_curves(runs, out / CURVES)
     return out / CURVES

@@ -239,6 +239,13 @@ def look(job: Job, resume: bool, overwrite: bool) -> Found:
     present = present_files(out)
     if not (resume and RESULT in present):  # of a finished run nothing is written
         check_place("--out", out, out)
+    if not (overwrite or present) and (out / CONFIG).exists():
+        try:  # what a run that failed left, or another program's
+            checked_config(out / CONFIG)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{error}; it would be replaced: choose another --out, or pass --overwrite"
+            ) from error
     if overwrite or not present:
         return Found()
     if not resume:

@@ -188,7 +188,7 @@ def _archive_classes(samples: Sequence[Any]) -> list[str]:
 def open_files(place: Path, class_map: str) -> FileSplit:
     """The images of a split, whose classes are its folders of the first level.
 
-    Hidden files are left out.
+    Hidden files and folders are left out.
 
     Args:
         place: a folder of class folders or of tar archives, or an archive.
@@ -227,9 +227,10 @@ def open_files(place: Path, class_map: str) -> FileSplit:
         suffixes = [suffix_of(member.name) for member, _, _ in reader.samples]
         found = set(names)
     else:
-        reader.samples = [sample for sample in reader.samples if suffix_of(sample[0])]
+        within = len(str(place)) + 1
+        reader.samples = [sample for sample in reader.samples if suffix_of(sample[0][within:])]
         names = _folder_classes(place, reader.samples)
-        suffixes = [suffix_of(path) for path, _ in reader.samples]
+        suffixes = [suffix_of(path[within:]) for path, _ in reader.samples]
         found = {entry.name for entry in os.scandir(place) if entry.is_dir()} | set(names)
     read = [number for number, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
     numbers = {name: number for number, name in enumerate({names[number] for number in read})}

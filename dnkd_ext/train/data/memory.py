@@ -30,6 +30,7 @@ OTHER_SUFFIXES = {
     *(".psd", ".svg", ".tga"),
 }
 LARGEST_SIDE = 64
+HERE = ("", ".", "..")
 
 
 def told_kinds(counts: Mapping[str, int]) -> str:
@@ -196,7 +197,7 @@ def load_image_folder(
     """An image-folder data set: ``folder/train/CLASS/*.png`` and ``folder/test`` (or ``val``).
 
     Images of any size: they are brought to the size of the first one, at most 64 pixels a side, by
-    scaling the shorter side and cropping the centre. Hidden files are left out.
+    scaling the shorter side and cropping the centre. Hidden files and folders are left out.
 
     Args:
         folder: the data set.
@@ -260,8 +261,12 @@ def folder_files(folder: Path) -> list[Path]:
 def other_images(folder: Path, *, test_only: bool = False) -> Counter[str]:
     """Image files there of kinds that :func:`load_image_folder` leaves out, by their suffix."""
     splits = _split_folders(folder, test_only)[test_only:]
-    files = (path for split in splits if split is not None for path in split.rglob("*"))
-    suffixes = map(suffix_of, files)
+    suffixes = (
+        suffix_of(path.relative_to(split))
+        for split in splits
+        if split is not None
+        for path in split.rglob("*")
+    )
     return Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
 
 
@@ -277,33 +282,41 @@ def _split_folders(folder: Path, test_only: bool = False) -> tuple[Path | None, 
         raise FileNotFoundError(f"{folder} has no folder train/ with one folder per class")
     if test_folder is None:
         raise FileNotFoundError(f"{folder} has neither test/ nor val/ with one folder per class")
-    if test_only and not any(_is_image(path) for path in train_folder.rglob("*")):
+    if test_only and not _has_images(train_folder):
         return None, test_folder
     return train_folder, test_folder
 
 
 def suffix_of(path: str | Path) -> str:
-    """By which it is told what a file is; nothing of hidden files, as macOS leaves in copies."""
-    name = os.path.basename(path)
-    return "" if name.startswith(".") else os.path.splitext(name)[1].lower()
+    """By which it is told what a file is, whose path is relative to the data's folder.
+
+    Nothing of what is hidden or in hidden folders, as other programs and macOS's copies leave.
+    """
+    folder, name = os.path.split(path)
+    if any(part.startswith(".") for part in (*folder.split(os.sep), name) if part not in HERE):
+        return ""
+    return os.path.splitext(name)[1].lower()
 
 
-def _is_image(path: Path) -> bool:
-    return suffix_of(path) in IMAGE_SUFFIXES
+def _is_image(path: Path, folder: Path) -> bool:
+    return suffix_of(path.relative_to(folder)) in IMAGE_SUFFIXES
+
+
+def _has_images(folder: Path) -> bool:
+    return any(_is_image(path, folder) for path in folder.rglob("*"))
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if _is_image(path))
+    return sorted(path for path in folder.rglob("*") if _is_image(path, folder))
 
 
 def _class_names(folder: Path) -> list[str]:
     inside = sorted(folder.iterdir())
-    # Hidden folders without images are other programs'.
-    folders = [p for p in inside if p.is_dir() and not (p.name[0] == "." and not _images(p))]
+    folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
     if len(folders) < 2:
         raise ValueError(f"{folder} must hold at least two class folders, found {len(folders)}")
     for path in inside:
-        if _is_image(path) and not path.is_dir():
+        if _is_image(path, folder) and not path.is_dir():
             raise ValueError(f"{folder} holds images outside of class folders, one is {path}")
     return [path.name for path in folders]
 

@@ -10,6 +10,9 @@ from dnkd_ext.train.options import at_least, between, check_ranges, option
 
 __all__ = ["ReaderOptions"]
 
+# Options that mean nothing beside class folders and tar archives.
+SHARDS_ALONE = ("train_split", "val_split", "num_classes", "shuffle_buffer")
+
 
 @dataclass(frozen=True)
 class ReaderOptions:
@@ -90,6 +93,12 @@ class ReaderOptions:
                 "--reader must be nothing (class folders and tar archives) or wds/NAME (WebDataset "
                 f"shards), got {self.reader!r}"
             )
+        for name in () if self.uses_shards else SHARDS_ALONE:
+            if getattr(self, name) != getattr(type(self)(), name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for WebDataset shards (--reader wds/NAME), got "
+                    f"{getattr(self, name)!r} and class folders or tar archives"
+                )
         if self.uses_shards and self.repeats > 1:
             raise ValueError(
                 "--repeats needs class folders or tar archives, got WebDataset shards and "

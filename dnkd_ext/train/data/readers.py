@@ -74,8 +74,7 @@ def open_splits(data: str | Path, options: ReaderOptions, *, test_only: bool = F
         val = open_files(find_split(root, VAL_NAMES), options.class_map)
         train_place, classes = _class_folders(root)
         if classes and not options.class_map:
-            shown = [name for name in val.classes if not name.startswith(".")]
-            _require_equal(train_place, classes, val.place, shown)
+            _require_equal(train_place, classes, val.place, val.classes)
         return Splits(None, val, val.classes)
     places = [find_split(root, names) for names in (TRAIN_NAMES, VAL_NAMES)]
     train, val = (open_files(place, options.class_map) for place in places)

@@ -35,7 +35,7 @@ from dnkd_ext.train.detection.evaluation import (
 from dnkd_ext.train.detection.models import FEATURES, create_detector, load_detector
 from dnkd_ext.train.files import BEST, CONFIG, DETECTIONS, LAST, checked_config
 from dnkd_ext.train.gather import gather_means
-from dnkd_ext.train.networks import PRETRAINED, weights_file
+from dnkd_ext.train.networks import PRETRAINED, find_weights, weights_file
 from dnkd_ext.train.options import flag
 from dnkd_ext.train.task import Task, autocast
 from dnkd_ext.train.teacher import Teacher, identity, read_class_means
@@ -278,7 +278,7 @@ def run_evaluation(
                 write_detections(detections, found)
     return {
         "model": model,
-        "weights": weights,
+        "weights": weights if weights == PRETRAINED else str(find_weights(weights)),
         "test_images": len(split),
         "detections": len(found),
         **{f"test_{name}": value for name, value in figures.items()},
