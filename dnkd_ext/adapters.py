@@ -248,16 +248,11 @@ def _is_in_parts(model: nn.Module) -> bool:
     code = getattr(kind.forward, "__code__", None), getattr(kind.forward_head, "__code__", None)
     if None in code or "pre_logits" not in code[1].co_varnames:
         return False
-    return set(code[0].co_names) <= set(SPLIT) and _forward_belongs_to(kind, SPLIT)
-
-
-def _forward_belongs_to(kind: type, parts: Sequence[str]) -> bool:
-    """Whether no subclass wrote a forward pass over inherited parts.
-
-    Such a one may scale the images or the like.
-    """
+    if not set(code[0].co_names) <= set(SPLIT):
+        return False
+    # A forward pass that a subclass wrote over inherited parts may scale the images or the like.
     for base in kind.__mro__:
-        if any(name in vars(base) for name in parts):
+        if any(name in vars(base) for name in SPLIT):
             return True
         if "forward" in vars(base):
             return False
@@ -289,19 +284,19 @@ def run_parts(
     for number, hook in [*model._forward_pre_hooks.items()]:
         if _is_torchs(hook):
             continue
-        has_names = number in model._forward_pre_hooks_with_kwargs
-        given = hook(model, (images,), {}) if has_names else hook(model, (images,))
-        if has_names and given is not None:
-            given = given[0]
-        if given is not None and (given[0] if isinstance(given, tuple) else given) is not images:
+        if number in model._forward_pre_hooks_with_kwargs:
+            found = hook(model, (images,), {})
+            found = found if found is None else found[0]
+        else:
+            found = hook(model, (images,))
+        if found is not None and (found[0] if isinstance(found, tuple) else found) is not images:
             raise more_than_parts(model, parts, "a hook on it changes what it reads")
     result = run(images)
     for number, hook in [*model._forward_hooks.items()]:
         if _is_torchs(hook):
             continue
-        has_names = number in model._forward_hooks_with_kwargs
-        given = (images,), *([{}] if has_names else []), result[-1]
-        found = hook(model, *given)
+        names = ({},) if number in model._forward_hooks_with_kwargs else ()
+        found = hook(model, (images,), *names, result[-1])
         if found is not None and found is not result[-1]:
             raise more_than_parts(model, parts, "a hook on it changes what it gives")
     return result

@@ -187,7 +187,7 @@ def _lost_another(error: RuntimeError) -> bool:
         distributed is not None
         and distributed.is_initialized()
         and "gloo" in str(error)
-        and "closed by peer" in str(error).lower().replace("reset by peer", "closed by peer")
+        and any(end in str(error) for end in ("closed by peer", "reset by peer"))
     )
 
 

@@ -391,6 +391,30 @@ def test_what_lies_behind_pre_logits_is_run(make, wrap, images):
     torch.testing.assert_close(logits, model.get_classifier()(features))
 
 
+def doubled(head):
+    forward = head.forward
+    head.forward = lambda x, pre_logits=False: forward(x, pre_logits) * (1 if pre_logits else 2)
+
+
+def doubled_when_called(head):
+    kind = type(head)
+
+    def call(self, x, pre_logits=False):
+        return kind.__call__(self, x, pre_logits=pre_logits) * (1 if pre_logits else 2)
+
+    head.__class__ = type("Doubles", (kind,), {"__call__": call})
+
+
+@pytest.mark.parametrize("change", [doubled, doubled_when_called])
+def test_a_head_that_was_changed_is_not_run_by_its_parts(change, images):
+    model = PoolsInside().eval()
+    assert _is_split(model)
+    change(model.head)
+    assert not _is_split(model)
+    with pytest.raises(ValueError, match="did not produce the model's output"):
+        torch.compile(lambda x: dnkd_ext.features(model, x), backend="eager")(images)
+
+
 class Renames(Normalises):
     def forward_head(self, x, pre_logits=False):
         norm = self.norm

@@ -816,6 +816,15 @@ def test_a_head_of_stages_that_was_changed():
         dnkd_ext.stage_maps(model, images)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: torch.compile(f, backend="eager")])
+def test_a_replaced_head_of_timms_that_scales_the_logits(wrap):
+    model = pytest.importorskip("timm").create_model("resnet10t").eval()
+    head = model.forward_head
+    model.forward_head = lambda maps, pre_logits=False: head(maps, pre_logits) * 2
+    with pytest.raises(ValueError, match="did not produce the model's output"):
+        wrap(lambda images: dnkd_ext.stage_maps(model, images))(torch.ones(1, 3, 32, 32))
+
+
 class Scaled(CifarResNet):
     def forward_head(self, maps, pre_logits=False):
         return super().forward_head(maps, pre_logits) * (1 if pre_logits else 2)

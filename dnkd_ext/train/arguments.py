@@ -171,7 +171,8 @@ class Eval:
     """File of the weights, a run's folder, whose best weights are taken, or pretrained: timm's own,
     for detection torchvision's."""
     detections: str | None = None
-    """Detection: file for what was found in every image, JSON in COCO's results format."""
+    """Detection: file for what was found in every image, JSON in COCO's results format; one that is
+    not there yet."""
     data: SeenData = field(default_factory=SeenData)
     run: SeenRun = field(default_factory=SeenRun)
     reader: EvaluatedReader = field(default_factory=EvaluatedReader)

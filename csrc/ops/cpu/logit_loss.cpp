@@ -60,13 +60,15 @@ void forward(const LogitLossParams& p) {
                   ce_rows, kd_rows, begin, end);
   });
   auto* loss = static_cast<Scalar*>(p.loss);
+  // Of an ignored row not weight * 0, which is NaN for an infinite weight.
+  const auto total = [&](double ce, double kd, bool ignored) {
+    return static_cast<Scalar>((p.has_ce && !ignored ? ce_weight * ce : 0) +
+                               (p.decoupled && ignored ? 0 : kd_weight * kd));
+  };
   if (is_none) {
     for (int64_t i = 0; i < p.rows; ++i) {
-      // Not weight * 0, which is NaN for an infinite weight.
       const bool ignored = can_ignore(p) && label_at(p, i) == p.ignore_index;
-      const double ce = p.has_ce && !ignored ? ce_weight * ce_rows[i] : 0;
-      const double kd = p.decoupled && ignored ? 0 : kd_weight * kd_rows[i];
-      loss[i] = static_cast<Scalar>(ce + kd);
+      loss[i] = total(ce_rows[i], kd_rows[i], ignored);
     }
     return;
   }
@@ -78,8 +80,7 @@ void forward(const LogitLossParams& p) {
   }
   *static_cast<Scalar*>(p.ce) = static_cast<Scalar>(ce * ce_share);
   *static_cast<Scalar*>(p.kd) = static_cast<Scalar>(kd * kd_share);
-  *loss = static_cast<Scalar>((p.has_ce ? ce_weight * (ce * ce_share) : 0) +
-                              kd_weight * (kd * kd_share));
+  *loss = total(ce * ce_share, kd * kd_share, false);
 }
 
 }  // namespace

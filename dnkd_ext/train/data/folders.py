@@ -19,7 +19,6 @@ from dnkd_ext.train.data.memory import (
     IMAGE_SUFFIXES,
     KINDS,
     OTHER_SUFFIXES,
-    suffix_of,
     told_kinds,
 )
 
@@ -185,6 +184,17 @@ def _archive_classes(samples: Sequence[Any]) -> list[str]:
     return classes
 
 
+def _suffix(path: str) -> str:
+    """By which it is told what a file is; nothing of what is hidden in the data's folder.
+
+    ``path``: below that folder, or within an archive.
+    """
+    folders, name = os.path.split(path)
+    if any(part.startswith(".") and part != "." for part in (*folders.split("/"), name)):
+        return ""
+    return os.path.splitext(name)[1].lower()
+
+
 def open_files(place: Path, class_map: str) -> FileSplit:
     """The images of a split, whose classes are its folders of the first level.
 
@@ -219,18 +229,18 @@ def open_files(place: Path, class_map: str) -> FileSplit:
         raise ValueError(f"{none} ({told})" if told else none) from error
     # timm's classes are the last folders, whatever lies above them.
     if isinstance(reader, ReaderImageInTar):
-        shown = [n for n, (member, _, _) in enumerate(reader.samples) if suffix_of(member.name)]
+        shown = [n for n, (member, _, _) in enumerate(reader.samples) if _suffix(member.name)]
         reader.samples = reader.samples[shown]
         if not shown:
             raise ValueError(none)
         names = _archive_classes(reader.samples)
-        suffixes = [suffix_of(member.name) for member, _, _ in reader.samples]
+        suffixes = [_suffix(member.name) for member, _, _ in reader.samples]
         found = set(names)
     else:
         within = len(str(place)) + 1
-        reader.samples = [sample for sample in reader.samples if suffix_of(sample[0][within:])]
+        reader.samples = [sample for sample in reader.samples if _suffix(sample[0][within:])]
         names = _folder_classes(place, reader.samples)
-        suffixes = [suffix_of(path[within:]) for path, _ in reader.samples]
+        suffixes = [_suffix(path[within:]) for path, _ in reader.samples]
         found = {entry.name for entry in os.scandir(place) if entry.is_dir()} | set(names)
     read = [number for number, suffix in enumerate(suffixes) if suffix in IMAGE_SUFFIXES]
     numbers = {name: number for number, name in enumerate({names[number] for number in read})}

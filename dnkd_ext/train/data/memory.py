@@ -30,7 +30,6 @@ OTHER_SUFFIXES = {
     *(".psd", ".svg", ".tga"),
 }
 LARGEST_SIDE = 64
-HERE = ("", ".", "..")
 
 
 def told_kinds(counts: Mapping[str, int]) -> str:
@@ -261,12 +260,8 @@ def folder_files(folder: Path) -> list[Path]:
 def other_images(folder: Path, *, test_only: bool = False) -> Counter[str]:
     """Image files there of kinds that :func:`load_image_folder` leaves out, by their suffix."""
     splits = _split_folders(folder, test_only)[test_only:]
-    suffixes = (
-        suffix_of(path.relative_to(split))
-        for split in splits
-        if split is not None
-        for path in split.rglob("*")
-    )
+    files = (path for split in splits if split is not None for path in _shown_files(split))
+    suffixes = (path.suffix.lower() for path in files)
     return Counter(suffix for suffix in suffixes if suffix in OTHER_SUFFIXES)
 
 
@@ -282,41 +277,33 @@ def _split_folders(folder: Path, test_only: bool = False) -> tuple[Path | None, 
         raise FileNotFoundError(f"{folder} has no folder train/ with one folder per class")
     if test_folder is None:
         raise FileNotFoundError(f"{folder} has neither test/ nor val/ with one folder per class")
-    if test_only and not _has_images(train_folder):
+    if test_only and not any(map(_is_image, _shown_files(train_folder))):
         return None, test_folder
     return train_folder, test_folder
 
 
-def suffix_of(path: str | Path) -> str:
-    """By which it is told what a file is, whose path is relative to the data's folder.
-
-    Nothing of what is hidden or in hidden folders, as other programs and macOS's copies leave.
-    """
-    folder, name = os.path.split(path)
-    if any(part.startswith(".") for part in (*folder.split(os.sep), name) if part not in HERE):
-        return ""
-    return os.path.splitext(name)[1].lower()
+def _shown_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, but what is hidden: other programs' and of macOS's copies."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
-def _is_image(path: Path, folder: Path) -> bool:
-    return suffix_of(path.relative_to(folder)) in IMAGE_SUFFIXES
-
-
-def _has_images(folder: Path) -> bool:
-    return any(_is_image(path, folder) for path in folder.rglob("*"))
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if _is_image(path, folder))
+    return sorted(filter(_is_image, _shown_files(folder)))
 
 
 def _class_names(folder: Path) -> list[str]:
-    inside = sorted(folder.iterdir())
-    folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    folders = [path for path in inside if path.is_dir()]
     if len(folders) < 2:
         raise ValueError(f"{folder} must hold at least two class folders, found {len(folders)}")
     for path in inside:
-        if _is_image(path, folder) and not path.is_dir():
+        if _is_image(path) and not path.is_dir():
             raise ValueError(f"{folder} holds images outside of class folders, one is {path}")
     return [path.name for path in folders]
 

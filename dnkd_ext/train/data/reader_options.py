@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
-from dnkd_ext.train.options import at_least, between, check_ranges, option
+from dnkd_ext.train.options import at_least, between, check_ranges, flag, option
 
 __all__ = ["ReaderOptions"]
 
-# Options that mean nothing beside class folders and tar archives.
+# Options that have no part in reading class folders and tar archives.
 SHARDS_ALONE = ("train_split", "val_split", "num_classes", "shuffle_buffer")
 
 
@@ -96,7 +96,7 @@ class ReaderOptions:
         for name in () if self.uses_shards else SHARDS_ALONE:
             if getattr(self, name) != getattr(type(self)(), name):
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is for WebDataset shards (--reader wds/NAME), got "
+                    f"{flag(name)} is for WebDataset shards (--reader wds/NAME), got "
                     f"{getattr(self, name)!r} and class folders or tar archives"
                 )
         if self.uses_shards and self.repeats > 1:
